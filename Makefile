@@ -1,0 +1,67 @@
+# Each target sets up all it needs, from nothing. PYTHON picks the interpreter, VENV the virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+NAME ?= tiny
+TRAIN_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+SETUP := pyproject.toml requirements/constraints.txt
+
+.PHONY: help train test check bench gpu-bench clean
+
+help:
+	@echo "make train      train a tiny Llama on long documents, on 2 CPU processes that share each sequence"
+	@echo "make test       run the tests"
+	@echo "make check      lint, format check and type check"
+	@echo "make bench      measure against other implementations, on the CPU"
+	@echo "make gpu-bench  run the tests that need a GPU, then the measurements, on the GPUs of this machine"
+	@echo "make clean      remove the virtual environment and the caches"
+
+# torch comes first and pinned, so that no later package can choose another one.
+$(VENV)/.torch: $(SETUP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch
+	$(PIP) --editable ".[train]"
+	touch $@
+
+# DeepSpeed's build reads the torch that is installed, hence no build isolation.
+$(VENV)/.test: $(VENV)/.torch
+	$(PIP) --editable ".[train,test]"
+	$(PIP) --no-build-isolation deepspeed
+	$(BIN)/python -c "import torch; assert torch.__version__.startswith('2.13.0'), torch.__version__"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --no-deps axolotl-ringmaster
+	$(PIP) einops
+	touch $@
+
+train: $(VENV)/.train
+	$(BIN)/ulysses-accel launch --cpu --num_processes 2 --parallelism-config-sp-size 2 \
+		examples/alst/train.py --output runs/$(NAME) --steps 100 --save-every 50 $(TRAIN_ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.exchange
+	$(BIN)/python -m benchmarks.step
+
+gpu-bench: $(VENV)/.bench
+	@echo "gpu-bench: pytest -m gpu, then benchmarks.exchange and benchmarks.step, on the GPUs of this machine"
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.exchange
+	$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

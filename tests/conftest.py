@@ -1,0 +1,28 @@
+"""Leak police: a test leaves the environment, the process group and transformers' registries as it found them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    after = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
+    before.pop("PYTEST_CURRENT_TEST", None)
+    leaked = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    for key in leaked:
+        if key in before:
+            os.environ[key] = before[key]
+        else:
+            del os.environ[key]
+    assert not leaked, f"the test changed environment variables: {sorted(leaked)}"
+    assert not dist.is_initialized(), "the test left a process group behind"

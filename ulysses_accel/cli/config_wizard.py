@@ -1,0 +1,227 @@
+"""`ulysses-accel config`: asks what `accelerate config` never asks and writes accelerate's YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.config_fields import ATTENTION_CORES, FIELDS, Setting, Source
+from ulysses_accel.config_yaml import PREFIX, SECTION, parse_yaml_layer
+from ulysses_accel.errors import ConfigError
+
+T = TypeVar("T")
+_ANSWER = Source("command line", "your answer")
+_ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-offload")
+_PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the user chose.
+
+    Args:
+        processes: the number of processes of all machines together.
+        engine: one of `ddp`, `fsdp2`, `zero0` to `zero3`, `zero3-offload`.
+        precision: `no`, `bf16` or `fp16`.
+        settings: the parallelism settings that the file makes.
+    """
+
+    processes: int
+    engine: str
+    precision: str
+    settings: dict[str, Setting]
+
+
+def configure(argv: list[str]) -> int:
+    """Asks the questions and writes the file.
+
+    Args:
+        argv: `--output PATH`, or nothing for accelerate's default location.
+
+    Returns:
+        0 after writing; 1 where the input ended, or the user kept an existing file: then nothing is written.
+    """
+    parser = argparse.ArgumentParser(prog="ulysses-accel config", description=__doc__)
+    parser.add_argument("--output", type=Path, default=None, help="the file to write (accelerate's default location)")
+    path = parser.parse_args(argv).output or _default_path()
+    try:
+        if path.exists() and not ask(f"{path} exists. Overwrite it?", "no", _yes_or_no):
+            print("Kept the file; nothing is written. Choose another place with --output.")
+            return 1
+        answers = ask_all()
+    except (EOFError, KeyboardInterrupt):
+        print("\nThe answers ended early; nothing is written.", file=sys.stderr)
+        return 1
+    write(path, answers)
+    location = "" if path == _default_path() else f" --config_file {path}"
+    print(f"Wrote {path}. Start a job with:\n  ulysses-accel launch{location} train.py")
+    return 0
+
+
+def ask(question: str, default: str, parse: Callable[[str], T]) -> T:
+    """Asks until the answer is legal.
+
+    Args:
+        question: the words to show.
+        default: the answer that an empty line gives.
+        parse: turns the answer into the value, or raises `ConfigError`.
+
+    Returns:
+        The value.
+
+    Raises:
+        EOFError: the input ended.
+    """
+    while True:
+        answer = input(f"{question} [{default}] ").strip() or default
+        try:
+            return parse(answer)
+        except ConfigError as error:
+            print(f"  {error}")
+
+
+def ask_all() -> Answers:
+    """Asks every question.
+
+    Returns:
+        The answers, which together make a legal config.
+
+    Raises:
+        EOFError: the input ended.
+    """
+    processes = ask("How many processes, all machines together?", "2", _size)
+    settings = {"sp_size": ask("How many processes share one sequence?", str(processes), _degree_of(processes))}
+    degree = int(settings["sp_size"].value or 1)
+    engine = ask(f"What averages the gradients ({', '.join(_ENGINES)})?", "fsdp2", _one_of("engine", _ENGINES))
+    attention = FIELDS["sp_attn_implementation"]
+    cores = ", ".join(ATTENTION_CORES)
+    settings[attention.name] = ask(f"Which attention ({cores})?", "sdpa", lambda text: attention.settle(text, _ANSWER))
+    length = ask("Tokens of the whole sequence, or 'variable'?", "variable", _length_of(degree))
+    settings["sp_seq_length_is_variable"] = Setting(length.value is None, _ANSWER)
+    if length.value is not None:
+        settings["sp_seq_length"] = length
+    precision = ask(f"Mixed precision ({', '.join(_PRECISIONS)})?", "bf16", _one_of("mixed_precision", _PRECISIONS))
+    if engine == "fsdp2" and processes > degree:
+        settings["dp_shard_size"] = Setting(processes // degree, _ANSWER)
+    elif processes > degree:
+        settings["dp_replicate_size"] = Setting(processes // degree, _ANSWER)
+    ParallelismConfig.from_layers(settings).fit_world_size(processes)
+    return Answers(processes, engine, precision, settings)
+
+
+def write(path: Path, answers: Answers) -> None:
+    """Writes the file, after reading back what is to be written.
+
+    Args:
+        path: the file; its folder is made.
+        answers: what `ask_all` returned.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    text = f"# Written by `ulysses-accel config`.\n# ulysses-accel launch --config_file {path.name} train.py\n"
+    text += yaml.safe_dump(stock_file(answers), sort_keys=False)
+    parse_yaml_layer(text, str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't write the file: {error}. Choose another place with --output.") from error
+
+
+def stock_file(answers: Answers) -> dict[str, Any]:
+    """Builds the content of accelerate's config file.
+
+    Args:
+        answers: what `ask_all` returned.
+
+    Returns:
+        The keys and values, which accelerate's own loader takes.
+    """
+    content: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": _distributed_type(answers.engine),
+        "mixed_precision": answers.precision,
+        "num_machines": 1,
+        "num_processes": answers.processes,
+        "use_cpu": False,
+    }
+    if answers.engine == "fsdp2":
+        content["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": False,
+        }
+    elif answers.engine != "ddp":
+        device = "cpu" if answers.engine.endswith("offload") else "none"
+        content["deepspeed_config"] = {
+            "zero_stage": int(answers.engine[len("zero")]),
+            "offload_optimizer_device": device,
+            "offload_param_device": device,
+            "zero3_init_flag": False,
+            "deepspeed_multinode_launcher": "standard",
+        }
+    # accelerate copies these into its arguments as they are, so the names need the prefix.
+    section = {PREFIX + name: setting.value for name, setting in answers.settings.items()}
+    content[SECTION] = {**section, PREFIX + "sp_backend": FIELDS["sp_backend"].default}
+    return content
+
+
+def _distributed_type(engine: str) -> str:
+    return {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(engine, "DEEPSPEED")
+
+
+def _default_path() -> Path:
+    from accelerate.commands.config.config_args import default_yaml_config_file
+
+    return Path(default_yaml_config_file)
+
+
+def _size(answer: str) -> int:
+    return int(FIELDS["dp_replicate_size"].settle(answer, _ANSWER).value or 1)
+
+
+def _degree_of(processes: int) -> Callable[[str], Setting]:
+    def parse(answer: str) -> Setting:
+        setting = FIELDS["sp_size"].settle(answer, _ANSWER)
+        ParallelismConfig.from_layers({"sp_size": setting}).fit_world_size(processes)
+        return setting
+
+    return parse
+
+
+def _length_of(degree: int) -> Callable[[str], Setting]:
+    def parse(answer: str) -> Setting:
+        text = "None" if answer.lower() in ("variable", "none") else answer
+        setting = FIELDS["sp_seq_length"].settle(text, _ANSWER)
+        if setting.value is not None:
+            fixed = Setting(False, _ANSWER)
+            sizes = {"sp_size": Setting(degree, _ANSWER), "sp_seq_length": setting, "sp_seq_length_is_variable": fixed}
+            ParallelismConfig.from_layers(sizes)
+        return setting
+
+    return parse
+
+
+def _one_of(name: str, legal: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(answer: str) -> str:
+        if answer.lower() not in legal:
+            raise ConfigError(f"{name}={answer[:40]!r} (from your answer) must be one of {', '.join(legal)}.")
+        return answer.lower()
+
+    return parse
+
+
+def _yes_or_no(answer: str) -> bool:
+    if answer.lower() not in ("y", "yes", "n", "no"):
+        raise ConfigError(f"{answer[:40]!r} is neither yes nor no. Answer yes or no.")
+    return answer.lower().startswith("y")

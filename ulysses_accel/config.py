@@ -1,0 +1,390 @@
+"""`ParallelismConfig`: accelerate's class with every value checked and every source known.
+
+It is a subclass of accelerate's, so that a stock `Accelerator` and `Trainer` take it, but runs none of the parent's
+construction code.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.utils import ParallelismConfig as _StockParallelismConfig
+from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
+
+from ulysses_accel.config_fields import AXES, FIELDS, HANDLER_FIELDS, Setting, Source
+from ulysses_accel.config_fit import describe_sizes, legal_factorizations
+from ulysses_accel.config_handlers import (
+    STOCK_SEQUENCE_CONFIG,
+    DeepSpeedSequenceParallelConfig,
+    check_handler,
+    context_handler,
+    handler_layer,
+    handler_values,
+)
+from ulysses_accel.errors import ConfigError, MeshError, closest
+from ulysses_accel.resolve import Layer, argument_layer, environment_layer, resolve, yaml_layer
+
+_ATTACH_POINT = "ulysses_accel.engines.accelerate"
+_CONSTRUCTOR = Source("constructor")
+_OWN_FIELDS = (*(f"{axis}_size" for axis in AXES), "cp_backend", "sp_backend")
+_NOBODY = ("default", "launcher")
+
+__all__ = ["DeepSpeedSequenceParallelConfig", "ParallelismConfig"]
+
+
+@dataclass(repr=False)
+class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
+    """The sizes of the mesh axes and how each axis works; pass it to `accelerate.Accelerator(parallelism_config=...)`.
+
+    A value that is `None` here is taken from the environment (`PARALLELISM_CONFIG_*`), then from the default. Sizes
+    count processes; the product of all sizes is the number of processes.
+
+    Args:
+        dp_replicate_size: copies of the parameters that see different batches.
+        dp_shard_size: processes that see different batches and share one copy of the parameters.
+        tp_size: tensor parallel processes.
+        cp_size: ring attention degree.
+        cp_backend: `ring`; `torch` is read as `ring`.
+        sp_size: Ulysses degree.
+        sp_backend: `ulysses`; upstream's `deepspeed` is read as `ulysses`.
+        tp_handler: accelerate's `TorchTensorParallelConfig`.
+        cp_handler: accelerate's `TorchContextParallelConfig`.
+        sp_handler: a `DeepSpeedSequenceParallelConfig`, ours or accelerate's.
+
+    Raises:
+        ConfigError: a value is not legal, or two values contradict each other.
+    """
+
+    dp_replicate_size: int = None  # type: ignore[assignment]
+    dp_shard_size: int = None  # type: ignore[assignment]
+    tp_size: int = None  # type: ignore[assignment]
+    cp_size: int = None  # type: ignore[assignment]
+    cp_backend: str = None  # type: ignore[assignment]
+    sp_size: int = None  # type: ignore[assignment]
+    sp_backend: str = None  # type: ignore[assignment]
+    tp_handler: Any = None
+    cp_handler: Any = None
+    sp_handler: DeepSpeedSequenceParallelConfig = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in _OWN_FIELDS}
+        handlers = (self.tp_handler, self.cp_handler, self.sp_handler)
+        self._settle((environment_layer(), argument_layer(given, _CONSTRUCTOR)), *handlers)
+
+    @classmethod
+    def from_layers(
+        cls, *layers: Layer, tp_handler: object = None, cp_handler: object = None, sp_handler: object = None
+    ) -> ParallelismConfig:
+        """Builds a config from settings alone, without reading the environment.
+
+        Args:
+            layers: mappings from field name to setting, the weakest first; see `ulysses_accel.resolve`.
+            tp_handler: as for the constructor.
+            cp_handler: as for the constructor.
+            sp_handler: as for the constructor; wins over the layers where it was given values.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: as for the constructor.
+        """
+        config = cls.__new__(cls)
+        config._settle(layers, tp_handler, cp_handler, sp_handler)
+        return config
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> ParallelismConfig:
+        """Builds a config from a YAML file, the environment and arguments, the later ones winning.
+
+        Args:
+            path: an accelerate config file, of which the section `parallelism_config:` is read.
+            overrides: constructor arguments, and the handler's (`sp_seq_length`, ...).
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: the file can't be read, or as for the constructor.
+        """
+        handlers = {name: overrides.pop(name, None) for name in ("tp_handler", "cp_handler", "sp_handler")}
+        layers = (yaml_layer(path), environment_layer(), argument_layer(overrides, _CONSTRUCTOR))
+        return cls.from_layers(*layers, **handlers)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ParallelismConfig:
+        """Builds a config from what `to_dict` returned; values that are left out come from the environment.
+
+        Args:
+            values: field name to value, and handler name to a mapping of its fields or `None`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: a key is unknown, or as for the constructor.
+        """
+        source = Source("from_dict")
+        legal = {*_OWN_FIELDS, "tp_handler", "cp_handler", "sp_handler"}
+        for name in values:
+            if name not in legal:
+                raise ConfigError(f"unknown key {str(name)[:100]!r} in from_dict.{closest(str(name)[:100], legal)}")
+        layer = argument_layer({name: values.get(name) for name in _OWN_FIELDS}, source)
+        sequence = handler_values(values, "sp_handler", HANDLER_FIELDS)
+        context = handler_values(values, "cp_handler", ("cp_comm_strategy",))
+        tensor = handler_values(values, "tp_handler", ("enable_async_tp",))
+        layer.update(argument_layer({**sequence, **context}, source))
+        if "sp_seq_length" in sequence:
+            # Unlike an argument that was left out, a None that was written down by `to_dict` is a value.
+            layer["sp_seq_length"] = FIELDS["sp_seq_length"].settle(sequence["sp_seq_length"], source)
+        return cls.from_layers(
+            environment_layer(),
+            layer,
+            tp_handler=TorchTensorParallelConfig(**tensor) if values.get("tp_handler") is not None else None,
+            cp_handler=context_handler(resolve(layer)) if values.get("cp_handler") is not None else None,
+        )
+
+    def _settle(self, layers: tuple[Layer, ...], tp_handler: object, cp_handler: object, sp_handler: object) -> None:
+        check_handler("tp_handler", tp_handler, TorchTensorParallelConfig)
+        check_handler("cp_handler", cp_handler, TorchContextParallelConfig)
+        check_handler("sp_handler", sp_handler, STOCK_SEQUENCE_CONFIG)
+        self._settings = resolve(*layers, handler_layer(cp_handler), handler_layer(sp_handler))
+        for name in _OWN_FIELDS:
+            setattr(self, name, self._settings[name].value)
+        self.tp_handler = tp_handler or (TorchTensorParallelConfig() if self.tp_size > 1 else None)
+        self.cp_handler = cp_handler or (context_handler(self._settings) if self.cp_size > 1 else None)
+        self.sp_handler = DeepSpeedSequenceParallelConfig._from_settings(self._settings)
+        self._check_sequence_length()
+
+    def _check_sequence_length(self) -> None:
+        handler, degree = self.sp_handler, self.sequence_parallel_size
+        if handler.sp_seq_length_is_variable or handler.sp_seq_length is None or handler.sp_seq_length % degree == 0:
+            return
+        below = handler.sp_seq_length // degree * degree
+        lengths = f"{below} or {below + degree}" if below else f"{degree}"
+        raise ConfigError(
+            f"sp_seq_length={handler.sp_seq_length} ({self._settings['sp_seq_length'].source}) is not divisible by "
+            f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {degree} (sp_size: {self.source_of('sp_size')}). "
+            f"Use {lengths} tokens, or sp_seq_length_is_variable=True, which pads every batch."
+        )
+
+    # ---- sizes and names --------------------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every mesh axis, in the order of the mesh."""
+        return {axis: getattr(self, f"{axis}_size") for axis in AXES}
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        # Stock code and the Trainer assign to `tp_size` and friends: one truth, read from the attributes.
+        return self.sizes
+
+    @property
+    def total_size(self) -> int:
+        """The product of all sizes: the number of processes."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """The number of processes that share one sequence: cp_size × sp_size."""
+        return self.cp_size * self.sp_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """The number of different batches in one step."""
+        return self.dp_replicate_size * self.dp_shard_size
+
+    @property
+    def non_data_parallel_size(self) -> int:
+        """The number of processes that work on the same batch."""
+        return self.cp_size * self.sp_size * self.tp_size
+
+    @property
+    def cp_enabled(self) -> bool:
+        """Always false; read `cp_size` for the ring degree.
+
+        Stock accelerate and the Trainer act on true: they force causal attention on every module named `self_attn`,
+        demand an FSDP2 plugin and wrap each step in torch's own context parallelism. Our ring does none of that.
+        """
+        return False
+
+    def _active(self, *axes: str) -> list[str]:
+        sizes = self.sizes
+        return [axis for axis in AXES if axis in axes and sizes[axis] > 1]
+
+    @property
+    def dp_dim_names(self) -> list[str]:
+        """The axes above 1 whose processes see different batches."""
+        return self._active("dp_replicate", "dp_shard")
+
+    @property
+    def non_dp_dim_names(self) -> list[str]:
+        """The axes above 1 whose processes work on the same batch."""
+        return self._active("cp", "sp", "tp")
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        """The axes above 1 over which parameters are sharded; flattened they are the axis `dp_shard_cp`."""
+        return self._active("dp_shard", "cp", "sp")
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        """The axes above 1 over which gradients are averaged; flattened they are the axis `dp_cp`."""
+        return self._active("dp_replicate", "dp_shard", "cp", "sp")
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        """The mesh axes that FSDP2 takes; only axes that exist in the mesh."""
+        return self._active("dp_replicate") + (["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])
+
+    @property
+    def active_mesh_dims(self) -> list[str]:
+        """All axes above 1, in the order of the mesh."""
+        return self._active(*AXES)
+
+    # ---- the attach point -------------------------------------------------------------------------------------------
+
+    def build_device_mesh(self, device_type: str) -> Any:
+        """Builds the mesh of this config.
+
+        Args:
+            device_type: `cpu`, `cuda`, ...
+
+        Returns:
+            The device mesh, or `None` where there is one process.
+        """
+        # Upward import, on purpose: the attach point is where a stock Accelerator meets this package.
+        return importlib.import_module(_ATTACH_POINT).build_mesh(self, device_type)
+
+    def get_device_mesh(self, device_type: str | None = None) -> Any:
+        """Returns the mesh, building it at the first call.
+
+        Args:
+            device_type: needed at the first call; later it must be the same or `None`.
+
+        Returns:
+            The device mesh.
+
+        Raises:
+            ConfigError: no device type at the first call, or another one than the mesh has.
+        """
+        if self.device_mesh is None:  # type: ignore[has-type]
+            if device_type is None:
+                raise ConfigError("the device mesh is not built yet and no device type is given. Pass 'cpu' or 'cuda'.")
+            self.device_mesh = self.build_device_mesh(device_type)
+        elif device_type is not None and self.device_mesh.device_type != device_type:
+            raise ConfigError(
+                f"the device mesh was built for device type '{self.device_mesh.device_type}' and is now asked for on "
+                f"'{device_type}'. Use one ParallelismConfig for each device type."
+            )
+        return self.device_mesh
+
+    def _validate_accelerator(self, accelerator: Any) -> None:
+        importlib.import_module(_ATTACH_POINT).attach(self, accelerator)
+
+    def fit_world_size(self, world_size: int, *, axis: Literal["dp_replicate", "dp_shard"] = "dp_replicate") -> None:
+        """Checks the product of the sizes, or derives the data parallel size where nobody set one.
+
+        Args:
+            world_size: the number of processes.
+            axis: the axis that takes a derived size.
+
+        Raises:
+            MeshError: the product is not the number of processes.
+        """
+        if self.total_size == world_size:
+            return
+        unset = frozenset(name for name in AXES if self.source_of(f"{name}_size").kind in _NOBODY)
+        others = self.non_data_parallel_size
+        if {"dp_replicate", "dp_shard"} <= unset and self.data_parallel_size == 1 and world_size % others == 0:
+            derived = Source("derived", f"derived: {world_size} processes / {others} on the cp, sp and tp axes")
+            self._set_size(axis, world_size // others)
+            self._settings[f"{axis}_size"] = Setting(world_size // others, derived)
+            return
+        product = " × ".join(str(size) for size in self.sizes.values())
+        wished = "; ".join(
+            f"{name}_size={size} ({self.source_of(f'{name}_size')})" for name, size in self.sizes.items()
+        )
+        legal = "; ".join(describe_sizes(sizes) for sizes in legal_factorizations(world_size, self.sizes, unset))
+        raise MeshError(
+            f"{' × '.join(f'{name}_size' for name in AXES)} = {product} = {self.total_size}, but the number of "
+            f"processes is {world_size}: {wished}. Start {self.total_size} processes, or use sizes (1 where not named) "
+            f"such as: {legal}."
+        )
+
+    # ---- what the user sees -----------------------------------------------------------------------------------------
+
+    def source_of(self, name: str) -> Source:
+        """Says where a value came from.
+
+        Args:
+            name: a field, such as `sp_size` or `sp_seq_length`.
+
+        Returns:
+            The source; of kind `assigned` where the attribute was changed after construction.
+
+        Raises:
+            ConfigError: there is no such field.
+        """
+        if name not in self._settings:
+            raise ConfigError(f"unknown setting {name[:100]!r}.{closest(name[:100], FIELDS)}")
+        setting = self._settings[name]
+        return (
+            setting.source if self._live(name) == setting.value else Source("assigned", "assigned after construction")
+        )
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """Every field's value and source, as they are now."""
+        return {
+            name: setting if self.source_of(name) is setting.source else Setting(self._live(name), self.source_of(name))
+            for name, setting in self._settings.items()
+        }
+
+    def _live(self, name: str) -> Any:
+        if name in HANDLER_FIELDS:
+            return getattr(self.sp_handler, name)
+        return getattr(self, name) if name in _OWN_FIELDS else self._settings[name].value
+
+    def explain(self) -> str:
+        """Returns one line for each setting: its value and where it came from."""
+        product = " × ".join(f"{axis} {size}" for axis, size in self.sizes.items())
+        return "\n".join(
+            [
+                f"{self.total_size} processes = {product}",
+                *(f"{name} = {setting}" for name, setting in self.settings.items()),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that `from_dict` turns into an equal config."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in _OWN_FIELDS}
+        for name in ("tp_handler", "cp_handler", "sp_handler"):
+            handler = getattr(self, name)
+            values[name] = None if handler is None else dataclasses.asdict(handler)
+        return values
+
+    def to_json(self) -> str:
+        """Returns `to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        return f"ParallelismConfig({fields}, total_size={self.total_size})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelismConfig:
+        # A mesh holds process groups, which belong to the process and can't be copied: the copy shares them.
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        for name, value in self.__dict__.items():
+            setattr(other, name, value if name == "device_mesh" else copy.deepcopy(value, memo))
+        return other

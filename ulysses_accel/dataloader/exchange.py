@@ -1,0 +1,149 @@
+"""Moves the shards of each rank's own batch to the ranks that will hold them: one all-to-all of bytes per refill.
+
+Rank i cuts its batch and sends shard j, with the description and the non-tensor entries, to rank j; no rank ever holds
+another rank's whole batch. All sizes follow from the headers that were agreed on before. Non-tensors travel as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ulysses_accel.consensus import wire_device
+from ulysses_accel.dataloader.collate import WholeBatch
+from ulysses_accel.dataloader.header import REPLICATED, Entry, Header, key_code, make_entries
+from ulysses_accel.errors import BatchError
+from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
+
+
+def entries_of(whole: WholeBatch) -> tuple[Entry, ...]:
+    """Returns the header's entries of a batch: shapes are those of the whole, padded batch."""
+    return make_entries({name: _kind(whole, name) for name in whole.tensors})
+
+
+def keys_text(whole: WholeBatch, with_shapes: bool) -> str:
+    """Returns the batch's tensors as `'input_ids' int64 [1, 8], ...` for the message when ranks disagree."""
+    parts = []
+    for name in sorted(whole.tensors):
+        dtype, dim, shape = _kind(whole, name)
+        size = "[" + " x ".join(map(str, shape)) + "]" if with_shapes else f"{len(shape)}-D"
+        where = "whole" if dim == REPLICATED else f"sharded on dim {dim}"
+        parts.append(f"'{name}' {str(dtype).removeprefix('torch.')} {size} {where}")
+    return ", ".join(parts)
+
+
+def _kind(whole: WholeBatch, name: str) -> tuple[torch.dtype, int, tuple[int, ...]]:
+    tensor, dim = whole.tensors[name], whole.dims[name]
+    return tensor.dtype, REPLICATED if dim is None else dim, tuple(tensor.shape)
+
+
+def encode_side(whole: WholeBatch) -> bytes:
+    """Returns what goes with the tensors, as JSON: the documents and the non-tensor entries.
+
+    Raises:
+        BatchError: an entry is no tensor and nothing that JSON has.
+    """
+    for name, value in whole.extras.items():
+        _check_plain(name, value)
+    description = whole.description
+    side = {"length": description.sequence_length, "rows": description.rows, "extras": whole.extras}
+    return json.dumps(side, separators=(",", ":")).encode()
+
+
+def _check_plain(name: str, value: Any) -> None:
+    if value is None or type(value) in (bool, int, float, str):
+        return
+    if type(value) in (list, tuple):
+        for item in value:
+            _check_plain(name, item)
+        return
+    if type(value) is dict and all(type(key) is str for key in value):
+        for item in value.values():
+            _check_plain(name, item)
+        return
+    raise BatchError(
+        f"the batch's entry '{name}' holds a {type(value).__name__}, which is not sent to other ranks. Only tensors, "
+        "strings, numbers, booleans, None, and lists or string-keyed dicts of these are. Drop it or make it a tensor."
+    )
+
+
+def exchange(
+    whole: WholeBatch | None,
+    side: bytes,
+    headers: Sequence[Header],
+    names: Mapping[int, str],
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> list[dict[str, Any] | None]:
+    """Returns this rank's part of every rank's batch, on the host, in rank order.
+
+    Args:
+        whole: this rank's batch, None when it has none to give.
+        side: its description and non-tensors, from `encode_side`.
+        headers: of all ranks.
+        names: each key code's name.
+        rank: of this process in the group.
+        group: the ranks; None for this process alone.
+
+    Returns:
+        One batch for each rank; None for ranks without one.
+    """
+    parts = len(headers)
+    outgoing = [_pack(whole, side, other) if whole is not None else _EMPTY for other in range(parts)]
+    sizes = [_incoming_bytes(header, parts) for header in headers]
+    incoming = _all_to_all(outgoing, sizes, group)
+    return [
+        _unpack(data, header, names, parts) if header.entries else None for data, header in zip(incoming, headers)
+    ]
+
+
+_EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+def _pack(whole: WholeBatch, side: bytes, rank: int) -> Tensor:
+    parts = whole.shard(rank)
+    ordered = sorted(parts, key=key_code)
+    pieces = [parts[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name in ordered]
+    pieces.append(torch.frombuffer(bytearray(side), dtype=torch.uint8))
+    return torch.cat(pieces)
+
+
+def _local_shape(entry: Entry, parts: int) -> tuple[int, ...]:
+    return tuple(size // parts if dim == entry.dim else size for dim, size in enumerate(entry.shape))
+
+
+def _incoming_bytes(header: Header, parts: int) -> int:
+    tensors = sum(math.prod(_local_shape(entry, parts)) * entry.dtype.itemsize for entry in header.entries)
+    return tensors + header.side_bytes
+
+
+def _all_to_all(outgoing: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+    if group is None:
+        return list(outgoing)
+    device = wire_device(group)
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    sent = torch.cat(list(outgoing)).to(device)
+    dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in outgoing], group=group)
+    return list(received.cpu().split(list(sizes)))
+
+
+def _unpack(data: Tensor, header: Header, names: Mapping[int, str], parts: int) -> dict[str, Any]:
+    batch: dict[str, Any] = {}
+    start = 0
+    for entry in header.entries:
+        shape = _local_shape(entry, parts)
+        stop = start + math.prod(shape) * entry.dtype.itemsize
+        # A copy, because a view of another dtype must start at a multiple of its size.
+        batch[names[entry.key]] = data[start:stop].clone().view(entry.dtype).reshape(shape)
+        start = stop
+    side = json.loads(bytes(data[start:].tolist()))
+    rows = tuple(tuple((first, last) for first, last in row) for row in side["rows"])
+    batch.update(side["extras"])
+    batch[DESCRIPTION_KEY] = SequenceDescription(side["length"], parts, rows)
+    return batch

@@ -1,0 +1,92 @@
+"""One refill: a drawn batch, the agreement on it, and the micro-steps that come of it on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ulysses_accel.dataloader.collate import BatchLayout, WholeBatch, complete
+from ulysses_accel.dataloader.exchange import encode_side, entries_of, exchange, keys_text
+from ulysses_accel.dataloader.header import Decision, Header, Status, agree_on_batch, key_code
+from ulysses_accel.errors import BatchError
+
+Draw = Callable[[], tuple[Any, bool]]
+"""Returns the next batch of this rank's loader and whether it knows that none follows; raises StopIteration."""
+
+
+@dataclass(frozen=True)
+class Refiller:
+    """Turns drawn batches into micro-steps, in agreement with the other ranks of the sequence group.
+
+    Args:
+        layout: how batches are padded and cut.
+        rank: of this process in the sequence group.
+        group: whose ranks agree; None when this process is alone.
+        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings its own.
+        on_uneven: "error", "drop" or "pad", see `UlyssesSPDataLoaderAdapter`.
+        allow_duplicates: whether ranks that should bring their own may all bring the same first batch.
+    """
+
+    layout: BatchLayout
+    rank: int
+    group: dist.ProcessGroup | None
+    same_batch: bool
+    on_uneven: str
+    allow_duplicates: bool
+
+    def refill(self, draw: Draw, position: int, first: bool = False) -> tuple[list[dict[str, Any]], bool] | None:
+        """Draws a batch, agrees on it, and returns this rank's micro-steps and whether they are the last.
+
+        Args:
+            draw: see `Draw`; whatever it raises becomes the same error on every rank.
+            position: micro-steps before this refill.
+            first: whether this is the first refill of all.
+
+        Returns:
+            None when all ranks have come to the end.
+
+        Raises:
+            BatchError: a rank failed to produce a batch.
+            RankDisagreementError: the ranks' batches don't belong together, or they end unevenly.
+        """
+        offer = self._offer(draw, position)
+        decision, headers = agree_on_batch(
+            offer.header,
+            offer.text,
+            self.group,
+            on_uneven=self.on_uneven,
+            same_batch=self.same_batch,
+            distinct=first and not self.same_batch and not self.allow_duplicates,
+            cause=offer.error,
+        )
+        if not decision.present:
+            return None
+        if self.same_batch:
+            assert offer.whole is not None
+            return [offer.whole.local_batch(self.rank)], decision.is_last
+        return self._exchanged(offer, decision, headers), decision.is_last
+
+    def _offer(self, draw: Draw, position: int) -> _Offer:
+        """Draws and completes a batch; a failure becomes a header, because the other ranks wait for one."""
+        try:
+            batch, is_last = draw()
+        except StopIteration:
+            return _Offer(Header(Status.END, position))
+        except Exception as error:
+            return _Offer.failed(error, position)
+        try:
+            whole = complete(batch, self.layout)
+            side = b"" if self.same_batch else encode_side(whole)
+            header = Header(
+                Status.OK, position, is_last, whole.checksum(), side_bytes=len(side), entries=entries_of(whole)
+            )
+        except Exception as error:
+            return _Offer.failed(error, position)
+        return _Offer(header, keys_text(whole, with_shapes=self.same_batch), whole, side)
+
+    def _exchanged(self, offer: _Offer, decision: Decision, headers: list[Header]) -> list[dict[str, Any]]:
+        ...

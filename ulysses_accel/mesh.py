@@ -1,0 +1,158 @@
+"""The only creator of process groups: axes, joint axes and each rank's place among them.
+
+Axis names and order are accelerate's. `sp` is the Ulysses degree, `cp` the ring degree; the ranks of the joint axis
+`sequence` (cp × sp) process one batch together. Parameters shard over `dp_shard_cp` (dp_shard × cp × sp).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ulysses_accel.errors import MeshError
+
+AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
+JOINT_AXES = {
+    "dp": ("dp_replicate", "dp_shard"),
+    "dp_shard_cp": ("dp_shard", "cp", "sp"),
+    "dp_cp": ("dp_replicate", "dp_shard", "cp", "sp"),
+    "sequence": ("cp", "sp"),
+}
+
+
+def active_axes(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the axes that the mesh has: `sp` always, so that it can be asked for, and every axis above size 1."""
+    return tuple(axis for axis in AXES if axis == "sp" or sizes.get(axis, 1) > 1)
+
+
+def joint_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Returns the joint axes that the mesh has, each with the axes it flattens; empty ones are left out."""
+    active = active_axes(sizes)
+    joints = {name: tuple(axis for axis in axes if axis in active) for name, axes in JOINT_AXES.items()}
+    return {name: axes for name, axes in joints.items() if axes}
+
+
+def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
+    """Builds the device mesh with its joint axes; every rank must call it.
+
+    Args:
+        sizes: ranks along each axis of `AXES`; absent axes have 1.
+        device_type: torch's name of the device, `cuda` or `cpu`.
+
+    Returns:
+        A mesh whose axes are `active_axes(sizes)`, with `joint_axes(sizes)` flattened.
+
+    Raises:
+        MeshError: the product of the sizes is not the number of processes.
+    """
+    world_size = dist.get_world_size()
+    product = math.prod(sizes.get(axis, 1) for axis in AXES)
+    if product != world_size:
+        factors = " × ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
+        raise MeshError(
+            f"the mesh {factors} has {product} ranks, but {world_size} processes were launched. "
+            f"Change the sizes so that their product is {world_size}, or launch {product} processes."
+        )
+    active = active_axes(sizes)
+    mesh = init_device_mesh(
+        device_type,
+        tuple(sizes.get(axis, 1) for axis in active),
+        mesh_dim_names=active,
+        backend_override=_backend_override(),
+    )
+    for name, axes in joint_axes(sizes).items():
+        mesh[axes]._flatten(name)
+    return mesh
+
+
+def _backend_override() -> dict[int | str, str] | None:
+    """Names gloo by its device on the `sp` axis.
+
+    torch's own differentiable all-gather takes a scatter path on groups called "gloo" that only works where global
+    rank 0 is a member; under the name "cpu:gloo" it takes the all-to-all path, which works on every group.
+    """
+    return {"sp": "cpu:gloo"} if dist.get_backend() == "gloo" else None
+
+
+@dataclass(frozen=True)
+class SequenceGroups:
+    """One rank's place: the group that shares its batch, and its data parallel coordinates.
+
+    Args:
+        mesh: the mesh that the groups belong to.
+        group: the ranks of the joint axis `sequence`, which hold one batch's shards in rank order.
+        cpu_group: the same ranks on gloo, for agreements about the batch that must not wait for the device.
+        world_group: all ranks that a loss over the whole global batch is summed over (every axis but tp).
+        size: ranks P in `group`.
+        rank: this rank's place in `group`.
+        data_parallel_size: how many different batches the mesh processes at once.
+        data_parallel_rank: which of them this rank helps with.
+    """
+
+    mesh: DeviceMesh
+    group: ProcessGroup
+    cpu_group: ProcessGroup
+    world_group: ProcessGroup
+    size: int
+    rank: int
+    data_parallel_size: int
+    data_parallel_rank: int
+
+
+def sequence_groups(mesh: DeviceMesh) -> SequenceGroups:
+    """Returns this rank's groups in a mesh from `build_mesh`; every rank must call it, once for each mesh."""
+    sequence = mesh["sequence"]
+    group = sequence.get_group()
+    names = mesh.mesh_dim_names or ()
+    data_axes = [axis for axis in ("dp_replicate", "dp_shard") if axis in names]
+    data_rank, data_size = 0, 1
+    for axis in data_axes:
+        data_rank = data_rank * mesh[axis].size() + mesh[axis].get_local_rank()
+        data_size *= mesh[axis].size()
+    return SequenceGroups(
+        mesh=mesh,
+        group=group,
+        cpu_group=_cpu_group(mesh, group),
+        world_group=mesh["dp_cp"].get_group(),
+        size=sequence.size(),
+        rank=sequence.get_local_rank(),
+        data_parallel_size=data_size,
+        data_parallel_rank=data_rank,
+    )
+
+
+def _cpu_group(mesh: DeviceMesh, group: ProcessGroup) -> ProcessGroup:
+    """Returns `group` itself on the CPU, and otherwise a gloo group of the same ranks."""
+    if mesh.device_type == "cpu":
+        return group
+    members = dist.get_process_group_ranks(group)
+    gathered: list[list[int]] = _all_groups(mesh, len(members))
+    own, _ = dist.new_subgroups_by_enumeration(gathered, backend="gloo")
+    return own
+
+
+def _all_groups(mesh: DeviceMesh, size: int) -> list[list[int]]:
+    """Returns the ranks of every sequence group of the mesh, in an order that all ranks share."""
+    names = list(mesh.mesh_dim_names or ())
+    axes = [names.index(axis) for axis in JOINT_AXES["sequence"] if axis in names]
+    others = [index for index in range(len(names)) if index not in axes]
+    table = mesh.mesh.permute(*others, *axes).reshape(-1, size)
+    return [[int(rank) for rank in row] for row in table]
+
+
+def legal_factorizations(world_size: int, divisors_of_sp: int | None = None) -> list[tuple[int, int]]:
+    """Returns the (data parallel, sequence parallel) sizes whose product is `world_size`.
+
+    Args:
+        world_size: number of processes.
+        divisors_of_sp: when given, only sequence parallel sizes that divide it, such as the number of heads.
+    """
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    if divisors_of_sp is not None:
+        sizes = [size for size in sizes if divisors_of_sp % size == 0]
+    return [(world_size // size, size) for size in sizes]
