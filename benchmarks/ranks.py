@@ -43,7 +43,7 @@ def run_ranks(work: Work, world_size: int, options: dict[str, Any], *, timeout: 
         for process in ranks:
             process.start()
         _wait(ranks, time.monotonic() + timeout)
-        return [_read(Path(folder), rank, process) for rank, process in enumerate(ranks)]
+        return _collect(Path(folder), ranks)
 
 
 def _rank_main(
@@ -61,7 +61,11 @@ def _rank_main(
         result = work(rank, world_size, options)
     except BaseException as error:
         failed = True
-        result = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        result = {
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(),
+            "at": time.monotonic(),
+        }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
     # Peers leave threads and atexit hooks behind; the result is on disk, so nothing is left to wait for.
     os._exit(1 if failed else 0)
@@ -105,12 +109,16 @@ def _wait(ranks: list[BaseProcess], deadline: float) -> None:
         process.join()
 
 
-def _read(folder: Path, rank: int, process: BaseProcess) -> dict[str, Any]:
-    path = folder / f"{rank}.json"
-    if not path.exists():
+def _collect(folder: Path, ranks: list[BaseProcess]) -> list[dict[str, Any]]:
+    """All results by rank; of several failures the earliest is raised, the others are its echo."""
+    results: list[dict[str, Any]] = []
+    for rank, process in enumerate(ranks):
+        path = folder / f"{rank}.json"
         log = (folder / f"{rank}.log").read_text(errors="replace")[-2000:]
-        raise RanksFailedError(f"{log}\nrank {rank} left no result (exit code {process.exitcode})")
-    result: dict[str, Any] = json.loads(path.read_text())
-    if "error" in result:
-        raise RanksFailedError(f"rank {rank}: {result['traceback']}")
-    return result
+        lost = {"error": "lost", "traceback": f"{log}\nno result (exit code {process.exitcode})", "at": 0.0}
+        results.append(json.loads(path.read_text()) if path.exists() else lost)
+    failed = [(result["at"], rank) for rank, result in enumerate(results) if "error" in result]
+    if failed:
+        _, rank = min(failed)
+        raise RanksFailedError(f"rank {rank}: {results[rank]['traceback']}")
+    return results

@@ -1,1 +1,47 @@
+"""Train Hugging Face transformers on sequences too long for one device, through a stock `accelerate.Accelerator`.
 
+Names are loaded when they are first used: importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "ParallelismConfig": "ulysses_accel.config",
+    "DeepSpeedSequenceParallelConfig": "ulysses_accel.config",
+    "UlyssesSPDataLoaderAdapter": "ulysses_accel.dataloader",
+    "ulysses_attention": "ulysses_accel.attention",
+    "aggregate_loss": "ulysses_accel.loss",
+    "count_items": "ulysses_accel.loss",
+    "all_gather": "ulysses_accel.collectives",
+    "SequenceDescription": "ulysses_accel.sequence",
+    "skip_first_batches": "ulysses_accel.dataloader",
+    "UlyssesAccelError": "ulysses_accel.errors",
+}
+
+__all__ = [
+    "ParallelismConfig",
+    "DeepSpeedSequenceParallelConfig",
+    "UlyssesSPDataLoaderAdapter",
+    "ulysses_attention",
+    "aggregate_loss",
+    "count_items",
+    "all_gather",
+    "SequenceDescription",
+    "skip_first_batches",
+    "UlyssesAccelError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'ulysses_accel' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

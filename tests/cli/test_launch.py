@@ -260,7 +260,15 @@ def test_wrong_flags_start_nothing(argv: list[str], message: str) -> None:
 
 def test_files_that_accelerate_cannot_use(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
-    for text in ("parallelism_config:\n  sp_size: 2\n", "distributed_type: TELEPATHY\n", "distributed_type: XLA\n"):
+    sagemaker = (
+        "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\nec2_instance_type: x\niam_role_name: y\n"
+    )
+    for text in (
+        sagemaker,
+        "parallelism_config:\n  sp_size: 2\n",
+        "distributed_type: TELEPATHY\n",
+        "distributed_type: XLA\n",
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"x\.yaml"):
             plan_launch(["--config_file", str(file), "train.py"])

@@ -59,8 +59,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tens
     )
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-    """Runs attention with all scores in memory, for tests and small models; shapes as in `sdpa`."""
+def eager(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, mask: Tensor | None = None) -> Tensor:
+    """Runs attention with all scores in memory, for tests and small models; shapes as in `sdpa`, mask additive."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = call.scale if call.scale is not None else 1.0 / math.sqrt(query.shape[-1])
@@ -71,6 +71,8 @@ def eager(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Ten
         length = query.shape[2]
         later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
+    if mask is not None:
+        scores = scores + mask[..., : key.shape[2]]
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype)
     return torch.matmul(F.dropout(weights, call.dropout), value)
 

@@ -211,6 +211,8 @@ def _choose_engine(arguments: argparse.Namespace, file: Any) -> Engine:
 
 def _engine_of_file(path: str | None, file: Any) -> str:
     kind = "NO" if file is None else str(getattr(file.distributed_type, "value", file.distributed_type))
+    if "AMAZON" in str(getattr(file, "compute_environment", "")):
+        kind = "SageMaker"
     if kind != "NO" and kind not in ("DEEPSPEED", "FSDP") and not kind.startswith("MULTI_"):
         raise ConfigError(
             f"distributed_type={kind} ({path}) can't be started by `ulysses-accel launch`. {_OTHER_LAUNCHERS}"

@@ -148,11 +148,12 @@ class WholeBatch:
         return {**self.shard(rank), **self.extras, DESCRIPTION_KEY: self.description}
 
     def checksum(self) -> int:
-        """Returns crc32 of the integer sequence tensors, which are the same bits wherever the same batch was drawn."""
+        """Returns crc32 of the tokens and all integer sequence tensors, which tells whether two ranks drew the same."""
         value = 0
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
-            if self.dims[name] is not None and not tensor.is_floating_point() and not tensor.is_complex():
+            exact = not tensor.is_floating_point() and not tensor.is_complex()
+            if self.dims[name] is not None and (exact or (name == "inputs_embeds" and "input_ids" not in self.tensors)):
                 value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
         return value
 
@@ -251,7 +252,12 @@ def _positions(given: Tensor | None, rows: Any, marked: bool, length: int, devic
         whole = tuple(((0, length),) for _ in rows)
         return restarting_positions(rows if marked else whole, length, device)
     planes = given.shape[:-2]
-    if given.ndim < 1 or given.ndim > 3 or given.shape[-1] != length or given.shape[-2:-1] not in ((), (1,), (len(rows),)):
+    if (
+        given.ndim < 1
+        or given.ndim > 3
+        or given.shape[-1] != length
+        or given.shape[-2:-1] not in ((), (1,), (len(rows),))
+    ):
         raise BatchError(
             f"'position_ids' has shape {list(given.shape)}, but the batch's sequence is [{len(rows)}, {length}]. "
             "Give [batch, sequence] or, for several position planes, [planes, batch, sequence]; or leave them out."

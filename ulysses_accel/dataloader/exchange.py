@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,12 @@ def encode_side(whole: WholeBatch) -> bytes:
     for name, value in whole.extras.items():
         _check_plain(name, value)
     description = whole.description
-    side = {"length": description.sequence_length, "rows": description.rows, "extras": whole.extras}
+    side = {
+        "keys": sorted(whole.tensors, key=key_code),
+        "length": description.sequence_length,
+        "rows": description.rows,
+        "extras": whole.extras,
+    }
     return json.dumps(side, separators=(",", ":")).encode()
 
 
@@ -77,8 +82,6 @@ def exchange(
     whole: WholeBatch | None,
     side: bytes,
     headers: Sequence[Header],
-    names: Mapping[int, str],
-    rank: int,
     group: dist.ProcessGroup | None,
 ) -> list[dict[str, Any] | None]:
     """Returns this rank's part of every rank's batch, on the host, in rank order.
@@ -87,8 +90,6 @@ def exchange(
         whole: this rank's batch, None when it has none to give.
         side: its description and non-tensors, from `encode_side`.
         headers: of all ranks.
-        names: each key code's name.
-        rank: of this process in the group.
         group: the ranks; None for this process alone.
 
     Returns:
@@ -98,9 +99,7 @@ def exchange(
     outgoing = [_pack(whole, side, other) if whole is not None else _EMPTY for other in range(parts)]
     sizes = [_incoming_bytes(header, parts) for header in headers]
     incoming = _all_to_all(outgoing, sizes, group)
-    return [
-        _unpack(data, header, names, parts) if header.entries else None for data, header in zip(incoming, headers)
-    ]
+    return [_unpack(data, header, parts) if header.entries else None for data, header in zip(incoming, headers)]
 
 
 _EMPTY = torch.empty(0, dtype=torch.uint8)
@@ -130,19 +129,19 @@ def _all_to_all(outgoing: Sequence[Tensor], sizes: Sequence[int], group: dist.Pr
     received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     sent = torch.cat(list(outgoing)).to(device)
     dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in outgoing], group=group)
-    return list(received.cpu().split(list(sizes)))
+    return list(torch.split(received.cpu(), list(sizes)))
 
 
-def _unpack(data: Tensor, header: Header, names: Mapping[int, str], parts: int) -> dict[str, Any]:
+def _unpack(data: Tensor, header: Header, parts: int) -> dict[str, Any]:
+    side = json.loads(bytes(data[data.numel() - header.side_bytes :].tolist()))
     batch: dict[str, Any] = {}
     start = 0
-    for entry in header.entries:
+    for name, entry in zip(side["keys"], header.entries):
         shape = _local_shape(entry, parts)
         stop = start + math.prod(shape) * entry.dtype.itemsize
         # A copy, because a view of another dtype must start at a multiple of its size.
-        batch[names[entry.key]] = data[start:stop].clone().view(entry.dtype).reshape(shape)
+        batch[name] = data[start:stop].clone().view(entry.dtype).reshape(shape)
         start = stop
-    side = json.loads(bytes(data[start:].tolist()))
     rows = tuple(tuple((first, last) for first, last in row) for row in side["rows"])
     batch.update(side["extras"])
     batch[DESCRIPTION_KEY] = SequenceDescription(side["length"], parts, rows)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ulysses_accel.consensus import describe_error
 from ulysses_accel.dataloader.collate import BatchLayout, WholeBatch, complete
 from ulysses_accel.dataloader.exchange import encode_side, entries_of, exchange, keys_text
-from ulysses_accel.dataloader.header import Decision, Header, Status, agree_on_batch, key_code
+from ulysses_accel.dataloader.header import Header, Status, agree_on_batch
 from ulysses_accel.errors import BatchError
 
 Draw = Callable[[], tuple[Any, bool]]
@@ -68,7 +69,7 @@ class Refiller:
         if self.same_batch:
             assert offer.whole is not None
             return [offer.whole.local_batch(self.rank)], decision.is_last
-        return self._exchanged(offer, decision, headers), decision.is_last
+        return self._exchanged(offer, headers), decision.is_last
 
     def _offer(self, draw: Draw, position: int) -> _Offer:
         """Draws and completes a batch; a failure becomes a header, because the other ranks wait for one."""
@@ -88,5 +89,33 @@ class Refiller:
             return _Offer.failed(error, position)
         return _Offer(header, keys_text(whole, with_shapes=self.same_batch), whole, side)
 
-    def _exchanged(self, offer: _Offer, decision: Decision, headers: list[Header]) -> list[dict[str, Any]]:
-        ...
+    def _exchanged(self, offer: _Offer, headers: list[Header]) -> list[dict[str, Any]]:
+        received = exchange(offer.whole, offer.side, headers, self.group)
+        template = next(batch for batch in received if batch is not None)
+        if any(batch is None for batch in received) and "shift_labels" not in template:
+            # All ranks are here: which ranks are out of data, and the keys, were agreed on.
+            raise BatchError(
+                "on_uneven='pad' fills the missing batches with ignored labels, but these batches have no labels. "
+                "Use on_uneven='drop', or give every rank the same number of batches."
+            )
+        return [batch if batch is not None else self._filler(template) for batch in received]
+
+    def _filler(self, template: dict[str, Any]) -> dict[str, Any]:
+        """A micro-step of the template's shape that counts no label."""
+        labels = template["shift_labels"]
+        return {**template, "shift_labels": torch.full_like(labels, self.layout.ignore_index)}
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What this rank brings to a refill."""
+
+    header: Header
+    text: str = ""
+    whole: WholeBatch | None = None
+    side: bytes = b""
+    error: Exception | None = None
+
+    @staticmethod
+    def failed(error: Exception, position: int) -> _Offer:
+        return _Offer(Header(Status.ERROR, position), describe_error(error), error=error)

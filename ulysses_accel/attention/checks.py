@@ -1,0 +1,135 @@
+"""Finds what in a model can't be computed exactly on a sharded sequence, before anything is changed.
+
+By structure and configuration values, not by a list of model names. Each finding says what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from ulysses_accel.attention.ulysses import legal_sizes
+from ulysses_accel.errors import UnsupportedModelError
+
+_WHOLE_SEQUENCE_ROPE = ("dynamic", "longrope")
+
+
+def transformers_model(model: nn.Module) -> nn.Module:
+    """Returns the transformers model inside of `model` (itself, or wrapped by an adapter library).
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal") and hasattr(
+            module, "_can_set_attn_implementation"
+        ):
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} holds no transformers model, so its attention can't be sharded over the sequence. "
+        f"Call ulysses_accel.ulysses_attention in its attention layers, or use sp_size=1."
+    )
+
+
+def check_model(model: nn.Module, sp_size: int, core: str, sp_source: str = "sp_size") -> None:
+    """Refuses a model that has a part which Ulysses attention would not compute exactly.
+
+    Args:
+        model: a transformers model, or a module that holds one.
+        sp_size: ranks that share each sequence.
+        core: transformers' name of the core attention.
+        sp_source: where `sp_size` came from, for the message.
+
+    Raises:
+        UnsupportedModelError: with every finding and its remedy.
+    """
+    inner = transformers_model(model)
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    checks: tuple[Callable[[Any, Any, int, str], Iterator[str]], ...] = (_routing, _layers, _numbers, _heads)
+    findings = [finding for check in checks for finding in check(inner, config, sp_size, core)]
+    if findings:
+        listed = "\n".join(f"- {finding}" for finding in findings)
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} can't be trained exactly with sp_size={sp_size} (from {sp_source}):\n{listed}"
+        )
+
+
+def _routing(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    if not model._can_set_attn_implementation():
+        yield (
+            "its layers do not call attention through transformers' AttentionInterface, so it can't be replaced. "
+            "Use a model that does."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        yield "it is an encoder-decoder; cross-attention over shards is not computed. Use a decoder-only model."
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is not None and loss_type != "ForCausalLM":
+        yield f"its loss is {loss_type}; only causal language modelling is aggregated over shards. Use sp_size=1."
+    parameters = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in parameters:
+        yield "its forward takes no position_ids, so a shard would start at position 0. Use a model that takes them."
+    if loss_type is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        yield "its forward takes no further keyword arguments, so shift_labels can't reach its loss."
+
+
+def _layers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    types = getattr(config, "layer_types", None)
+    if types:
+        for kind in sorted(set(types) - {"full_attention", "attention"}):
+            count = sum(1 for layer in types if layer == kind)
+            yield f"{count} of its {len(types)} layers are {kind}; only full attention is sharded. Use sp_size=1."
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        yield (
+            f"it attends within a sliding window (sliding_window={config.sliding_window}). Set sliding_window=None to "
+            f"train it with full attention, or use sp_size=1."
+        )
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "sinks", None), nn.Parameter):
+            yield f"{name} has learned attention sinks, which are not dealt with the heads. Use sp_size=1."
+            break
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+        yield "its positions are ALiBi biases, which are not dealt with the heads. Use sp_size=1."
+
+
+def _numbers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    for rope_type in sorted(_rope_types(config) & set(_WHOLE_SEQUENCE_ROPE)):
+        yield (
+            f"its rotary positions are scaled by the longest position of the whole sequence (rope_type={rope_type}), "
+            f"which a shard does not know. Use a fixed scaling such as yarn or linear."
+        )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and core == "sdpa":
+        yield (
+            f"its scores are capped (attn_logit_softcapping={softcap}), which sdpa can't compute. "
+            f"Use sp_attn_implementation='flash_attention_2'."
+        )
+    if getattr(config, "output_router_logits", False):
+        yield (
+            "its router loss is a statistic of the whole sequence (output_router_logits=True), which a shard does not "
+            "know. Set output_router_logits=False."
+        )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Returns every rope type that a config names, whether it has one set of parameters or one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(entry.get("rope_type", entry.get("type"))) for entry in [parameters, *nested]}
+
+
+def _heads(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    # The tensors have the last word in the forward; what the config says is only used to refuse early.
+    num_heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(num_heads, int):
+        return
+    num_key_value = getattr(config, "num_key_value_heads", None)
+    num_key_value = num_key_value if isinstance(num_key_value, int) else num_heads
+    legal = legal_sizes(num_heads, num_key_value)
+    if sp_size not in legal:
+        yield (
+            f"sp_size={sp_size} does not fit num_attention_heads={num_heads} with "
+            f"num_key_value_heads={num_key_value}. Use {', '.join(map(str, legal))}."
+        )

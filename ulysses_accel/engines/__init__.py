@@ -1,0 +1,1 @@
+"""Where the package meets the libraries that drive training."""

@@ -1,0 +1,182 @@
+"""The attach point: makes one stock `accelerate.Accelerator` train on sharded sequences.
+
+`Accelerator.__init__` hands itself to our `ParallelismConfig`; from then on that instance's `prepare`, data loaders and
+schedulers know about sequence groups. No class and no module is patched, and `Attachment.uninstall` restores all.
+Every engine averages gradients over all ranks (DDP, FSDP2, and DeepSpeed without an mpu), which is all that the loss
+relies on; so stock code sees no sequence parallelism, and can't scale or wrap a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ulysses_accel.attention import check_model
+from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.engines.forward import ShardedForward, shard_forward
+from ulysses_accel.engines.loaders import prepare_loader, register_loader_state
+from ulysses_accel.engines.scheduler import sequence_schedulers, stretch_dummy_scheduler
+from ulysses_accel.engines.state import repair_state, start_process_group, wants_fsdp
+from ulysses_accel.errors import ConfigError
+from ulysses_accel.mesh import SequenceGroups, sequence_groups
+from ulysses_accel.mesh import build_mesh as build_axes
+
+_WRAPPED = ("prepare", "prepare_model", "prepare_data_loader", "prepare_scheduler", "skip_first_batches")
+
+
+def build_mesh(config: ParallelismConfig, device_type: str) -> Any:
+    """Builds the mesh of a config over all processes that were launched; `ParallelismConfig.build_device_mesh`.
+
+    Args:
+        config: sizes of the axes; a data parallel size that nobody set is derived from the number of processes.
+        device_type: `cpu`, `cuda`, ...
+
+    Returns:
+        The device mesh, or None for one process.
+
+    Raises:
+        MeshError: the sizes do not fit the number of processes.
+    """
+    start_process_group(device_type)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    config.fit_world_size(world_size, axis="dp_shard" if wants_fsdp() else "dp_replicate")
+    return build_axes(config.sizes, device_type) if world_size > 1 else None
+
+
+def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
+    """Attaches a config to the accelerator that was built with it; `ParallelismConfig._validate_accelerator`.
+
+    Args:
+        config: the accelerator's config, whose mesh is built.
+        accelerator: the `accelerate.Accelerator` instance.
+
+    Returns:
+        The attachment, or None where no sequence is shared between ranks.
+
+    Raises:
+        ConfigError: a size that no engine computes yet.
+    """
+    repair_state(accelerator)
+    if config.cp_size > 1:
+        raise ConfigError(
+            f"cp_size={config.cp_size} ({config.source_of('cp_size')}): ring attention is not computed yet. "
+            f"Use cp_size=1 and sp_size={config.sp_size * config.cp_size}."
+        )
+    if config.tp_size > 1 and config.sp_size > 1:
+        raise ConfigError(
+            f"tp_size={config.tp_size} ({config.source_of('tp_size')}) beside sp_size={config.sp_size}: tensor "
+            f"parallelism is not combined with sequence parallelism yet. Use tp_size=1."
+        )
+    if config.sequence_parallel_size == 1:
+        return None
+    return Attachment(config, accelerator, sequence_groups(config.get_device_mesh()))
+
+
+class Attachment:
+    """One accelerator's share in sequence parallelism, and the way to undo it.
+
+    Args:
+        config: the accelerator's config.
+        accelerator: the instance whose methods are wrapped.
+        groups: this rank's place in the mesh.
+    """
+
+    def __init__(self, config: ParallelismConfig, accelerator: Any, groups: SequenceGroups) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.groups = groups
+        self.forwards: list[tuple[nn.Module, ShardedForward]] = []
+        self._stock = {name: getattr(accelerator, name) for name in _WRAPPED}
+        for name in _WRAPPED:
+            setattr(accelerator, name, getattr(self, name))
+        accelerator.sequence_parallel = self
+
+    def uninstall(self) -> None:
+        """Restores the accelerator's own methods and every model that was prepared."""
+        for _, forward in self.forwards:
+            forward.uninstall()
+        self.forwards.clear()
+        for name in _WRAPPED:
+            delattr(self.accelerator, name)
+        del self.accelerator.sequence_parallel
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """Stands in for `Accelerator.prepare`: models, optimizers, loaders, schedulers, in any order and any calls."""
+        for obj in args:
+            if isinstance(obj, nn.Module):
+                self._shard_model(obj)
+            stretch_dummy_scheduler(obj, self.groups.size)
+        register_loader_state(self.accelerator)
+        with self._as_data_parallel(bool(any(isinstance(obj, DataLoader) for obj in args))):
+            result = self._stock["prepare"](*args, device_placement=device_placement)
+        if len(args) > 1:
+            return sequence_schedulers(self.accelerator, tuple(result), self.groups.data_parallel_size)
+        return sequence_schedulers(self.accelerator, (result,), self.groups.data_parallel_size)[0]
+
+    def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Stands in for `Accelerator.prepare_model`."""
+        self._shard_model(model)
+        with self._as_data_parallel(True):
+            prepared: nn.Module = self._stock["prepare_model"](model, *args, **kwargs)
+        return prepared
+
+    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
+        """Stands in for `Accelerator.prepare_data_loader`: sharded over data parallel ranks, then over the sequence."""
+        return prepare_loader(self.accelerator, data_loader, self.config, self.groups, device_placement)
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """Stands in for `Accelerator.prepare_scheduler`: steps once for each batch of the optimizer step."""
+        prepared = self._stock["prepare_scheduler"](scheduler)
+        return sequence_schedulers(self.accelerator, (prepared,), self.groups.data_parallel_size)[0]
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """Stands in for `Accelerator.skip_first_batches`; the loader that it returns stays sharded."""
+        if hasattr(dataloader, "skip_first_batches"):
+            return dataloader.skip_first_batches(num_batches)
+        return self._stock["skip_first_batches"](dataloader, num_batches)
+
+    def _shard_model(self, model: nn.Module) -> None:
+        """Installs the sharded forward into a model, once."""
+        if any(known is model or model in known.modules() for known, _ in self.forwards):
+            return
+        if getattr(model, "_is_accelerate_prepared", False):
+            return
+        core = self.config.sp_handler.sp_attn_implementation
+        check_model(model, self.config.sp_size, core, str(self.config.source_of("sp_size")))
+        forward = shard_forward(
+            model,
+            self.groups.group,
+            self.groups.world_group,
+            core,
+            lambda: int(self.accelerator.gradient_accumulation_steps),
+        )
+        self.forwards.append((model, forward))
+
+    @contextmanager
+    def _as_data_parallel(self, has_loader: bool) -> Iterator[None]:
+        """Lets stock code see plain data parallelism over all ranks while it wraps the model.
+
+        FSDP2 keeps the config, from which it takes the axes that parameters shard over.
+        """
+        state = self.accelerator.state
+        plugin = getattr(self.accelerator, "deepspeed_plugin", None) if _is_deepspeed(self.accelerator) else None
+        if plugin is not None and not has_loader and plugin.is_auto("train_micro_batch_size_per_gpu"):
+            # Stock code refuses a model without its loader; the number only serves DeepSpeed's own log lines.
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        if self.accelerator.is_fsdp2:
+            yield
+            return
+        config, state.parallelism_config = state.parallelism_config, None
+        try:
+            yield
+        finally:
+            state.parallelism_config = config
+
+
+def _is_deepspeed(accelerator: Any) -> bool:
+    return str(accelerator.distributed_type).endswith("DEEPSPEED")

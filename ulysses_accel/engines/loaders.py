@@ -1,0 +1,147 @@
+"""Prepares data loaders: sharded over data parallel ranks by accelerate, then over the sequence by the adapter.
+
+All ranks of a sequence group draw the same batch, so nothing but one agreement is exchanged, and `len` is true.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader as accelerate_loader
+from accelerate.utils.dataclasses import RNGType
+from torch.utils.data import RandomSampler
+
+from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter
+from ulysses_accel.errors import CheckpointError
+from ulysses_accel.mesh import SequenceGroups
+
+
+def prepare_loader(
+    accelerator: Any,
+    data_loader: Any,
+    config: ParallelismConfig,
+    groups: SequenceGroups,
+    device_placement: bool | None = None,
+) -> UlyssesSPDataLoaderAdapter:
+    """Returns the loader that yields this rank's shards; one that was prepared before is returned as it is.
+
+    Args:
+        accelerator: the attached accelerator, in whose list the loader is kept.
+        data_loader: a torch DataLoader over a map or iterable dataset.
+        config: fixed sequence length, if any.
+        groups: this rank's place in the mesh.
+        device_placement: whether batches go to the accelerator's device; its own setting when None.
+    """
+    if getattr(data_loader, "_is_accelerate_prepared", False):
+        if not any(known is data_loader for known in accelerator._dataloaders):
+            accelerator._dataloaders.append(data_loader)
+        return data_loader  # type: ignore[no-any-return]
+    placed = accelerator.device_placement if device_placement is None else device_placement
+    handler = config.sp_handler
+    adapter = UlyssesSPDataLoaderAdapter(
+        _data_parallel_loader(accelerator, data_loader, groups),
+        groups.rank,
+        groups.group,
+        groups.size,
+        accelerator.device if placed else None,
+        same_batch=True,
+        sequence_length=None if handler.sp_seq_length_is_variable else handler.sp_seq_length,
+        cpu_group=groups.cpu_group,
+    )
+    accelerator._dataloaders.append(adapter)
+    return adapter
+
+
+def _data_parallel_loader(accelerator: Any, data_loader: Any, groups: SequenceGroups) -> Any:
+    """Returns accelerate's loader for this rank's data parallel coordinate, with the same order on all ranks."""
+    _share_generator(accelerator, data_loader, groups)
+    loader = accelerate_loader(
+        data_loader,
+        accelerator.device,
+        num_processes=groups.data_parallel_size,
+        process_index=groups.data_parallel_rank,
+        split_batches=accelerator.split_batches,
+        # The adapter cuts the shard on the host and moves only that.
+        put_on_device=False,
+        rng_types=list(accelerator.rng_types or []),
+        # One rank that reads for all would have to send whole batches, as pickles.
+        dispatch_batches=False,
+        even_batches=accelerator.even_batches,
+        use_seedable_sampler=accelerator.use_seedable_sampler,
+        data_seed=accelerator.dataloader_config.data_seed,
+        non_blocking=accelerator.non_blocking,
+        use_stateful_dataloader=accelerator.use_stateful_dataloader,
+    )
+    generator = getattr(getattr(data_loader, "sampler", None), "generator", None)
+    if loader.synchronized_generator is None and isinstance(generator, torch.Generator):
+        # With one data parallel rank stock code leaves the order to each process.
+        loader.synchronized_generator = generator
+        loader.rng_types = [RNGType.GENERATOR]
+    return loader
+
+
+def _share_generator(accelerator: Any, data_loader: Any, groups: SequenceGroups) -> None:
+    """Gives a shuffling sampler without a generator one that starts from rank 0's seed on every rank."""
+    sampler = getattr(data_loader, "sampler", None)
+    if not isinstance(sampler, RandomSampler) or sampler.generator is not None:
+        return
+    seed = torch.empty((), dtype=torch.int64).random_().to(accelerator.device)
+    dist.broadcast(seed, src=0)
+    sampler.generator = torch.Generator()
+    sampler.generator.manual_seed(int(seed))
+
+
+def register_loader_state(accelerator: Any) -> None:
+    """Makes `save_state` and `load_state` keep each prepared loader's position, as JSON, exact to the micro-step.
+
+    Called by `prepare`, since the accelerator's hooks do not exist yet while it is constructed.
+    """
+    hooks = list(accelerator._save_model_state_pre_hook.values())
+    if any(getattr(hook, "__qualname__", "").startswith("_LoaderState.") for hook in hooks):
+        return
+    state = _LoaderState(accelerator)
+    accelerator.register_save_state_pre_hook(state.save)
+    accelerator.register_load_state_pre_hook(state.load)
+
+
+class _LoaderState:
+    """The positions of an accelerator's loaders, beside its other state; all ranks are at the same micro-step."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def _files(self, folder: str) -> list[tuple[Path, UlyssesSPDataLoaderAdapter]]:
+        loaders = [
+            loader for loader in self.accelerator._dataloaders if isinstance(loader, UlyssesSPDataLoaderAdapter)
+        ]
+        return [(Path(folder) / f"sequence_loader_{index}.json", loader) for index, loader in enumerate(loaders)]
+
+    def save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
+        """Writes one file for each loader; the main process does."""
+        for path, loader in self._files(output_dir):
+            state = loader.state_dict()
+            if self.accelerator.is_main_process:
+                path.write_text(json.dumps(state))
+
+    def load(self, models: list[Any], input_dir: str) -> None:
+        """Reads each loader's file.
+
+        Raises:
+            CheckpointError: a file is missing, or is not of this job.
+        """
+        for path, loader in self._files(input_dir):
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path.name} is missing in {input_dir}: the checkpoint was saved with fewer data loaders than the "
+                    f"{len(self._files(input_dir))} prepared now. Prepare the same loaders in the same order."
+                )
+            try:
+                state = json.loads(path.read_text())
+            except ValueError as error:
+                raise CheckpointError(f"{path.name} is not JSON ({error}). The checkpoint is damaged.") from None
+            loader.load_state_dict(state)
