@@ -36,6 +36,7 @@ Batch = dict[str, torch.Tensor]
 TOKENS, VOCABULARY = 2048, 512
 WARMUP_STEPS = 1
 TOLERANCE = 1e-4
+RATIOS = ("seconds_ratio_1", "seconds_ratio_2", "cpu_seconds_ratio_1")
 BASE = "DeepSpeed SP, ZeRO-{stage}"
 
 
@@ -213,15 +214,16 @@ def burst(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
     losses = [trainer.step()]
     result: dict[str, Any] = {"gradient_norm": float(trainer.gradient_norm())}
     losses += [trainer.step() for _ in range(WARMUP_STEPS - 1)]
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(options["steps"]):
         dist.barrier()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(trainer.step())
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     if options["count"]:
         result["counts"] = count_steps(trainer, world_size)
-    return result | {"seconds": seconds, "losses": losses}
+    return result | {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": losses}
 
 
 def count_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def count_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
 def run_world(world_size: int, rounds: int, steps: int, expected: dict[str, Any]) -> list[dict[str, Any]]:
     """All contenders at one number of ranks, alternating; counts come from the first round."""
     names = list(available())
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    clocks: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in names}
     rows: dict[str, dict[str, Any]] = {name: {"world_size": world_size, "implementation": name} for name in names}
     for turn, name in itertools.product(range(rounds), names):
         if "refused" in rows[name]:
@@ -253,9 +255,10 @@ def run_world(world_size: int, rounds: int, steps: int, expected: dict[str, Any]
         except RanksFailedError as error:
             rows[name]["refused"] = str(error).strip().splitlines()[-1]
             continue
-        seconds[name].append(statistics.median(max(times) for times in zip(*(rank["seconds"] for rank in ranks))))
+        for clock, value in fastest(ranks).items():
+            clocks[name][clock].append(value)
         rows[name] |= _verdict(ranks, expected)
-    return [rows[name] | _timing(seconds, name) for name in names]
+    return [rows[name] | _timing(clocks, name) for name in names]
 
 
 def _verdict(ranks: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[str, Any]:
@@ -272,15 +275,24 @@ def _verdict(ranks: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[
     return verdict
 
 
-def _timing(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
-    """Median step time and ratios to the peer on ZeRO-1 and ZeRO-2, each within a round."""
-    if not seconds[name]:
-        return {}
-    timing: dict[str, Any] = {"seconds": statistics.median(seconds[name]), "rounds": len(seconds[name])}
-    for stage in (1, 2):
-        base = seconds[BASE.format(stage=stage)]
-        if base:
-            timing[f"ratio_{stage}"] = statistics.median(mine / theirs for mine, theirs in zip(seconds[name], base))
+def fastest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The burst's fastest step, as other work on the machine only adds: wall time of its slowest rank, CPU of all."""
+    return {
+        "seconds": min(max(times) for times in zip(*(rank["seconds"] for rank in ranks))),
+        "cpu_seconds": min(sum(times) for times in zip(*(rank["cpu_seconds"] for rank in ranks))),
+    }
+
+
+def _timing(clocks: dict[str, dict[str, list[float]]], name: str) -> dict[str, Any]:
+    """Median over rounds of the step time, and of its ratios to the peer on ZeRO-1 and ZeRO-2 within a round."""
+    timing: dict[str, Any] = {"rounds": len(clocks[name]["seconds"])}
+    for clock, mine in clocks[name].items():
+        if mine:
+            timing[clock] = statistics.median(mine)
+        for stage in (1, 2):
+            ratios = [m / theirs for m, theirs in zip(mine, clocks[BASE.format(stage=stage)][clock])]
+            if ratios:
+                timing[f"{clock}_ratio_{stage}"] = statistics.median(ratios)
     return timing
 
 
@@ -296,6 +308,7 @@ HEADINGS = (
     "step (ms)",
     "time / DeepSpeed Z1",
     "time / DeepSpeed Z2",
+    "CPU / DeepSpeed Z1",
 )
 
 
@@ -303,7 +316,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table, in the order of `HEADINGS`."""
     head = [str(row["world_size"]), row["implementation"]]
     if "refused" in row:
-        return [*head, f"failed: {report.shorten(row['refused'])}", *[""] * 8]
+        return [*head, f"failed: {report.shorten(row['refused'])}", *[""] * 9]
     mebi = 2.0**-20
     error, ratio = row["loss_errors"][0], row["gradient_ratio"]
     return [
@@ -313,7 +326,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         report.verdict(f"{error:.1e}", error <= TOLERANCE),
         report.verdict(f"{ratio:.4f}", abs(ratio - 1) <= TOLERANCE),
         report.number(row["seconds"], 1e3, 0),
-        *(report.number(row.get(f"ratio_{stage}"), 1, 2) for stage in (1, 2)),
+        *(report.number(row.get(key), 1, 2) for key in RATIOS),
     ]
 
 
@@ -321,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write it to `results/` and to the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per burst")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per burst")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(arguments)
@@ -329,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contenders.preload()
     single = run_ranks(burst, 1, {"steps": options.steps, "count": True}, timeout=120)
     rows = [{"world_size": 1, "implementation": "one process", **_verdict(single, single[0])}]
-    rows[0]["seconds"] = statistics.median(single[0]["seconds"])
+    rows[0] |= fastest(single)
     for world_size in options.ranks:
         rows += run_world(world_size, options.rounds, options.steps, single[0])
     report.publish("step", HEADINGS, [cells(row) for row in rows], rows, write=not options.no_write)

@@ -50,7 +50,9 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
-        pids = {rank: _fork(function, rank, world_size, port, Path(folder), args, init, env) for rank in range(world_size)}
+        pids = {
+            rank: _fork(function, rank, world_size, port, Path(folder), args, init, env) for rank in range(world_size)
+        }
         codes = _wait(pids, timeout)
         reports = [_report(Path(folder), rank, codes[rank]) for rank in range(world_size)]
         if any(codes.values()):

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from ulysses_accel.errors import ShapeError
 
 
 @torch.library.custom_op("ulysses_accel::all_to_all", mutates_args=())
 def _all_to_all_op(send: Tensor, send_sizes: list[int], receive_sizes: list[int], group_name: str) -> Tensor:
-    group = _resolve_process_group(group_name)
+    # A custom op takes no process group as argument; torch keeps them all by name.
+    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
     received = send.new_empty((sum(receive_sizes), *send.shape[1:]))
     # The sizes are left out where all are equal: the even exchange is the cheaper call on every backend.
     even = len(set(send_sizes)) == 1 and send_sizes == receive_sizes
@@ -99,7 +99,7 @@ class _AllGather(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _reduce_scatter(grad, ctx.group), None
 
 
@@ -110,7 +110,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _reduce_scatter(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gathered = grad.new_empty((ctx.group.size() * grad.shape[0], *grad.shape[1:]))
         dist.all_gather_into_tensor(gathered, grad.contiguous(), group=ctx.group)
         return gathered, None
@@ -123,7 +123,7 @@ class _AllReduce(torch.autograd.Function):
         return _all_reduce(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(grad, ctx.group), None
 
 
@@ -186,5 +186,5 @@ def all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _apply(function: type[torch.autograd.Function], tensor: Tensor, group: ProcessGroup) -> Tensor:
-    result: Tensor = function.apply(tensor, group)  # type: ignore[no-untyped-call]
+    result: Tensor = function.apply(tensor, group)
     return result

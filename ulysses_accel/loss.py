@@ -36,7 +36,7 @@ class _TokenMean(torch.autograd.Function):
         return (totals[0] / total_weight).to(loss.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (share,) = ctx.saved_tensors
         return (grad * share).to(ctx.dtype), None, None
 
@@ -52,7 +52,7 @@ class _SumOfShares(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.size, None
 
 
@@ -89,9 +89,7 @@ def aggregate_loss(
     return mean
 
 
-def count_items(
-    batches: Iterable[dict[str, Any]], group: ProcessGroup, *, ignore_index: int = IGNORE_INDEX
-) -> Tensor:
+def count_items(batches: Iterable[dict[str, Any]], group: ProcessGroup, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Returns the counted tokens of several sharded micro-batches over all ranks of `group`, for token-exact
     accumulation: pass it to every forward of the step as `num_items_in_batch`.
 

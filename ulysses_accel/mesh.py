@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -70,7 +71,7 @@ def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
     return mesh
 
 
-def _backend_override() -> dict[int | str, str] | None:
+def _backend_override() -> dict[int | str, Any] | None:
     """Names gloo by its device on the `sp` axis.
 
     torch's own differentiable all-gather takes a scatter path on groups called "gloo" that only works where global
@@ -131,8 +132,8 @@ def _cpu_group(mesh: DeviceMesh, group: ProcessGroup) -> ProcessGroup:
     if mesh.device_type == "cpu":
         return group
     members = dist.get_process_group_ranks(group)
-    gathered: list[list[int]] = _all_groups(mesh, len(members))
-    own, _ = dist.new_subgroups_by_enumeration(gathered, backend="gloo")
+    own: ProcessGroup
+    own, _ = dist.new_subgroups_by_enumeration(_all_groups(mesh, len(members)), backend="gloo")
     return own
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -204,12 +205,12 @@ def documents_from_lengths(cu_seq_lens: Sequence[int], length: int) -> tuple[Seg
         BatchError: the lengths do not start at 0, go down, or pass the end of the row.
     """
     bounds = [int(bound) for bound in cu_seq_lens]
-    if not bounds or bounds[0] != 0 or bounds[-1] > length or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if not bounds or bounds[0] != 0 or bounds[-1] > length or any(a > b for a, b in pairwise(bounds)):
         raise BatchError(
             f"cumulative document lengths {bounds[:8]}{'...' if len(bounds) > 8 else ''} do not fit a row of {length} "
             f"tokens. They must start at 0, never go down, and end at {length} at most."
         )
-    return tuple((a, b) for a, b in zip(bounds, bounds[1:]) if b > a)
+    return tuple((a, b) for a, b in pairwise(bounds) if b > a)
 
 
 def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX) -> Tensor:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from data import collate, load_documents, make_rows, split_documents
 from job import Job
@@ -71,7 +71,7 @@ def train_epoch(args: Any, job: Job, model: Any, optimizer: Any, loader: Any, sc
     job.started = time.perf_counter()
     loader.set_epoch(job.state["epoch"])
     num_done = job.state["batch"]
-    for batch in skip_first_batches(loader, num_done) if num_done else loader:
+    for batch in accelerator.skip_first_batches(loader, num_done) if num_done else loader:
         with accelerator.accumulate(model):
             loss = model(**batch).loss
             accelerator.backward(loss)

@@ -33,9 +33,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, is_
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
 
 
-def worst_error(
-    batch: int, heads: tuple[int, int], value_size: int, is_causal: bool, packed: bool, core: str
-) -> float:
+def worst_error(batch: int, heads: tuple[int, int], value_size: int, is_causal: bool, packed: bool, core: str) -> float:
     size, rank = dist.get_world_size(), dist.get_rank()
     length, head_size = 6 * size, 4
     torch.manual_seed(0)
@@ -74,7 +72,9 @@ def test_matches_one_process(size: int) -> None:
 def test_exchanges_are_adjoint_and_inverse() -> None:
     def body() -> list[float]:
         torch.manual_seed(dist.get_rank())
-        tensors = [torch.randn(2, n, 6, d, dtype=torch.float64, requires_grad=True) for n, d in ((4, 3), (2, 3), (2, 5))]
+        tensors = [
+            torch.randn(2, n, 6, d, dtype=torch.float64, requires_grad=True) for n, d in ((4, 3), (2, 3), (2, 5))
+        ]
         whole = seq_to_head(*tensors, dist.group.WORLD)
         weights = [torch.randn_like(tensor) for tensor in whole]
         left = sum((a * b).sum() for a, b in zip(whole, weights))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "alst"
+ROOT = Path(__file__).parents[2]
 NUM_STEPS = 10
 SAVE_EVERY = 5
 METRICS = {"step", "loss", "num_tokens", "tokens_per_second", "grad_norm", "peak_bytes"}
@@ -56,11 +56,15 @@ def alone(folder: Path) -> Path:
 
 def train(folder: Path, name: str, num_processes: int, sp_size: int, *flags: str) -> Path:
     output = folder / name
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [sys.executable, *torchrun, str(EXAMPLE / "train.py"), "--sp-size", str(sp_size), *SETTINGS, *flags]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--standalone"]
+    launcher = [sys.executable, *(torchrun if num_processes > 1 else [])]
+    command = [*launcher, str(ROOT / "examples/alst/train.py"), "--sp-size", str(sp_size), *SETTINGS, *flags]
     paths = ["--data", str(folder / "documents"), "--output", str(output), "--eval-documents", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *paths], env=environment, capture_output=True, text=True, timeout=120)
+    # The package of this checkout, installed or not.
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *paths], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return output
 

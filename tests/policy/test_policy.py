@@ -40,7 +40,7 @@ STRANGERS = {frozenset({"attention", "dataloader"})}
 UPWARD_BY_DESIGN = {("config", "ulysses_accel.engines.accelerate")}
 WITHOUT_FRAMEWORKS = {"errors", "resolve", "sequence", "consensus", "collectives", "planning", "loss"}
 FRAMEWORKS = {"accelerate", "deepspeed", "transformers"}
-PROCESS_GROUP_MAKERS = {"new_group", "new_subgroups", "init_device_mesh", "DeviceMesh", "init_process_group"}
+PROCESS_GROUP_MAKERS = {"new_group", "new_subgroups", "init_device_mesh", "DeviceMesh"}
 
 PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 UNSAFE_CALLS = {

@@ -17,7 +17,7 @@ from ulysses_accel.errors import UnsupportedModelError
 _WHOLE_SEQUENCE_ROPE = ("dynamic", "longrope")
 
 
-def transformers_model(model: nn.Module) -> nn.Module:
+def transformers_model(model: nn.Module) -> Any:
     """Returns the transformers model inside of `model` (itself, or wrapped by an adapter library).
 
     Raises:

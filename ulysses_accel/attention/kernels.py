@@ -139,8 +139,8 @@ def core_attention(
     if implementation not in ("sdpa", "eager"):
         return _flash_by_document(core, query, key, value, description, call)
     rows = [
-        _row_by_document(core, *tensors, segments, call)
-        for *tensors, segments in zip(query.split(1), key.split(1), value.split(1), description.rows)
+        _row_by_document(core, q, k, v, segments, call)
+        for q, k, v, segments in zip(query.split(1), key.split(1), value.split(1), description.rows)
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -186,10 +186,19 @@ def _flash_by_document(
     cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     # [B, H, S, D] -> [1, H, B * S, D]
     query, key, value = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
-    lengths = dict(cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens, max_length_q=longest, max_length_k=longest)
-    out = core(query, key, value, call, **lengths)
+    out: Tensor = core(
+        query,
+        key,
+        value,
+        call,
+        cu_seq_lens_q=cu_seq_lens,
+        cu_seq_lens_k=cu_seq_lens,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
     # [1, H, B * S, Dv] -> [B, H, S, Dv]
-    return out.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1)
+    rows: Tensor = out.squeeze(0).unflatten(1, (batch, length))
+    return rows.transpose(0, 1)
 
 
 def cumulative_lengths(rows: Rows, length: int) -> tuple[list[int], int]:

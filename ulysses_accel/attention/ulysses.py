@@ -92,7 +92,7 @@ class _SeqToHead(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         split: HeadSplit = ctx.split
         batch, _, length, _ = grads[0].shape
         send = grads[0].new_empty(length, batch, _width(split, ctx.sizes))
@@ -116,7 +116,7 @@ class _HeadToSeq(torch.autograd.Function):
         return received.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         size = ctx.group.size()
         # [B, s, H, Dv] -> [P, s, B, H/P, Dv]
         send = grad.unflatten(2, (size, -1)).permute(2, 1, 0, 3, 4)
@@ -269,9 +269,7 @@ def ulysses_attention(
     return exchange_and_attend(query, key, value, group, description, call, core).transpose(1, 2)
 
 
-def _describe(
-    document_ids: Tensor | SequenceDescription | None, query: Tensor, size: int
-) -> SequenceDescription:
+def _describe(document_ids: Tensor | SequenceDescription | None, query: Tensor, size: int) -> SequenceDescription:
     batch, length = query.shape[0], query.shape[2] * size
     if document_ids is None:
         return SequenceDescription(length, size, (((0, length),),) * batch)
@@ -288,4 +286,3 @@ def _describe(
             f"query of {batch} rows with {length} tokens on {size} ranks. Describe each batch anew."
         )
     return document_ids
-

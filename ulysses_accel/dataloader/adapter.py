@@ -80,8 +80,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         group = _checked_group(cpu_group or sp_group, sp_rank, sp_world_size)
         if on_uneven not in _POLICIES or (on_uneven == "pad" and same_batch):
             raise ConfigError(
-                f"on_uneven={on_uneven!r} with same_batch={same_batch} is not possible. Use 'error' or 'drop'; 'pad' only "
-                "where each rank brings its own batch (same_batch=False)."
+                f"on_uneven={on_uneven!r} with same_batch={same_batch} is not possible. Use 'error' or 'drop'; 'pad' "
+                "only where each rank brings its own batch (same_batch=False)."
             )
         self.dl = dl
         self.sp_rank, self.sp_group, self.sp_world_size = sp_rank, sp_group, sp_world_size

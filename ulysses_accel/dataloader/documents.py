@@ -76,7 +76,7 @@ def _mask(mask: Any, batch_size: int, length: int) -> Tensor | None:
 
 
 def _as_rows(tensor: Tensor, name: str, batch_size: int, length: int) -> Tensor:
-    if tensor.ndim > 2 or tensor.shape[-1] != length or tensor.numel() not in (length, batch_size * length):
+    if tensor.ndim not in (1, 2) or tensor.shape[-1] != length or tensor.numel() not in (length, batch_size * length):
         raise BatchError(
             f"'{name}' has shape {list(tensor.shape)}, but the batch's sequence is [{batch_size}, {length}]. "
             "Give one number for each token."

@@ -116,9 +116,7 @@ class _LoaderState:
         self.accelerator = accelerator
 
     def _files(self, folder: str) -> list[tuple[Path, UlyssesSPDataLoaderAdapter]]:
-        loaders = [
-            loader for loader in self.accelerator._dataloaders if isinstance(loader, UlyssesSPDataLoaderAdapter)
-        ]
+        loaders = [loader for loader in self.accelerator._dataloaders if isinstance(loader, UlyssesSPDataLoaderAdapter)]
         return [(Path(folder) / f"sequence_loader_{index}.json", loader) for index, loader in enumerate(loaders)]
 
     def save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
