@@ -16,11 +16,12 @@ help:
 	@echo "make test       run the tests"
 	@echo "make check      lint, format check and type check"
 	@echo "make bench      measure against other implementations, on the CPU"
-	@echo "make gpu-bench  run the tests that need a GPU, then the measurements, on the GPUs of this machine"
+	@echo "make gpu-bench  run the tests that need a GPU, then the measurements"
 	@echo "make clean      remove the virtual environment and the caches"
 
 # torch comes first and pinned, so that no later package can choose another one.
 $(VENV)/.torch: $(SETUP)
+	@echo "installing torch and the package into $(VENV): some minutes, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel
 	touch $@
@@ -58,7 +59,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step
 
 gpu-bench: $(VENV)/.bench
-	@echo "gpu-bench: pytest -m gpu, then benchmarks.exchange and benchmarks.step, on the GPUs of this machine"
+	@echo "gpu-bench: pytest -m gpu on this machine's GPUs; then the benchmarks, which use CPU processes so far"
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.exchange
 	$(BIN)/python -m benchmarks.step

@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write it to `results/` and to the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps per burst")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per burst")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
@@ -73,14 +73,17 @@ def test_damaged_headers_are_headers_or_typed_errors(header: Header, damage: lis
     for place, value in damage:
         values[place] = value
     try:
-        assert decode(values).encode()[:2] == values[:2]
-    except RankDisagreementError as error:
-        assert "sent something else than a batch header" in str(error)
+        read = decode(values)
+    except RankDisagreementError:
+        return
+    assert decode(read.encode()) == read
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40))
 def test_random_numbers_are_no_header(values: list[int]) -> None:
+    # Not by chance: hypothesis takes numbers from the source, so it does try the magic one.
+    assume(values[:1] != Header(Status.OK).encode()[:1])
     with pytest.raises(RankDisagreementError):
         decode(values)
     with pytest.raises(RankDisagreementError):
@@ -123,7 +126,7 @@ def test_policies_for_a_rank_without_data() -> None:
 def test_too_many_keys_and_strange_tensors_are_named() -> None:
     with pytest.raises(BatchError, match="33 tensors, the ranks' agreement has room for 32"):
         make_entries({f"k{i}": (torch.int64, -1, (1,)) for i in range(MAX_KEYS + 1)})
-    with pytest.raises(BatchError, match="'x' is a torch.int64 tensor of shape"):
+    with pytest.raises(BatchError, match=r"'x' is a torch\.int64 tensor of shape"):
         make_entries({"x": (torch.int64, -1, (1,) * (MAX_DIMS + 1))})
     with pytest.raises(BatchError, match="same crc32"):
         make_entries({"plumless": (torch.int64, -1, ()), "buckeroo": (torch.int64, -1, ())})
@@ -134,7 +137,10 @@ def test_one_process_agrees_with_itself() -> None:
     same_everywhere({"sp_size": 2}, None, "the configuration")
     assert gather_ints([1, 2], None) == [[1, 2]]
     assert gather_bytes(b"ab", [2], None) == [b"ab"]
-    assert message_of(agree, OSError("disk is full"), None) == "RankDisagreementError: rank 0 failed: OSError: disk is full"
+    assert (
+        message_of(agree, OSError("disk is full"), None)
+        == "RankDisagreementError: rank 0 failed: OSError: disk is full"
+    )
 
 
 def test_the_failure_of_one_rank_is_raised_on_all() -> None:

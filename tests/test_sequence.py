@@ -29,7 +29,7 @@ def test_shard_is_a_view_of_consecutive_tokens() -> None:
 
 
 def test_a_length_that_does_not_divide_names_the_next_one() -> None:
-    with pytest.raises(ShapeError, match="4 ranks do not divide a sequence of 6 tokens.*Pad it to 8"):
+    with pytest.raises(ShapeError, match=r"4 ranks do not divide a sequence of 6 tokens.*Pad it to 8"):
         shard(torch.zeros(1, 6), 4, 0)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,26 @@ def wire_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@contextmanager
+def contact(group: dist.ProcessGroup) -> Iterator[None]:
+    """Turns a backend's failure in a collective into an error that says what it means.
+
+    Raises:
+        RankDisagreementError: another rank is gone, or did not come.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankDisagreementError(
+            f"rank {dist.get_rank()} lost contact with the other ranks of {group_ranks(group)} ({_first_line(error)}). "
+            "Another rank died, is stuck, or runs another program: look for the first error in the other ranks' logs."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def gather_ints(values: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
     """Returns every rank's integers (the same number on each), in rank order: one all-gather."""
     if group is None:
@@ -109,7 +130,8 @@ def gather_ints(values: Sequence[int], group: dist.ProcessGroup | None) -> list[
     mine = torch.tensor(values, dtype=torch.int64, device=wire_device(group))
     size = dist.get_world_size(group)
     everyone = torch.empty(size * len(values), dtype=torch.int64, device=mine.device)
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    with contact(group):
+        dist.all_gather_into_tensor(everyone, mine, group=group)
     rows: list[list[int]] = everyone.view(size, len(values)).tolist()
     return rows
 

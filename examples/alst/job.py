@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 class Job:
     """Where the job stands, what it reports, and how it is saved."""
 
-    def __init__(self, args: Any, accelerator: Accelerator, num_steps: int, replicas: int) -> None:
+    def __init__(self, args: Any, accelerator: Accelerator, num_steps: int) -> None:
         self.args, self.accelerator, self.num_steps = args, accelerator, num_steps
         self.output = Path(args.output)
         self.metrics = self.output / "metrics.jsonl"
         # What the order of the batches depends on: a job that goes on with another value would repeat or skip data.
         self.same = {key: getattr(args, key) for key in ("data", "seed", "sequence_length", "batch_size", "packed")}
-        self.same["replicas"] = replicas
+        self.same["processes"] = [accelerator.num_processes, accelerator.parallelism_config.sp_size]
         self.state: dict[str, Any] = {"step": 0, "epoch": 0, "batch": 0, "held_out_before": math.nan}
         self.bar = tqdm(total=num_steps, disable=not accelerator.is_main_process, unit="step")
         self.started = time.perf_counter()

@@ -53,7 +53,7 @@ def main() -> None:
         model, optimizer, train_loader, eval_loader, scheduler
     )
     steps = args.steps or args.epochs * math.ceil(len(train_loader) / args.gradient_accumulation_steps)
-    job = Job(args, accelerator, steps, replicas)
+    job = Job(args, accelerator, steps)
     if args.resume:
         job.load_checkpoint()
     else:
@@ -75,7 +75,8 @@ def train_epoch(args: Any, job: Job, model: Any, optimizer: Any, loader: Any, sc
         with accelerator.accumulate(model):
             loss = model(**batch).loss
             accelerator.backward(loss)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if accelerator.sync_gradients:  # before, the gradients are a part of the step's
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

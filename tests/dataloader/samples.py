@@ -104,6 +104,6 @@ def error_of(function: Any, *args: Any) -> str:
 def joined(ranks: list[list[Batch]]) -> list[list[list[int]]]:
     """The token ids of each micro-step, put together from all ranks' shards."""
     return [
-        [sum((step["input_ids"][row] for step in steps), []) for row in range(len(steps[0]["input_ids"]))]
+        [[token for step in steps for token in step["input_ids"][row]] for row in range(len(steps[0]["input_ids"]))]
         for steps in zip(*ranks)
     ]

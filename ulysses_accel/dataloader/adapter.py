@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ulysses_accel.dataloader.collate import BatchLayout, ShardingCollate
 from ulysses_accel.dataloader.epoch import EpochRun, Position
-from ulysses_accel.dataloader.random_state import capture, check_states
+from ulysses_accel.dataloader.random_state import capture, check_states, keeps_workers
 from ulysses_accel.dataloader.refill import Refiller
 from ulysses_accel.dataloader.state import LoaderState
 from ulysses_accel.errors import BatchError, ConfigError
@@ -96,6 +96,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         self._run: EpochRun | None = None
         self._own_iterator: Iterator[dict[str, Any]] | None = None
         self._at_end = False
+        self._warm = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "dl":
@@ -132,7 +133,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         self._run = None  # stops the workers of an epoch that was left by a break
         start, self._start = self._start, None
         if start is None:
-            start = Position(*divmod(self._offset, self._steps_per_batch))
+            start = Position(*divmod(self._offset, self._steps_per_batch), warm=self._warm)
+        self._warm = keeps_workers(self.dl)
         self._at_end = False
         # accelerate's loader counts epochs by itself, and a loader made of the same one may have run in between.
         self._epoch = int(getattr(self.dl, "iteration", self._epoch))
@@ -196,7 +198,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         if self._start is not None:
             return self._start
         batches, micro_step = divmod(self._offset, self._steps_per_batch)
-        return Position(batches, micro_step, capture(self.dl))
+        return Position(batches, micro_step, capture(self.dl), warm=self._warm)
 
     def _state(self, position: Position) -> LoaderState:
         dataset = getattr(self.dl, "dataset", None)
@@ -212,6 +214,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             length=_length(dataset),
             random=position.random,
             inner=position.inner,
+            warm=position.warm,
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,7 +235,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         if loaded.set_epoch or hasattr(self.dl, "iteration"):
             self.set_epoch(loaded.epoch)
         self._epoch, self._epoch_was_set = loaded.epoch, loaded.set_epoch
-        self._start = Position(loaded.batches, loaded.micro_step, loaded.random, loaded.inner)
+        self._start = Position(loaded.batches, loaded.micro_step, loaded.random, loaded.inner, loaded.warm)
 
     def skip_first_batches(self, num_batches: int) -> UlyssesSPDataLoaderAdapter:
         """Returns an adapter over the same loader whose every epoch lacks its first micro-steps."""

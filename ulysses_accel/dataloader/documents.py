@@ -85,13 +85,18 @@ def _as_rows(tensor: Tensor, name: str, batch_size: int, length: int) -> Tensor:
 
 
 def _cumulative(bounds: Any, batch_size: int, length: int) -> tuple[tuple[int, int], ...]:
-    values = bounds.detach().cpu().flatten().tolist() if isinstance(bounds, Tensor) else list(bounds)
+    values = bounds.detach().cpu().flatten().tolist() if isinstance(bounds, Tensor) else bounds
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
+        raise BatchError(
+            f"cu_seq_lens_q is {bounds!r:.80}, but it should be the cumulative lengths of the row's documents, "
+            "[0, end of first, end of second, ...]. Give them as a 1-D integer tensor."
+        )
     if batch_size != 1:
         raise BatchError(
             f"cu_seq_lens_q describes one row of packed documents, but the batch has {batch_size} rows. "
             "Use batch size 1 with it, or position_ids that start over in each row."
         )
-    return documents_from_lengths(values, length)
+    return documents_from_lengths([int(value) for value in values], length)
 
 
 def _rows_of_ids(ids: Tensor, valid: Tensor | None) -> Rows:

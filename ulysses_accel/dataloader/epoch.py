@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_accel.dataloader.random_state import Replay, capture
+from ulysses_accel.dataloader.random_state import Replay, SeedAside, capture
 from ulysses_accel.dataloader.refill import Refiller
 from ulysses_accel.dataloader.state import inner_state, loader_at
 
@@ -20,6 +20,7 @@ class Position:
     micro_step: int = 0
     random: dict[str, str] | None = None
     inner: dict[str, Any] | None = None
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class EpochRun:
         self._iterator: Iterator[Any] = iter(())
         self._drawn = start.batches
         self._to_drop = 0
+        self._warm = start.warm
         self._replay: Replay | None = None
+        self._seed_aside: SeedAside | None = None
         self._exhausted = False
         self._steps: deque[dict[str, Any]] = deque()
         self._current: _Refill | None = None
@@ -73,6 +76,7 @@ class EpochRun:
             self._loader.load_state_dict(start.inner)
         else:
             self._replay = Replay(self._loader, start.random) if start.random is not None else None
+            self._seed_aside = SeedAside(self._loader, start.warm)
             self._source, self._to_drop = loader_at(self._loader, start.batches, self._replay)
         self._iterator = iter(self._source)
 
@@ -84,7 +88,7 @@ class EpochRun:
             inner = self._ahead.inner
         else:
             inner = inner_state(self._loader)
-        return Position(self.batches, self.micro_step, None if inner else self._random, inner)
+        return Position(self.batches, self.micro_step, None if inner else self._random, inner, self._warm)
 
     def __iter__(self) -> EpochRun:
         return self
@@ -147,5 +151,6 @@ class EpochRun:
         try:
             return next(self._iterator)
         finally:
-            if self._replay is not None:
-                self._replay.stop()
+            for temporary in (self._replay, self._seed_aside):
+                if temporary is not None:
+                    temporary.stop()

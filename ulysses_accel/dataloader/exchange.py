@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ulysses_accel.consensus import wire_device
+from ulysses_accel.consensus import contact, wire_device
 from ulysses_accel.dataloader.collate import WholeBatch
 from ulysses_accel.dataloader.header import REPLICATED, Entry, Header, key_code, make_entries
 from ulysses_accel.errors import BatchError
@@ -128,7 +128,8 @@ def _all_to_all(outgoing: Sequence[Tensor], sizes: Sequence[int], group: dist.Pr
     device = wire_device(group)
     received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     sent = torch.cat(list(outgoing)).to(device)
-    dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in outgoing], group=group)
+    with contact(group):
+        dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in outgoing], group=group)
     return list(torch.split(received.cpu(), list(sizes)))
 
 

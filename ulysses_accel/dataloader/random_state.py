@@ -79,6 +79,36 @@ class Replay:
             self._mine = None
 
 
+def keeps_workers(loader: Any) -> bool:
+    """Returns whether the loader's workers live on from one epoch to the next."""
+    return bool(getattr(loader, "persistent_workers", False)) and bool(getattr(loader, "num_workers", 0))
+
+
+class SeedAside:
+    """Lets a loader take the seed of new workers from elsewhere, until `stop`.
+
+    A loader draws one number for its workers when it starts them. With workers that live on it does so in the first
+    epoch only; a resumed job starts them in a later one, and must not take a number that the sampler would have got.
+
+    Args:
+        loader: the wrapped loader.
+        warm: whether the job that saved the state had the workers already.
+    """
+
+    def __init__(self, loader: Any, warm: bool) -> None:
+        self._base = getattr(loader, "base_dataloader", loader)
+        self._active = warm and getattr(self._base, "_iterator", None) is None
+        self._generator = getattr(self._base, "generator", None)
+        if self._active:
+            self._base.generator = torch.Generator()
+
+    def stop(self) -> None:
+        """Gives the loader its own generator back; the first call counts."""
+        if self._active:
+            self._base.generator = self._generator
+            self._active = False
+
+
 def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
     seen: set[int] = set()
     for path in _PATHS:

@@ -31,6 +31,7 @@ class LoaderState:
         length: samples in the dataset, None when it does not know.
         random: random states at the beginning of the epoch, None when the wrapped loader keeps its own state.
         inner: the wrapped loader's own state before the next batch was drawn, None when it has none.
+        warm: whether the epoch began with workers that an earlier one had started.
         version: of this format.
     """
 
@@ -45,6 +46,7 @@ class LoaderState:
     length: int | None
     random: dict[str, str] | None
     inner: dict[str, Any] | None = None
+    warm: bool = False
     version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +137,7 @@ _FIELDS = {
     "length": lambda value: value is None or _is_count(value),
     "random": _is_random,
     "inner": lambda value: value is None or type(value) is dict,
+    "warm": _is_flag,
     "version": _is_count,
 }
 
