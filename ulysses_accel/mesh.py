@@ -89,6 +89,8 @@ class SequenceGroups:
         group: the ranks of the joint axis `sequence`, which hold one batch's shards in rank order.
         cpu_group: the same ranks on gloo, for agreements about the batch that must not wait for the device.
         world_group: all ranks that a loss over the whole global batch is summed over (every axis but tp).
+        sp_group: the ranks of `group` that exchange tokens for heads.
+        cp_group: the ranks of `group` that form a ring; None without one.
         size: ranks P in `group`.
         rank: this rank's place in `group`.
         data_parallel_size: how many different batches the mesh processes at once.
@@ -99,6 +101,8 @@ class SequenceGroups:
     group: ProcessGroup
     cpu_group: ProcessGroup
     world_group: ProcessGroup
+    sp_group: ProcessGroup
+    cp_group: ProcessGroup | None
     size: int
     rank: int
     data_parallel_size: int
@@ -120,6 +124,8 @@ def sequence_groups(mesh: DeviceMesh) -> SequenceGroups:
         group=group,
         cpu_group=_cpu_group(mesh, group),
         world_group=mesh["dp_cp"].get_group(),
+        sp_group=mesh["sp"].get_group(),
+        cp_group=mesh["cp"].get_group() if "cp" in names else None,
         size=sequence.size(),
         rank=sequence.get_local_rank(),
         data_parallel_size=data_size,

@@ -10,7 +10,7 @@ Shapes: B = batch rows, S = tokens of the whole (padded) sequence, P = ranks tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ulysses_accel.errors import BatchError, ShapeError
+from ulysses_accel.sequence_layout import Layout
 
 IGNORE_INDEX = -100
 DESCRIPTION_KEY = "sequence_description"
@@ -35,19 +36,29 @@ class SequenceDescription:
         num_shards: ranks P that share the sequence; each holds S / P consecutive tokens.
         rows: for each batch row its documents as (start, stop) token positions, in order; tokens outside of every
             document are padding.
+        ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between Ulysses ranks.
+        layout: how the tokens are dealt over the ring.
+        cache: what strategies derive once for a batch and use in every layer.
     """
 
     sequence_length: int
     num_shards: int
     rows: Rows
+    ring_size: int = 1
+    layout: Layout = "contiguous"
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def from_document_ids(cls, document_ids: Tensor, num_shards: int) -> SequenceDescription:
+    def from_document_ids(
+        cls, document_ids: Tensor, num_shards: int, ring_size: int = 1, layout: Layout = "contiguous"
+    ) -> SequenceDescription:
         """Describes a batch by an id for each token.
 
         Args:
             document_ids: `[B, S]`, equal for consecutive tokens of one document, negative for padding.
             num_shards: ranks P that share the sequence.
+            ring_size: ranks of the ring among them.
+            layout: how the tokens are dealt over the ring.
         """
         ids = document_ids.cpu()
         counting = torch.arange(ids.shape[1]).expand_as(ids)
@@ -55,7 +66,7 @@ class SequenceDescription:
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         # Positions that count from each document's first token, as `find_documents` reads them.
         first = torch.where(starts, counting, 0).cummax(dim=1).values
-        return cls(ids.shape[1], num_shards, find_documents(counting - first, ids >= 0))
+        return cls(ids.shape[1], num_shards, find_documents(counting - first, ids >= 0), ring_size, layout)
 
     @property
     def batch_size(self) -> int:

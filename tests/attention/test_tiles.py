@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_accel.attention.tiles import LAYOUTS, Layout, Tile, multiple_of, runs, tiles
+from ulysses_accel.attention.tiles import Tile, tiles
 from ulysses_accel.errors import ConfigError
+from ulysses_accel.sequence_layout import LAYOUTS, Layout, multiple_of, runs
 
 
 def paint(tile: Tile, counts: torch.Tensor) -> None:
@@ -25,7 +28,9 @@ def paint(tile: Tile, counts: torch.Tensor) -> None:
 
 
 def positions(length: int, ring_size: int, rank: int, layout: Layout) -> torch.Tensor:
-    return torch.tensor([run.start + i * run.step for run in runs(length, ring_size, rank, layout) for i in range(run.count)])
+    return torch.tensor(
+        [run.start + i * run.step for run in runs(length, ring_size, rank, layout) for i in range(run.count)]
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -35,7 +40,7 @@ def test_each_visible_pair_is_in_exactly_one_tile(data: st.DataObject) -> None:
     ring_size = data.draw(st.integers(1, 4))
     length = multiple_of(ring_size, layout) * data.draw(st.integers(1, 6))
     bounds = sorted({0, *data.draw(st.lists(st.integers(0, length), max_size=4)), length})
-    documents = tuple((a, b) for a, b in zip(bounds, bounds[1:]) if data.draw(st.booleans()))
+    documents = tuple((a, b) for a, b in pairwise(bounds) if data.draw(st.booleans()))
     is_causal = data.draw(st.booleans())
     window = data.draw(st.none() | st.integers(1, length + 2)) if is_causal else None
     ids = torch.full((length,), -1)

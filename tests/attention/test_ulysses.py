@@ -13,13 +13,14 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from ulysses_accel.attention import ulysses_attention
-from ulysses_accel.attention.ulysses import HeadSplit, head_to_seq, legal_sizes, seq_to_head
+from ulysses_accel.attention.heads import HeadSplit
+from ulysses_accel.attention.ulysses import head_to_seq, seq_to_head
 from ulysses_accel.errors import ShapeError
 from ulysses_accel.sequence import SequenceDescription
 
 # Sums of at most 64 products of unit normals in another order: a few hundred ulps of float64.
 TOLERANCE = 1e-12
-HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (4, 4)]
+HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (4, 4), (6, 2), (6, 3), (5, 1), (7, 7)]
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, is_causal: bool) -> Tensor:
@@ -122,16 +123,32 @@ def test_dropout_differs_between_ranks_and_is_replayed() -> None:
     assert not torch.equal(first_head, second_head)
 
 
-def test_illegal_heads_name_the_legal_sizes() -> None:
-    with pytest.raises(ShapeError, match=r"sp_size=6 .*num_attention_heads=32.* Use one of: 1, 2, 4, 8, 16, 32\."):
-        HeadSplit(6, 32, 8)
-    assert legal_sizes(12, 2) == [1, 2, 4, 6, 12]
+def test_more_ranks_than_heads_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"sp_size=6 is more than num_attention_heads=4.* Use sp_size=4 at most"):
+        HeadSplit(6, 4, 2)
+    with pytest.raises(ShapeError, match="num_key_value_heads=3 does not divide num_attention_heads=8"):
+        HeadSplit(2, 8, 3)
+
+
+def test_heads_are_dealt_once_in_whole_groups() -> None:
+    for num_heads, num_kv in itertools.product(range(1, 25), range(1, 25)):
+        if num_heads % num_kv:
+            continue
+        for size in range(1, num_heads + 1):
+            split = HeadSplit(size, num_heads, num_kv)
+            queries = [head for rank in range(size) for head in range(*split.queries(rank))]
+            assert queries == list(range(num_heads))
+            for rank in range(size):
+                group = num_heads // num_kv
+                needed = {head // group for head in range(*split.queries(rank))}
+                assert needed == set(range(*split.keys(rank)))
+                assert len(needed) == 1 or split.counts(rank)[0] == group * len(needed)
 
 
 def test_description_must_be_of_this_batch() -> None:
     def body() -> str:
         q = torch.randn(1, 2, 4, 4)
-        with pytest.raises(ShapeError, match="Describe each batch anew") as caught:
+        with pytest.raises(ShapeError, match="each batch anew") as caught:
             ulysses_attention(q, q, q, dist.group.WORLD, document_ids=SequenceDescription(6, 2, (((0, 6),),)))
         return str(caught.value)
 

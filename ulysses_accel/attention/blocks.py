@@ -18,7 +18,9 @@ from ulysses_accel.attention.tiles import Tile
 class BlockKernel(Protocol):
     """Attention of a block; shapes `[B, H, q, D]`, `[B, K, k, D]`, causal blocks are square."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """Returns the output `[B, H, q, D]` and its log-sum-exp `[B, H, q]`."""
         ...
 
@@ -40,7 +42,9 @@ class BlockKernel(Protocol):
 class CPUKernel:
     """torch's flash attention for CPU; float32, float64, bfloat16 and float16, grouped heads included."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, scale=scale
         )
@@ -66,7 +70,9 @@ class CPUKernel:
 class CUDAKernel:
     """torch's flash attention for CUDA; half precision, grouped heads by expansion."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         groups = query.shape[1] // key.shape[1]
         result = torch.ops.aten._scaled_dot_product_flash_attention(
             query,

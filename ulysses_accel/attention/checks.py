@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from ulysses_accel.attention.ulysses import legal_sizes
 from ulysses_accel.errors import UnsupportedModelError
 
 _WHOLE_SEQUENCE_ROPE = ("dynamic", "longrope")
@@ -125,11 +124,8 @@ def _heads(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
     num_heads = getattr(config, "num_attention_heads", None)
     if not isinstance(num_heads, int):
         return
-    num_key_value = getattr(config, "num_key_value_heads", None)
-    num_key_value = num_key_value if isinstance(num_key_value, int) else num_heads
-    legal = legal_sizes(num_heads, num_key_value)
-    if sp_size not in legal:
+    if sp_size > num_heads:
         yield (
-            f"sp_size={sp_size} does not fit num_attention_heads={num_heads} with "
-            f"num_key_value_heads={num_key_value}. Use {', '.join(map(str, legal))}."
+            f"sp_size={sp_size} is more than num_attention_heads={num_heads}: a rank would have no head. "
+            f"Use sp_size={num_heads} at most, and cp_size for the rest."
         )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ulysses_accel.attention.tiles import Layout, Run, Tile, runs, tiles
+from ulysses_accel.attention.tiles import Tile, tiles
 from ulysses_accel.sequence import Rows, Segment
+from ulysses_accel.sequence_layout import Layout, Run, runs
 
 Range = tuple[int, int]
 
@@ -75,7 +76,7 @@ class RingPlan:
         found = []
         for run in self.runs_of(source):
             spans = [
-                (tile.k_start, tile.k_stop)
+                tile.seen_keys
                 for documents in set(self.rows)
                 for tile in tiles(self.runs_of(reader), (run,), documents, self.is_causal, self.window)
             ]
@@ -96,7 +97,7 @@ class RingPlan:
     @property
     def drops_late_half(self) -> bool:
         """Whether the second run of a rank is seen only by ranks below it, as in causal zigzag."""
-        return self.layout == "zigzag" and self.is_causal
+        return self.layout == "zigzag" and self.is_causal and self.size > 1
 
     def carries_late_half(self, reader: int, hop: int) -> bool:
         """Whether the keys that reach rank `reader` at hop 1 to R - 1 still hold their second run.

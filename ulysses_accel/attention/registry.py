@@ -18,10 +18,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from ulysses_accel.attention.kernels import AttentionCall, eager
-from ulysses_accel.attention.ulysses import exchange_and_attend
+from ulysses_accel.attention.usp import SequenceAttention
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.sequence import SequenceDescription
 
@@ -33,16 +32,14 @@ class InstalledAttention:
     """One model's installation, and what it takes to undo it.
 
     Args:
-        group: the ranks that share each sequence.
-        core: transformers' name of the attention that runs on whole sequences.
+        attention: the strategy that its layers call.
         implementation: our name in transformers' registries.
         num_calls: attention calls on sharded batches so far.
         relies_on_context: some layer is not given the mask by its model, and reads the running forward's description.
         originals: each module whose config was replaced, with the config it had.
     """
 
-    group: ProcessGroup
-    core: str
+    attention: SequenceAttention
     implementation: str
     num_calls: int = 0
     relies_on_context: bool = False
@@ -55,6 +52,19 @@ class InstalledAttention:
             _INSTALLED.pop(module, None)
         self.originals.clear()
         _release(self.implementation)
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """What layers with a sliding window get in place of a mask.
+
+    Args:
+        description: of the batch.
+        window: tokens that a token sees, itself included.
+    """
+
+    description: SequenceDescription
+    window: int
 
 
 _INSTALLED: WeakKeyDictionary[nn.Module, InstalledAttention] = WeakKeyDictionary()
@@ -72,19 +82,18 @@ def describe_forward(description: SequenceDescription | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def install(model: nn.Module, group: ProcessGroup, core: str = "sdpa") -> InstalledAttention:
-    """Installs Ulysses attention into a model; forwards outside of `describe_forward` stay what they were.
+def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttention:
+    """Installs an attention strategy into a model; forwards outside of `describe_forward` stay what they were.
 
     Args:
         model: a transformers model, or a module that holds one.
-        group: the ranks that share each sequence.
-        core: `sdpa`, `eager`, `flash_attention_2/3/4` or a kernel of the hub.
+        attention: which ranks share its sequences, and how.
 
     Returns:
         The installation; its `uninstall()` restores the model.
     """
-    implementation = _acquire(core)
-    installed = InstalledAttention(group, core, implementation)
+    implementation = _acquire(attention.core)
+    installed = InstalledAttention(attention, implementation)
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -137,12 +146,12 @@ def _mask_function(core: str) -> Callable[..., Any]:
             from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
             return ALL_MASK_ATTENTION_FUNCTIONS.get(core, flash_attention_mask)(*args, **kwargs)
-        if kwargs.get("local_size") is not None:
+        if kwargs.get("use_vmap"):
             raise UnsupportedModelError(
-                f"a layer attends within a sliding window of {kwargs['local_size']} tokens, which Ulysses attention "
-                f"does not compute. Use a model or configuration with full attention, or sp_size=1."
+                "the model lays a mask function of its own over its attention, which is not computed on a sharded "
+                "sequence. Use a model without it, or sp_size=1."
             )
-        return description
+        return description if kwargs.get("local_size") is None else Windowed(description, kwargs["local_size"])
 
     return mask
 
@@ -168,7 +177,7 @@ def _attention_function(core: str) -> Callable[..., tuple[Tensor, None]]:
         installed.num_calls += 1
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         call = AttentionCall(is_causal=causal, scale=scaling, dropout=dropout, softcap=kwargs.get("softcap"))
-        return exchange_and_attend(query, key, value, installed.group, description, call, core), None
+        return installed.attention(query, key, value, description, call, _window(module, attention_mask, kwargs)), None
 
     return attention
 
@@ -187,6 +196,8 @@ def _description_for(module: nn.Module, attention_mask: Any) -> SequenceDescript
     """Returns the description of the batch that this call belongs to, or None for an ordinary batch."""
     if isinstance(attention_mask, SequenceDescription):
         return attention_mask
+    if isinstance(attention_mask, Windowed):
+        return attention_mask.description
     description, installed = _ACTIVE.get(), _INSTALLED.get(module)
     if description is not None and installed is not None:
         installed.relies_on_context = True
@@ -199,9 +210,21 @@ def _description_for(module: nn.Module, attention_mask: Any) -> SequenceDescript
     return description
 
 
+def _window(module: nn.Module, attention_mask: Any, kwargs: dict[str, Any]) -> int | None:
+    """Returns how many tokens a layer sees; models say it by the mask, and most of them to the attention too."""
+    window = attention_mask.window if isinstance(attention_mask, Windowed) else None
+    told = kwargs.get("sliding_window")
+    if told is not None and told != window:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} calls attention with sliding_window={told}, but was given a mask for "
+            f"{'full attention' if window is None else f'a window of {window}'}. Which of them holds is not clear."
+        )
+    return window
+
+
 def _refuse_extras(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuses arguments that change the attention in a way which is not computed here."""
-    for name in ("sliding_window", "s_aux", "position_bias", "cache", "head_mask"):
+    for name in ("s_aux", "position_bias", "cache", "head_mask"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} calls attention with {name}, which Ulysses attention does not compute. "

@@ -28,10 +28,11 @@ from ulysses_accel.attention.blocks import (
     tile_views,
 )
 from ulysses_accel.attention.plan import RingPlan, total_length
-from ulysses_accel.attention.tiles import Layout, Tile
+from ulysses_accel.attention.tiles import Tile
 from ulysses_accel.collectives import all_to_all
 from ulysses_accel.errors import ConfigError, ShapeError
 from ulysses_accel.sequence import Rows, SequenceDescription
+from ulysses_accel.sequence_layout import Layout
 
 Exchange = Literal["p2p", "all_gather"]
 
@@ -112,7 +113,9 @@ def _wait(work: list[Any]) -> None:
         handle.wait()
 
 
-def _rotate_forward(query: Tensor, keys: Tensor, plan: RingPlan, group: ProcessGroup, scale: float) -> tuple[Tensor, Tensor]:
+def _rotate_forward(
+    query: Tensor, keys: Tensor, plan: RingPlan, group: ProcessGroup, scale: float
+) -> tuple[Tensor, Tensor]:
     """Runs the p2p forward: `[B, H, s, D]`, `[2, B, K, s, D]` -> output `[B, H, s, D]`, log-sum-exp `[B, H, s]`."""
     out, lse = empty_accumulators(query, query.shape[3])
     rotation = _Rotation(group, plan)
@@ -168,7 +171,9 @@ class _GradientsHome:
         below, above = (plan.rank - 1) % plan.size, (plan.rank + 1) % plan.size
         # The last reader's neighbour below is home: it gets all that the last reader was brought.
         length = plan.carried_length(plan.rank, hop) if last else plan.carried_length(below, hop + 1)
-        self.arriving = self._buffer(plan.carried_length(above, hop) if last else plan.carried_length(plan.rank, hop + 1))
+        self.arriving = self._buffer(
+            plan.carried_length(above, hop) if last else plan.carried_length(plan.rank, hop + 1)
+        )
         sends = [(grad_keys[:, :, :, :length].contiguous(), self.rotation.below)]
         receives = [(self.arriving, self.rotation.above)]
         if plan.drops_late_half and not last:
@@ -257,7 +262,10 @@ class _RingAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, ctx.group, ctx.scale, ctx.exchange = plan, group, scale, exchange
         keys = torch.stack([key, value])
-        if exchange == "p2p":
+        if plan.size == 1:
+            out, lse = empty_accumulators(query, query.shape[3])
+            attend(out, lse, query, keys, plan, 0, scale)
+        elif exchange == "p2p":
             out, lse = _rotate_forward(query, keys, plan, group, scale)
         else:
             out, lse = empty_accumulators(query, query.shape[3])
@@ -272,7 +280,10 @@ class _RingAttention(torch.autograd.Function):
         query, keys, out, lse = ctx.saved_tensors
         total = torch.zeros_like(query, dtype=accumulation_dtype(query.dtype))
         saved = _Saved(grad.contiguous(), query, out, lse, total)
-        if ctx.exchange == "p2p":
+        if ctx.plan.size == 1:
+            grad_keys = torch.zeros_like(keys, dtype=total.dtype)
+            saved.attend_backward(keys, grad_keys, ctx.plan, 0, ctx.scale)
+        elif ctx.exchange == "p2p":
             grad_keys = _rotate_backward(saved, keys, ctx.plan, ctx.group, ctx.scale)
         else:
             grads = []
@@ -321,7 +332,7 @@ def ring_attention(
         ConfigError: a layout, exchange or window that is not computed.
         ShapeError: shapes that don't fit each other.
 
-    Source: Ring Attention (arXiv 2310.01889); zigzag and all-gather forms as in the literature on balanced causal rings.
+    Source: Ring Attention (arXiv 2310.01889).
     """
     if exchange not in ("p2p", "all_gather"):
         raise ConfigError(f"exchange={exchange!r} is not known. Use 'p2p' or 'all_gather'.")
@@ -334,7 +345,7 @@ def attend_in_ring(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    group: ProcessGroup,
+    group: ProcessGroup | None,
     plan: RingPlan,
     *,
     scale: float | None,
@@ -364,8 +375,8 @@ def _rows(document_ids: Tensor | SequenceDescription | None, batch: int, length:
         document_ids = SequenceDescription.from_document_ids(document_ids, 1)
     if (document_ids.batch_size, document_ids.sequence_length) != (batch, length):
         raise ShapeError(
-            f"the documents are of {document_ids.batch_size} rows with {document_ids.sequence_length} tokens, the query "
-            f"of {batch} rows with {length} tokens on all ranks. Describe the whole sequence, each batch anew."
+            f"the documents are of {document_ids.batch_size} rows with {document_ids.sequence_length} tokens, the "
+            f"query of {batch} rows with {length} tokens on all ranks. Describe the whole sequence, each batch anew."
         )
     return document_ids.rows
 

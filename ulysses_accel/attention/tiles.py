@@ -12,33 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ulysses_accel.errors import ConfigError
+from ulysses_accel.sequence_layout import Run
 
-Layout = Literal["contiguous", "zigzag", "striped"]
-LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "striped")
 Shape = Literal["full", "causal", "anti_causal"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Equally spaced tokens of one rank: local index `offset + i` is the sequence's token `start + i * step`.
-
-    Args:
-        start: token position of the first one.
-        step: distance between neighbours, in tokens.
-        count: how many tokens.
-        offset: local index of the first one.
-    """
-
-    start: int
-    step: int
-    count: int
-    offset: int
-
-    def indices_of(self, first: int, last: int) -> tuple[int, int]:
-        """Returns the run's own indices (from, to) of its tokens with positions in [first, last)."""
-        low = max(0, -(-(first - self.start) // self.step))
-        high = min(self.count, -(-(last - self.start) // self.step))
-        return low, max(low, high)
 
 
 @dataclass(frozen=True)
@@ -56,46 +32,17 @@ class Tile:
     shape: Shape
 
     @property
+    def seen_keys(self) -> tuple[int, int]:
+        """The keys that some query of the tile sees; an anti-causal square's first key is seen by none."""
+        return (self.k_start + 1 if self.shape == "anti_causal" else self.k_start), self.k_stop
+
+    @property
     def num_scores(self) -> int:
         """Visible pairs of tokens."""
         rows, columns = self.q_stop - self.q_start, self.k_stop - self.k_start
         if self.shape == "full":
             return rows * columns
         return rows * (rows + 1) // 2 if self.shape == "causal" else rows * (rows - 1) // 2
-
-
-def multiple_of(ring_size: int, layout: Layout) -> int:
-    """Returns what the length of a sequence must be a multiple of to be laid out over a ring."""
-    return 2 * ring_size if layout == "zigzag" else ring_size
-
-
-def runs(length: int, ring_size: int, rank: int, layout: Layout) -> tuple[Run, ...]:
-    """Returns the tokens that one rank of the ring holds, in local order.
-
-    Args:
-        length: tokens of the whole sequence.
-        ring_size: ranks R.
-        rank: which of them.
-        layout: `contiguous`: the rank-th part; `zigzag`: the rank-th part of 2R from the front and from the back, so
-            that causal work is even; `striped`: every R-th token.
-
-    Raises:
-        ConfigError: the length can't be laid out so.
-    """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"layout={layout!r} is not known. Use one of: {', '.join(LAYOUTS)}.")
-    if length % multiple_of(ring_size, layout):
-        raise ConfigError(
-            f"a sequence of {length} tokens can't be laid out {layout} over {ring_size} ranks. "
-            f"Pad it to a multiple of {multiple_of(ring_size, layout)}."
-        )
-    if layout == "contiguous":
-        part = length // ring_size
-        return (Run(rank * part, 1, part, 0),)
-    if layout == "striped":
-        return (Run(rank, ring_size, length // ring_size, 0),)
-    part = length // (2 * ring_size)
-    return Run(rank * part, 1, part, 0), Run((2 * ring_size - 1 - rank) * part, 1, part, part)
 
 
 def tiles(

@@ -1,106 +1,69 @@
-"""Ulysses attention: all tokens of some heads instead of some tokens of all heads, for the time of one core call.
+"""The Ulysses exchange: all tokens of some heads instead of some tokens of all heads, for the time of one core call.
 
 Two collectives forward and two backward for a layer: query, key and value travel as one message. Each is packed with
 one copy and read where it arrives: received rows are the whole sequence in order, so the core gets strided views of
-the receive buffer. Shapes: B = rows, H / K = query / key-value heads, P = ranks, s = S / P tokens, D / Dv = head sizes.
+the receive buffer. Heads are dealt in whole groups; where that is uneven, ranks get messages of different widths.
+Shapes: B = rows, H / K = query / key-value heads, P = ranks, s = S / P tokens, D / Dv = head sizes, h / k = the query
+and key/value heads of one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.attention.kernels import AttentionCall, core_attention
+from ulysses_accel.attention.heads import HeadSplit
 from ulysses_accel.collectives import all_to_all
 from ulysses_accel.errors import ShapeError
-from ulysses_accel.sequence import SequenceDescription
+
+Sizes = tuple[int, int, int]
+Counts = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class HeadSplit:
-    """How heads are dealt to the ranks of a Ulysses group.
+class _DealHeads(torch.autograd.Function):
+    """[B, s, P, H/P, D] and the same of key and value -> all tokens of this rank's heads, one message [S, B, width].
 
-    Args:
-        size: ranks P.
-        num_heads: query heads H.
-        num_key_value_heads: key/value heads K.
+    Packing with the collective and cutting the message are two nodes, so that in the backward pass the packed gradients
+    are freed before what arrived is copied out.
     """
-
-    size: int
-    num_heads: int
-    num_key_value_heads: int
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_key_value_heads:
-            raise ShapeError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_heads}. "
-                f"Grouped-query attention needs whole groups."
-            )
-        if self.size not in legal_sizes(self.num_heads, self.num_key_value_heads):
-            legal = ", ".join(str(size) for size in legal_sizes(self.num_heads, self.num_key_value_heads))
-            raise ShapeError(
-                f"sp_size={self.size} does not fit num_attention_heads={self.num_heads} with "
-                f"num_key_value_heads={self.num_key_value_heads}. Use one of: {legal}."
-            )
-
-    @property
-    def heads(self) -> int:
-        """Query heads on one rank while it holds the whole sequence."""
-        return self.num_heads // self.size
-
-    @property
-    def key_value_heads(self) -> int:
-        """Key/value heads on one rank while it holds the whole sequence."""
-        return max(1, self.num_key_value_heads // self.size)
-
-    @property
-    def readers(self) -> int:
-        """Ranks that need the same key/value head, 1 unless there are fewer of them than ranks."""
-        return max(1, self.size // self.num_key_value_heads)
-
-
-def legal_sizes(num_heads: int, num_key_value_heads: int) -> list[int]:
-    """Returns the Ulysses degrees at which every rank gets as many query heads and whole groups of them."""
-    return [
-        size
-        for size in range(1, num_heads + 1)
-        if num_heads % size == 0 and (num_key_value_heads % size == 0 or size % num_key_value_heads == 0)
-    ]
-
-
-class _SeqToHead(torch.autograd.Function):
-    """[B, H, s, D], [B, K, s, D], [B, K, s, Dv] -> [B, H/P, S, D], [B, K/P, S, D], [B, K/P, S, Dv]."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        split = HeadSplit(group.size(), query.shape[1], key.shape[1])
-        ctx.group, ctx.split, ctx.sizes = group, split, (query.shape[3], key.shape[3], value.shape[3])
-        batch, _, length, _ = query.shape
-        send = query.new_empty(split.size, length, batch, _width(split, ctx.sizes))
-        for part, tensor in zip(_parts(send, split, ctx.sizes), (query, key, value)):
-            _deal(part, tensor, split.size)
-        received = all_to_all(send, group).view(split.size * length, batch, -1)
-        q, k, v = (part.permute(1, 2, 0, 3) for part in _parts(received, split, ctx.sizes))
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, split: HeadSplit, sizes: Sizes
+    ) -> Tensor:
+        ctx.group, ctx.split, ctx.sizes = group, split, sizes
+        batch, length = query.shape[:2]
+        send = query.new_empty(split.size, length, batch, split.width(0, sizes))
+        for part, tensor in zip(message_parts(send, split.counts(0), sizes), (query, key, value)):
+            _deal(part, tensor)
+        return all_to_all(send, group).view(split.size * length, batch, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        split: HeadSplit = ctx.split
+        received = all_to_all(grad, ctx.group).view(split.size, grad.shape[0] // split.size, *grad.shape[1:])
+        q, k, v = message_parts(received, split.counts(0), ctx.sizes)
+        return _collect(q, 1), _collect(k, split.readers), _collect(v, split.readers), None, None, None
+
+
+class _CutHeads(torch.autograd.Function):
+    """[S, B, width] -> views [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; its backward packs one message."""
+
+    @staticmethod
+    def forward(ctx: Any, message: Tensor, counts: Counts, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.counts, ctx.sizes, ctx.shape = counts, sizes, message.shape
+        q, k, v = (part.permute(1, 2, 0, 3) for part in message_parts(message, counts, sizes))
         return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        split: HeadSplit = ctx.split
-        batch, _, length, _ = grads[0].shape
-        send = grads[0].new_empty(length, batch, _width(split, ctx.sizes))
-        for part, grad in zip(_parts(send, split, ctx.sizes), grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        message = grads[0].new_empty(ctx.shape)
+        for part, grad in zip(message_parts(message, ctx.counts, ctx.sizes), grads):
             part.copy_(grad.permute(2, 0, 1, 3))
-        received = all_to_all(send, ctx.group).view(split.size, length // split.size, batch, -1)
-        q, k, v = _parts(received, split, ctx.sizes)
-        return _collect(q, 1), _collect(k, split.readers), _collect(v, split.readers), None
+        return message, None, None
 
 
 class _HeadToSeq(torch.autograd.Function):
@@ -123,37 +86,95 @@ class _HeadToSeq(torch.autograd.Function):
         return all_to_all(send, ctx.group).flatten(0, 1).permute(1, 2, 0, 3), None
 
 
-def _width(split: HeadSplit, sizes: tuple[int, int, int]) -> int:
-    """Elements that one token of one row has in the message to one rank."""
-    return split.heads * sizes[0] + split.key_value_heads * (sizes[1] + sizes[2])
+class _DealUnevenHeads(torch.autograd.Function):
+    """[B, s, 1, H, D] and the same of key and value -> one message [S, B, width], its width this rank's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, split: HeadSplit, sizes: Sizes
+    ) -> Tensor:
+        ctx.group, ctx.split, ctx.sizes = group, split, sizes
+        ctx.shapes = [tensor.shape for tensor in (query, key, value)]
+        batch, length = query.shape[:2]
+        lengths = [length * batch * split.width(rank, sizes) for rank in range(split.size)]
+        send = query.new_empty(sum(lengths))
+        for rank, buffer in enumerate(send.split(lengths)):
+            parts = message_parts(buffer.view(length, batch, -1), split.counts(rank), sizes)
+            for part, tensor, heads in zip(parts, (query, key, value), _heads_of(split, rank)):
+                part.copy_(tensor[:, :, 0, heads].transpose(0, 1))
+        own = lengths[group.rank()]
+        return all_to_all(send, group, lengths, [own] * split.size).view(split.size * length, batch, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        split: HeadSplit = ctx.split
+        batch, length = ctx.shapes[0][:2]
+        lengths = [length * batch * split.width(rank, ctx.sizes) for rank in range(split.size)]
+        own = lengths[ctx.group.rank()]
+        received = all_to_all(grad.flatten(), ctx.group, [own] * split.size, lengths)
+        totals = [grad.new_zeros(shape) for shape in ctx.shapes]
+        for rank, buffer in enumerate(received.split(lengths)):
+            parts = message_parts(buffer.view(length, batch, -1), split.counts(rank), ctx.sizes)
+            for part, total, heads in zip(parts, totals, _heads_of(split, rank)):
+                total[:, :, 0, heads] += part.transpose(0, 1)
+        return totals[0], totals[1], totals[2], None, None, None
 
 
-def _parts(buffer: Tensor, split: HeadSplit, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cuts a message `[..., width]` into views of its query, key and value heads, `[..., heads, size]` each."""
-    heads = (split.heads, split.key_value_heads, split.key_value_heads)
-    widths = [count * size for count, size in zip(heads, sizes)]
+class _UnevenHeadToSeq(torch.autograd.Function):
+    """[B, h, S, Dv] -> [B, s, H, Dv], h this rank's own."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, group: ProcessGroup, split: HeadSplit) -> Tensor:
+        ctx.group, ctx.split = group, split
+        batch, own, whole, value_dim = out.shape
+        length = whole // split.size
+        unit = length * batch * value_dim
+        counts = [split.counts(rank)[0] for rank in range(split.size)]
+        send = out.permute(2, 0, 1, 3).flatten()
+        received = all_to_all(send, group, [unit * own] * split.size, [unit * count for count in counts])
+        parts = received.split([unit * count for count in counts])
+        # P times [s, B, h, Dv] -> [B, s, H, Dv]
+        return torch.cat([part.view(length, batch, -1, value_dim) for part in parts], dim=2).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        split: HeadSplit = ctx.split
+        batch, length, _, value_dim = grad.shape
+        unit = length * batch * value_dim
+        counts = [split.counts(rank)[0] for rank in range(split.size)]
+        own = counts[ctx.group.rank()]
+        # [B, s, H, Dv] -> P times [s, B, h, Dv]
+        send = torch.cat([part.transpose(0, 1).flatten() for part in grad.split(counts, dim=2)])
+        received = all_to_all(send, ctx.group, [unit * count for count in counts], [unit * own] * split.size)
+        return received.view(split.size * length, batch, own, value_dim).permute(1, 2, 0, 3), None, None
+
+
+def _heads_of(split: HeadSplit, rank: int) -> tuple[slice, slice, slice]:
+    """Returns a rank's query, key and value heads."""
+    queries, keys = slice(*split.queries(rank)), slice(*split.keys(rank))
+    return queries, keys, keys
+
+
+def message_parts(buffer: Tensor, counts: Counts, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Cuts a message `[..., width]` into views of its query, key and value heads, `[..., count, size]` each."""
+    widths = [count * size for count, size in zip(counts, sizes)]
     q, k, v = (
-        part.unflatten(-1, (count, size)) for part, count, size in zip(buffer.split(widths, dim=-1), heads, sizes)
+        part.unflatten(-1, (count, size)) for part, count, size in zip(buffer.split(widths, dim=-1), counts, sizes)
     )
     return q, k, v
 
 
-def _deal(part: Tensor, tensor: Tensor, size: int) -> None:
-    """Copies `[B, N, s, D]` into the message `[P, s, B, N/P, D]`, or each head to all its readers where N < P."""
-    num_heads = tensor.shape[1]
-    if num_heads >= size:
-        part.copy_(tensor.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4))
-    else:
-        readers = part.unflatten(0, (num_heads, -1))
-        readers.copy_(tensor.permute(1, 2, 0, 3)[:, None, :, :, None])
+def _deal(part: Tensor, tensor: Tensor) -> None:
+    """Copies `[B, s, n, N/n, D]` into the message `[P, s, B, N/n, D]`, each of the n parts to all P/n readers."""
+    readers = part.unflatten(0, (tensor.shape[2], -1))
+    readers.copy_(tensor.permute(2, 1, 0, 3, 4).unsqueeze(1))
 
 
 def _collect(part: Tensor, readers: int) -> Tensor:
-    """Returns gradients `[P, s, B, N/P, D]` as `[B, N, s, D]`, summed over the readers of each head."""
+    """Returns gradients `[P, s, B, N/n, D]` as a view `[B, s, n, N/n, D]`, summed over the readers of each part."""
     if readers > 1:
         part = part.unflatten(0, (-1, readers)).sum(dim=1)
-    # [P, s, B, N/P, D] -> [B, s, N, D] -> [B, N, s, D]
-    return part.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+    return part.permute(2, 1, 0, 3, 4)
 
 
 def seq_to_head(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,10 +187,10 @@ def seq_to_head(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) 
         group: the P ranks of the sequence.
 
     Returns:
-        `[B, H / P, S, D]`, `[B, max(K / P, 1), S, D]`, `[B, max(K / P, 1), S, Dv]`: all tokens of this rank's heads.
+        `[B, h, S, D]`, `[B, k, S, D]`, `[B, k, S, Dv]`: all tokens of this rank's heads (`HeadSplit.counts`).
 
     Raises:
-        ShapeError: the heads can't be dealt evenly, or the tensors don't belong together.
+        ShapeError: there are fewer query heads than ranks, or the tensors don't belong together.
     """
     if not (query.dtype == key.dtype == value.dtype):
         raise ShapeError(
@@ -181,108 +202,29 @@ def seq_to_head(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) 
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in rows, "
             f"tokens and head size. Cross-attention and key caches can't be sharded by Ulysses."
         )
-    result: tuple[Tensor, Tensor, Tensor] = _SeqToHead.apply(query, key, value, group)  # type: ignore[no-untyped-call]
+    split = HeadSplit(group.size(), query.shape[1], key.shape[1])
+    sizes = (query.shape[3], key.shape[3], value.shape[3])
+    deal: type[torch.autograd.Function] = _DealHeads if split.is_even else _DealUnevenHeads
+    parts = split.size if split.is_even else 1
+    # [B, N, s, D] -> [B, s, n, N/n, D]
+    dealt = [t.transpose(1, 2).unflatten(2, (min(parts, t.shape[1]), -1)) for t in (query, key, value)]
+    message = deal.apply(*dealt, group, split, sizes)
+    counts = split.counts(group.rank())
+    result: tuple[Tensor, Tensor, Tensor] = _CutHeads.apply(message, counts, sizes)  # type: ignore[no-untyped-call]
     return result
 
 
-def head_to_seq(out: Tensor, group: ProcessGroup) -> Tensor:
-    """Exchanges heads for tokens in one collective: `[B, H / P, S, Dv]` -> `[B, S / P, H, Dv]`."""
-    result: Tensor = _HeadToSeq.apply(out, group)  # type: ignore[no-untyped-call]
-    return result
-
-
-def exchange_and_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    group: ProcessGroup,
-    description: SequenceDescription,
-    call: AttentionCall,
-    core: str,
-) -> Tensor:
-    """Runs Ulysses attention in transformers' layout: `[B, H, S / P, D]` in, `[B, S / P, H, Dv]` out."""
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        # As the fused kernels do it, but before the exchange, so that the narrow dtype travels.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    # [B, H, S/P, D] -> [B, H/P, S, D]
-    query, key, value = seq_to_head(query, key, value, group)
-    with _per_rank_dropout(call.dropout, group):
-        out = core_attention(core, query, key, value, description, call)
-    # [B, H/P, S, Dv] -> [B, S/P, H, Dv]
-    return head_to_seq(out, group)
-
-
-@contextmanager
-def _per_rank_dropout(dropout: float, group: ProcessGroup) -> Iterator[None]:
-    """Gives each rank's heads a dropout mask of their own, even where all ranks were seeded alike.
-
-    The seed comes from the host's generator, which activation checkpointing rewinds: the recompute gets the same masks.
-    """
-    if dropout == 0.0:
-        yield
-        return
-    seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + group.rank())
-        yield
-
-
-def ulysses_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    group: ProcessGroup,
-    *,
-    is_causal: bool = True,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    document_ids: Tensor | SequenceDescription | None = None,
-    core: str = "sdpa",
-) -> Tensor:
-    """Computes exact attention over a sequence whose tokens are spread over the ranks of `group`.
+def head_to_seq(out: Tensor, group: ProcessGroup, split: HeadSplit | None = None) -> Tensor:
+    """Exchanges heads for tokens in one collective.
 
     Args:
-        query: `[B, H, S / P, D]`, this rank's consecutive tokens.
-        key: `[B, K, S / P, D]`; K divides H, and P divides K or K divides P.
-        value: `[B, K, S / P, Dv]`.
-        group: the P ranks, in the order of the tokens.
-        is_causal: whether a token sees only itself and the tokens before it.
-        scale: factor on the scores; 1 / sqrt(D) when None.
-        dropout: probability of dropping an attention weight, with a different mask on each rank's heads.
-        softcap: bound of the scores through tanh, where the core has it.
-        document_ids: `[B, S]` of the whole sequence, equal for the tokens of one document, negative for padding; or a
-            `SequenceDescription`, made once for a batch and used for all layers. None: each row is one document.
-        core: `sdpa`, `eager`, `flash_attention_2`, ...
+        out: `[B, h, S, Dv]`, all tokens of this rank's query heads.
+        group: the P ranks of the sequence.
+        split: how the heads were dealt; evenly when None.
 
     Returns:
-        `[B, H, S / P, Dv]`, this rank's tokens.
-
-    Raises:
-        ShapeError: heads that can't be dealt evenly, or shapes that don't fit each other.
-
-    Source: DeepSpeed Ulysses (arXiv 2309.14509).
+        `[B, S / P, H, Dv]`, this rank's tokens of all heads.
     """
-    description = _describe(document_ids, query, group.size())
-    call = AttentionCall(is_causal=is_causal, scale=scale, dropout=dropout, softcap=softcap)
-    return exchange_and_attend(query, key, value, group, description, call, core).transpose(1, 2)
-
-
-def _describe(document_ids: Tensor | SequenceDescription | None, query: Tensor, size: int) -> SequenceDescription:
-    batch, length = query.shape[0], query.shape[2] * size
-    if document_ids is None:
-        return SequenceDescription(length, size, (((0, length),),) * batch)
-    if isinstance(document_ids, Tensor):
-        if tuple(document_ids.shape) != (batch, length):
-            raise ShapeError(
-                f"document_ids has shape {tuple(document_ids.shape)}; the whole sequence is {(batch, length)} "
-                f"({size} ranks with {query.shape[2]} tokens each). Give the ids of all ranks' tokens."
-            )
-        return SequenceDescription.from_document_ids(document_ids, size)
-    if (document_ids.batch_size, document_ids.sequence_length) != (batch, length):
-        raise ShapeError(
-            f"the description is of {document_ids.batch_size} rows with {document_ids.sequence_length} tokens, the "
-            f"query of {batch} rows with {length} tokens on {size} ranks. Describe each batch anew."
-        )
-    return document_ids
+    function, args = (_HeadToSeq, ()) if split is None or split.is_even else (_UnevenHeadToSeq, (split,))
+    result: Tensor = function.apply(out, group, *args)  # type: ignore[no-untyped-call]
+    return result

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ulysses_accel.attention import check_model
+from ulysses_accel.attention import SequenceAttention, check_model
 from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.engines.forward import ShardedForward, shard_forward
 from ulysses_accel.engines.loaders import prepare_loader, register_loader_state
@@ -148,11 +148,12 @@ class Attachment:
             return
         core = self.config.sp_handler.sp_attn_implementation
         check_model(model, self.config.sp_size, core, str(self.config.source_of("sp_size")))
+        attention = SequenceAttention(self.groups.sp_group, self.groups.cp_group, core)
         forward = shard_forward(
             model,
+            attention,
             self.groups.group,
             self.groups.world_group,
-            core,
             lambda: int(self.accelerator.gradient_accumulation_steps),
         )
         self.forwards.append((model, forward))

@@ -14,7 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.attention import InstalledAttention, describe_forward, install, transformers_model
+from ulysses_accel.attention import (
+    InstalledAttention,
+    SequenceAttention,
+    describe_forward,
+    install,
+    transformers_model,
+)
 from ulysses_accel.errors import BatchError, UnsupportedModelError
 from ulysses_accel.loss import aggregate_loss
 from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
@@ -37,12 +43,14 @@ class ShardedForward:
 
     Args:
         attention: the model's installed attention.
+        group: the ranks that share each sequence.
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
         has_loss: whether the model computes a loss from labels.
     """
 
     attention: InstalledAttention
+    group: ProcessGroup
     world_group: ProcessGroup
     num_steps: Callable[[], int]
     has_loss: bool
@@ -100,7 +108,7 @@ class ShardedForward:
             return None
         loss = output[0] if isinstance(output, tuple) else output.loss
         num_items = running.num_items_in_batch
-        group = self.attention.group if num_items is None else self.world_group
+        group = self.group if num_items is None else self.world_group
         loss = aggregate_loss(loss, running.shift_labels, group, num_items_in_batch=num_items)
         if num_items is not None:
             # The engine divides each micro-step's loss by their number, which num_items_in_batch has in it already.
@@ -120,25 +128,25 @@ class ShardedForward:
 
 def shard_forward(
     model: nn.Module,
+    attention: SequenceAttention,
     group: ProcessGroup,
     world_group: ProcessGroup,
-    core: str,
     num_steps: Callable[[], int] = lambda: 1,
 ) -> ShardedForward:
     """Makes a model compute sharded batches exactly; it must have passed `attention.check_model`.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
-        group: the ranks that share each sequence.
+        attention: how its attention is computed.
+        group: the ranks that share each sequence, over which a loss is aggregated.
         world_group: the ranks that `num_items_in_batch` is counted over.
-        core: transformers' name of the core attention.
         num_steps: returns the micro-steps that the engine divides a loss by.
 
     Returns:
         The installation; its `uninstall()` restores the model.
     """
     has_loss = getattr(transformers_model(model), "loss_type", None) is not None
-    sharded = ShardedForward(install(model, group, core), world_group, num_steps, has_loss)
+    sharded = ShardedForward(install(model, attention), group, world_group, num_steps, has_loss)
     sharded.handles = [
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
         model.register_forward_hook(sharded.after, with_kwargs=True, always_call=True),
