@@ -22,6 +22,7 @@ from ulysses_accel.sequence_layout import Layout
 
 IGNORE_INDEX = -100
 DESCRIPTION_KEY = "sequence_description"
+_SHARD_MARK = "ulysses_accel_shard"
 
 Segment = tuple[int, int]
 Rows = tuple[tuple[Segment, ...], ...]
@@ -128,6 +129,18 @@ def shard(tensor: Tensor, num_shards: int, rank: int, dim: int = 1) -> Tensor:
             f"{tuple(tensor.shape)}). Pad it to {next_multiple(length, num_shards)} tokens."
         )
     return tensor.narrow(dim, rank * (length // num_shards), length // num_shards)
+
+
+def mark_shard(value: Any) -> Any:
+    """Returns a tensor marked as one rank's part of a batch, so that it is known where its description is missing."""
+    if isinstance(value, Tensor):
+        setattr(value, _SHARD_MARK, True)
+    return value
+
+
+def is_marked_shard(value: Any) -> bool:
+    """Returns whether a value is a tensor from `mark_shard`, or a view of one; copies are not known."""
+    return isinstance(value, Tensor) and (hasattr(value, _SHARD_MARK) or hasattr(value._base, _SHARD_MARK))
 
 
 def unshard(shards: Sequence[Tensor], dim: int = 1) -> Tensor:

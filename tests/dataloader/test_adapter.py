@@ -377,6 +377,42 @@ def test_around_accelerates_loader_the_gradient_state_is_in_step() -> None:
         assert iteration == epoch == 2
 
 
+def test_epochs_are_counted_once_when_the_first_was_a_rest() -> None:
+    def body() -> Any:
+        from accelerate.data_loader import prepare_data_loader
+        from accelerate.state import PartialState
+
+        PartialState(cpu=True)
+        inner = prepare_data_loader(loader(Samples(3)), num_processes=1, process_index=0)
+        adapter = adapt(inner, same_batch=True)
+        counts = []
+        for dl in (adapter.skip_first_batches(1), adapter, adapter):
+            list(dl)
+            counts.append([adapter.iteration, dl.state_dict()["epoch"]])
+        return counts
+
+    assert run_ranks(body, 1, env={"ACCELERATE_USE_CPU": "true"}) == [[[1, 1], [2, 2], [3, 3]]]
+
+
+def test_all_ranks_know_the_last_step_that_only_one_saw_coming() -> None:
+    class Knowing:
+        """Like accelerate's loader, it says with a batch that it is the last."""
+
+        def __init__(self, count: int) -> None:
+            self.dataset, self.end_of_dataloader = Samples(count), False
+
+        def __iter__(self) -> Any:
+            for index in range(len(self.dataset)):
+                self.end_of_dataloader = index == len(self.dataset) - 1
+                yield stack([self.dataset[index]])
+
+    def body() -> Any:
+        adapter = adapt(Knowing(2 + dist.get_rank()), same_batch=True, on_uneven="drop")
+        return [adapter.end_of_dataloader for _ in adapter]
+
+    assert run_ranks(body, 2) == [[False, True]] * 2
+
+
 def test_shuffling_follows_the_wrapped_loader() -> None:
     torch.manual_seed(5)
     direct = [batch["input_ids"].tolist() for _ in range(2) for batch in loader(Samples(6), shuffle=True)]

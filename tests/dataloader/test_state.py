@@ -354,3 +354,14 @@ def test_ranks_that_load_different_states_are_told() -> None:
     first, second = run_ranks(body, 2)
     assert first == second
     assert "different micro-steps: 0 on ranks [0], 1 on ranks [1]" in first
+
+
+def test_ranks_that_resume_within_a_refill_at_different_micro_steps_are_told() -> None:
+    def body() -> str:
+        adapter = adapt(loader(Samples(4, base=10 * dist.get_rank())))
+        adapter.load_state_dict({**adapter.state_dict(), "batches": 1, "micro_step": dist.get_rank()})
+        return error_of(lambda: next(iter(adapter)))
+
+    first, second = run_ranks(body, 2)
+    assert first == second
+    assert "different micro-steps: 2 on ranks [0], 3 on ranks [1]" in first

@@ -2,11 +2,12 @@
 
 from ulysses_accel.attention.checks import check_model, transformers_model
 from ulysses_accel.attention.registry import InstalledAttention, describe_forward, install
-from ulysses_accel.attention.ring import ring_attention
+from ulysses_accel.attention.ring import Exchange, ring_attention
 from ulysses_accel.attention.ulysses import head_to_seq, seq_to_head
 from ulysses_accel.attention.usp import SequenceAttention, ulysses_attention, usp_attention
 
 __all__ = [
+    "Exchange",
     "InstalledAttention",
     "SequenceAttention",
     "check_model",

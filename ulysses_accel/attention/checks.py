@@ -64,27 +64,26 @@ def _routing(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
         )
     if getattr(config, "is_encoder_decoder", False):
         yield "it is an encoder-decoder; cross-attention over shards is not computed. Use a decoder-only model."
-    loss_type = getattr(model, "loss_type", None)
-    if loss_type is not None and loss_type != "ForCausalLM":
-        yield f"its loss is {loss_type}; only causal language modelling is aggregated over shards. Use sp_size=1."
     parameters = inspect.signature(type(model).forward).parameters
+    # transformers takes a model with labels and without a loss of its own for a causal language model.
+    loss_type = getattr(model, "loss_type", None) or "ForCausalLM"
+    if "labels" in parameters and loss_type != "ForCausalLM":
+        yield f"its loss is {loss_type}; only causal language modelling is aggregated over shards. Use sp_size=1."
     if "position_ids" not in parameters:
         yield "its forward takes no position_ids, so a shard would start at position 0. Use a model that takes them."
-    if loss_type is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if "labels" in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         yield "its forward takes no further keyword arguments, so shift_labels can't reach its loss."
 
 
 def _layers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
     types = getattr(config, "layer_types", None)
     if types:
-        for kind in sorted(set(types) - {"full_attention", "attention"}):
+        for kind in sorted(set(types) - {"full_attention", "attention", "sliding_attention"}):
             count = sum(1 for layer in types if layer == kind)
-            yield f"{count} of its {len(types)} layers are {kind}; only full attention is sharded. Use sp_size=1."
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        yield (
-            f"it attends within a sliding window (sliding_window={config.sliding_window}). Set sliding_window=None to "
-            f"train it with full attention, or use sp_size=1."
-        )
+            yield (
+                f"{count} of its {len(types)} layers are {kind}; only full attention and sliding windows are computed "
+                f"on shards. Use sp_size=1."
+            )
     for name, module in model.named_modules():
         if isinstance(getattr(module, "sinks", None), nn.Parameter):
             yield f"{name} has learned attention sinks, which are not dealt with the heads. Use sp_size=1."

@@ -21,7 +21,8 @@ from ulysses_accel.dataloader.random_state import capture, check_states, keeps_w
 from ulysses_accel.dataloader.refill import Refiller
 from ulysses_accel.dataloader.state import LoaderState
 from ulysses_accel.errors import BatchError, ConfigError
-from ulysses_accel.sequence import IGNORE_INDEX
+from ulysses_accel.sequence import IGNORE_INDEX, mark_shard
+from ulysses_accel.sequence_layout import Layout
 
 _POLICIES = ("error", "drop", "pad")
 
@@ -50,6 +51,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
         allow_duplicates: with `same_batch=False`, don't refuse a first batch that is the same on all ranks.
+        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
+        ring_layout: how the tokens are dealt over the ring.
 
     Raises:
         ConfigError: an argument is not legal.
@@ -72,10 +75,19 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         ignore_index: int = IGNORE_INDEX,
         pad_token_id: int = 0,
         allow_duplicates: bool = False,
+        ring_size: int = 1,
+        ring_layout: Layout = "contiguous",
     ) -> None:
         # Not DataLoader's own constructor: this loader has no dataset and no workers besides the wrapped loader's.
         layout = BatchLayout(
-            sp_world_size, sequence_length, pad_multiple, dict(key_rules or {}), ignore_index, pad_token_id
+            sp_world_size,
+            sequence_length,
+            pad_multiple,
+            dict(key_rules or {}),
+            ignore_index,
+            pad_token_id,
+            ring_size,
+            ring_layout,
         )
         group = _checked_group(cpu_group or sp_group, sp_rank, sp_world_size)
         if on_uneven not in _POLICIES or (on_uneven == "pad" and same_batch):
@@ -157,7 +169,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             self._at_end = run.is_last
             if self.on_micro_step is not None:
                 self.on_micro_step(run.is_last)
-            yield {key: self._placed(value) for key, value in step.items()}
+            yield {key: mark_shard(self._placed(value)) for key, value in step.items()}
         if self._run is run:
             self._run = None
             self._epoch += 1
@@ -255,6 +267,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             ignore_index=layout.ignore_index,
             pad_token_id=layout.pad_token_id,
             allow_duplicates=refiller.allow_duplicates,
+            ring_size=layout.ring_size,
+            ring_layout=layout.ring_layout,
         )
         skipped._offset = self._offset + num_batches
         skipped._epoch, skipped._epoch_was_set = self._epoch, self._epoch_was_set

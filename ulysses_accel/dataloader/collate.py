@@ -27,6 +27,7 @@ from ulysses_accel.sequence import (
     shard,
     shift_labels,
 )
+from ulysses_accel.sequence_layout import Layout, multiple_of, ring_order
 
 # The ecosystem's known keys whose second dim is the sequence, and what their padding is.
 _SEQUENCE_PADS: dict[str, float] = {
@@ -69,6 +70,8 @@ class BatchLayout:
         key_rules: for keys of your own, "shard" (second dim), "replicate", or the number of the dim to shard.
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
+        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
+        ring_layout: how the tokens are dealt over the ring.
 
     Raises:
         ConfigError: a value is not legal.
@@ -80,6 +83,8 @@ class BatchLayout:
     key_rules: Mapping[str, str | int] = field(default_factory=dict)
     ignore_index: int = IGNORE_INDEX
     pad_token_id: int = 0
+    ring_size: int = 1
+    ring_layout: Layout = "contiguous"
 
     def __post_init__(self) -> None:
         if self.num_shards < 1:
@@ -101,7 +106,8 @@ class BatchLayout:
     @property
     def multiple(self) -> int:
         """What the padded length is a multiple of."""
-        return math.lcm(self.num_shards, self.pad_multiple or 1)
+        dealt = multiple_of(self.ring_size, self.ring_layout, self.num_shards // self.ring_size)
+        return math.lcm(dealt, self.pad_multiple or 1)
 
     def padded_length(self, length: int) -> int:
         """Returns the tokens of a batch of `length` after padding.
@@ -124,7 +130,7 @@ class WholeBatch:
     """A complete batch before it is cut.
 
     Args:
-        tensors: padded, whole.
+        tensors: padded, whole, in the order of the shards.
         dims: for each tensor its sequence dim, None when every rank gets all of it.
         extras: everything that is no tensor.
         description: of the whole sequence.
@@ -200,7 +206,14 @@ def complete(batch: Any, layout: BatchLayout) -> WholeBatch:
     _inject_shift_labels(tensors, rows, (batch_size, length), layout)
     dims = {name: sequence_dim(name, tensor, batch_size, length, layout) for name, tensor in tensors.items()}
     whole = {name: _pad(name, tensor, dims[name], padded, layout) for name, tensor in tensors.items()}
-    return WholeBatch(whole, dims, extras, SequenceDescription(padded, layout.num_shards, rows))
+    order = ring_order(padded, layout.ring_size, layout.ring_layout)
+    if order is not None:
+        whole = {
+            name: tensor if (dim := dims[name]) is None else tensor.index_select(dim, order.to(tensor.device))
+            for name, tensor in whole.items()
+        }
+    description = SequenceDescription(padded, layout.num_shards, rows, layout.ring_size, layout.ring_layout)
+    return WholeBatch(whole, dims, extras, description)
 
 
 def _split(batch: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -251,6 +264,8 @@ def _positions(given: Tensor | None, rows: Any, marked: bool, length: int, devic
     if given is None:
         whole = tuple(((0, length),) for _ in rows)
         return restarting_positions(rows if marked else whole, length, device)
+    if not given.dtype.is_signed or given.is_floating_point() or given.is_complex():
+        raise BatchError(f"'position_ids' is {given.dtype}, but positions are counted. Use torch.int64.")
     planes = given.shape[:-2]
     if (
         given.ndim < 1
@@ -273,6 +288,10 @@ def _inject_shift_labels(tensors: dict[str, Tensor], rows: Any, shape: tuple[int
         raise BatchError(
             f"'labels' has shape {list(labels.shape)}, but shifting them needs one for each of {list(shape)} tokens. "
             "Labels of a whole sample can be kept with key_rules={'labels': 'replicate'}."
+        )
+    if not labels.dtype.is_signed:
+        raise BatchError(
+            f"'labels' is {labels.dtype}, which can't hold the ignored label {layout.ignore_index}. Use torch.int64."
         )
     del tensors["labels"]
     if "shift_labels" not in tensors:

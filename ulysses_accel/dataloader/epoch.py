@@ -77,7 +77,7 @@ class EpochRun:
         else:
             self._replay = Replay(self._loader, start.random) if start.random is not None else None
             self._seed_aside = SeedAside(self._loader, start.warm)
-            self._source, self._to_drop = loader_at(self._loader, start.batches, self._replay)
+            self._source, self._to_drop = loader_at(self._loader, start.batches)
         self._iterator = iter(self._source)
 
     def position(self) -> Position:

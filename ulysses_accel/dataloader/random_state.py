@@ -1,8 +1,9 @@
 """The random state that decides the order of an epoch: recorded when the epoch begins, replayed when it is resumed.
 
-A sampler takes its permutation from its own generator, or from torch's global one, at the moment it is first asked for
-an index. On resume the recorded state is in force until that moment only; then the caller's random state, which a
-checkpoint has restored to the middle of the epoch, is put back.
+A sampler takes its permutation from its own generator, or from torch's global one, when it is first asked for an index.
+On resume the recorded state is in force until the first batch is drawn; then the caller's random state, which a
+checkpoint has restored to the middle of the epoch, is put back. Numbers that a dataset draws for itself (augmentation)
+are not replayed.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from ulysses_accel.dataloader.random_state import Replay
 from ulysses_accel.errors import CheckpointError
 
 VERSION = 1
@@ -159,13 +159,11 @@ class ResumedBatchSampler:
     Args:
         batch_sampler: whose order is kept.
         skip: batches to leave out.
-        replay: random state to be in force until the order is known.
     """
 
-    def __init__(self, batch_sampler: Any, skip: int, replay: Replay | None) -> None:
+    def __init__(self, batch_sampler: Any, skip: int) -> None:
         self._inner = batch_sampler
         self._skip = skip
-        self._replay = replay
 
     def __getattr__(self, name: str) -> Any:
         # Transparent, so that whoever walks from a batch sampler to its sampler arrives there.
@@ -177,12 +175,7 @@ class ResumedBatchSampler:
         return max(0, len(self._inner) - self._skip)
 
     def __iter__(self) -> Iterator[Any]:
-        order = iter(self._inner)
-        first = [indices for _, indices in zip(range(self._skip + 1), order)][self._skip :]
-        if self._replay is not None:
-            self._replay.stop()
-        yield from first
-        yield from order
+        yield from islice(self._inner, self._skip, None)
 
 
 _REBUILD = (
@@ -200,13 +193,13 @@ _REBUILD = (
 _REBUILD_SHARD = ("device", "rng_types", "synchronized_generator", "_drop_last", "_non_blocking", "iteration")
 
 
-def loader_at(loader: Any, skip: int, replay: Replay | None) -> tuple[Any, int]:
+def loader_at(loader: Any, skip: int) -> tuple[Any, int]:
     """Returns a loader that starts behind the first `skip` batches, and how many must still be drawn and dropped.
 
     An ordinary loader with a batch sampler, torch's or accelerate's, is rebuilt around the rest of its indices; of any
     other the batches are drawn.
     """
-    if skip == 0 and replay is None:
+    if skip == 0:
         return loader, 0
     shard = type(loader).__name__ == "DataLoaderShard" and not getattr(loader, "use_stateful_dataloader", False)
     sampler = getattr(loader, "batch_sampler", None)
@@ -214,5 +207,5 @@ def loader_at(loader: Any, skip: int, replay: Replay | None) -> tuple[Any, int]:
         return loader, skip
     names = _REBUILD + (_REBUILD_SHARD if shard else ())
     options = {name: getattr(loader, name) for name in names if hasattr(loader, name)}
-    rest = ResumedBatchSampler(sampler, skip, replay)
+    rest = ResumedBatchSampler(sampler, skip)
     return type(loader)(loader.dataset, batch_sampler=rest, **options), 0

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ulysses_accel.attention import SequenceAttention, check_model
+from ulysses_accel.attention import Exchange, SequenceAttention, check_model
 from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.engines.forward import ShardedForward, shard_forward
 from ulysses_accel.engines.loaders import prepare_loader, register_loader_state
@@ -62,15 +62,10 @@ def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
         ConfigError: a size that no engine computes yet.
     """
     repair_state(accelerator)
-    if config.cp_size > 1:
+    if config.tp_size > 1 and config.sequence_parallel_size > 1:
         raise ConfigError(
-            f"cp_size={config.cp_size} ({config.source_of('cp_size')}): ring attention is not computed yet. "
-            f"Use cp_size=1 and sp_size={config.sp_size * config.cp_size}."
-        )
-    if config.tp_size > 1 and config.sp_size > 1:
-        raise ConfigError(
-            f"tp_size={config.tp_size} ({config.source_of('tp_size')}) beside sp_size={config.sp_size}: tensor "
-            f"parallelism is not combined with sequence parallelism yet. Use tp_size=1."
+            f"tp_size={config.tp_size} ({config.source_of('tp_size')}) beside sp_size={config.sp_size} and "
+            f"cp_size={config.cp_size}: tensor parallelism is not combined with sequence parallelism yet. Use tp_size=1."
         )
     if config.sequence_parallel_size == 1:
         return None
@@ -148,7 +143,8 @@ class Attachment:
             return
         core = self.config.sp_handler.sp_attn_implementation
         check_model(model, self.config.sp_size, core, str(self.config.source_of("sp_size")))
-        attention = SequenceAttention(self.groups.sp_group, self.groups.cp_group, core)
+        exchange: Exchange = "all_gather" if self._gathers_keys() else "p2p"
+        attention = SequenceAttention(self.groups.sp_group, self.groups.cp_group, core, exchange)
         forward = shard_forward(
             model,
             attention,
@@ -157,6 +153,10 @@ class Attachment:
             lambda: int(self.accelerator.gradient_accumulation_steps),
         )
         self.forwards.append((model, forward))
+
+    def _gathers_keys(self) -> bool:
+        """Whether the ring gathers keys at once; accelerate's names are `allgather` and, for rotation, `alltoall`."""
+        return getattr(self.config.cp_handler, "cp_comm_strategy", "alltoall") == "allgather"
 
     @contextmanager
     def _as_data_parallel(self, has_loader: bool) -> Iterator[None]:

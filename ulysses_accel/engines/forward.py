@@ -6,6 +6,7 @@ without one the model does what it always did, with its own mask.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ulysses_accel.attention import (
 )
 from ulysses_accel.errors import BatchError, UnsupportedModelError
 from ulysses_accel.loss import aggregate_loss
-from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
+from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription, is_marked_shard
 
 
 @dataclass
@@ -61,8 +62,6 @@ class ShardedForward:
         """Prepares the arguments of a sharded forward; leaves those of an ordinary one alone."""
         kwargs = dict(kwargs)
         description = kwargs.pop(DESCRIPTION_KEY, None)
-        if description is not None:
-            _check_batch(description, args, kwargs)
         # Ordinary forwards get a context too: one inside of a sharded forward must not see that batch.
         context = describe_forward(description)
         context.__enter__()
@@ -75,7 +74,12 @@ class ShardedForward:
                 calls_before=self.attention.num_calls,
             )
         )
-        return (args, kwargs) if description is None else (args, self._sharded_arguments(kwargs))
+        # Refused only now: `after` runs for a forward that raises too, and takes off what was put up here.
+        if description is None:
+            _refuse_undescribed_shard(args, kwargs)
+            return args, kwargs
+        _check_batch(description, args, kwargs)
+        return args, self._sharded_arguments(kwargs)
 
     def _sharded_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # Padding is part of the description; a shard's mask would be taken for the whole sequence's.
@@ -145,13 +149,30 @@ def shard_forward(
     Returns:
         The installation; its `uninstall()` restores the model.
     """
-    has_loss = getattr(transformers_model(model), "loss_type", None) is not None
+    has_loss = "labels" in inspect.signature(type(transformers_model(model)).forward).parameters
     sharded = ShardedForward(install(model, attention), group, world_group, num_steps, has_loss)
     sharded.handles = [
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
         model.register_forward_hook(sharded.after, with_kwargs=True, always_call=True),
     ]
     return sharded
+
+
+def _refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a shard that lost its description: attention would silently stay within the shard.
+
+    Data loaders mark the shards that they yield; whole batches carry no mark, and `labels` instead of `shift_labels`.
+    """
+    named = dict(enumerate(args)) | kwargs
+    found = [str(name) for name, value in named.items() if is_marked_shard(value)]
+    if kwargs.get("shift_labels") is not None and "shift_labels" not in found:
+        found.append("shift_labels")
+    if found:
+        raise BatchError(
+            f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's tokens would only see "
+            f"their own shard. Pass the batch as the data loader gave it: model(**batch). For a batch that is whole on "
+            f"this rank, pass labels and not shift_labels."
+        )
 
 
 def _check_batch(description: SequenceDescription, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
