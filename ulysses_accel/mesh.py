@@ -152,6 +152,42 @@ def _all_groups(mesh: DeviceMesh, size: int) -> list[list[int]]:
     return [[int(rank) for rank in row] for row in table]
 
 
+def ring_and_ulysses_groups(
+    ring_size: int, ulysses_size: int, *, ulysses_inside: bool = True
+) -> tuple[ProcessGroup, ProcessGroup]:
+    """Returns this rank's ring and its Ulysses group, for code that has no mesh; every rank must call it.
+
+    Args:
+        ring_size: ranks R of each ring.
+        ulysses_size: ranks U of each Ulysses group; each R × U consecutive ranks share a sequence.
+        ulysses_inside: whether the ranks of a Ulysses group are neighbours; otherwise those of a ring are.
+
+    Raises:
+        MeshError: R × U does not divide the number of processes.
+    """
+    world_size, size = dist.get_world_size(), ring_size * ulysses_size
+    if min(ring_size, ulysses_size) < 1 or world_size % size:
+        raise MeshError(
+            f"a ring of {ring_size} × {ulysses_size} Ulysses ranks does not divide {world_size} launched processes. "
+            f"Change the degrees so that their product divides {world_size}."
+        )
+    ring_step, ulysses_step = (ulysses_size, 1) if ulysses_inside else (1, ring_size)
+    firsts = range(0, world_size, size)
+    rings = [
+        [first + place * ulysses_step + ring * ring_step for ring in range(ring_size)]
+        for first in firsts
+        for place in range(ulysses_size)
+    ]
+    ulysses = [
+        [first + ring * ring_step + place * ulysses_step for place in range(ulysses_size)]
+        for first in firsts
+        for ring in range(ring_size)
+    ]
+    ring_group: ProcessGroup = dist.new_subgroups_by_enumeration(rings)[0]
+    ulysses_group: ProcessGroup = dist.new_subgroups_by_enumeration(ulysses)[0]
+    return ring_group, ulysses_group
+
+
 def legal_factorizations(world_size: int, divisors_of_sp: int | None = None) -> list[tuple[int, int]]:
     """Returns the (data parallel, sequence parallel) sizes whose product is `world_size`.
 

@@ -25,6 +25,7 @@ from tests.dataloader.samples import (
 from tests.ranks import run_ranks
 from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter, skip_first_batches
 from ulysses_accel.errors import ConfigError
+from ulysses_accel.sequence import DESCRIPTION_KEY
 
 
 def tokens(index: int, length: int = 4) -> list[list[int]]:
@@ -411,6 +412,18 @@ def test_all_ranks_know_the_last_step_that_only_one_saw_coming() -> None:
         return [adapter.end_of_dataloader for _ in adapter]
 
     assert run_ranks(body, 2) == [[False, True]] * 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_ring_layout_is_told_in_both_modes(same: bool) -> None:
+    def body() -> Any:
+        dl = loader(Samples(1, length=8, base=0 if same else dist.get_rank()))
+        steps = list(adapt(dl, same_batch=same, ring_size=2, ring_layout="zigzag"))
+        return [[ids(step)[0], step[DESCRIPTION_KEY].ring_size, step[DESCRIPTION_KEY].layout] for step in steps]
+
+    order = [[0, 1, 6, 7], [2, 3, 4, 5]]
+    for found, places in zip(run_ranks(body, 2), order):
+        assert found == [[[100 * (step + 1) + t for t in places], 2, "zigzag"] for step in range(1 if same else 2)]
 
 
 def test_shuffling_follows_the_wrapped_loader() -> None:

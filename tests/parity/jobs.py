@@ -8,7 +8,7 @@ hundred terms; that costs some 1e-15, and a missing or doubled term at least 1e-
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ import deepspeed  # noqa: F401  imported before the fork, so that ranks start wa
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 import ulysses_accel
-from tests.parity.batches import IGNORE, Sample
+from tests.parity.batches import Sample
 
 EXACT = 1e-12
 FLOOR = 1e-4
@@ -63,7 +63,7 @@ class Engine:
                 fsdp_version=2,
                 cpu_ram_efficient_loading=False,
                 auto_wrap_policy="transformer_based_wrap",
-                cpu_offload=CPUOffloadPolicy() if self.offload else None,
+                cpu_offload=CPUOffloadPolicy(pin_memory=False) if self.offload else None,
             )
         return Accelerator(cpu=True, gradient_accumulation_steps=steps, **kwargs)
 
@@ -94,13 +94,13 @@ def full_gradients(model: nn.Module) -> Grads:
 
 
 def full_parameters(model: nn.Module) -> Grads:
-    """Returns whole parameters by the plain model's names (not of ZeRO 3); every rank must call it."""
-    return {
-        name.removeprefix("module."): (
-            value.detach().full_tensor() if isinstance(value, DTensor) else value.detach().clone()
-        )
-        for name, value in model.named_parameters()
-    }
+    """Returns whole parameters by the plain model's names; every rank must call it."""
+    whole = {}
+    for name, parameter in model.named_parameters():
+        value = safe_get_full_fp32_param(parameter) if hasattr(model, "zero_optimization") else None
+        value = parameter.detach() if value is None else value
+        whole[name.removeprefix("module.")] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    return whole
 
 
 def zero_gradients(model: nn.Module) -> None:
@@ -109,22 +109,35 @@ def zero_gradients(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def plain_loss(model: nn.Module, sample: Sample, num_items: int | None = None) -> Tensor:
-    """Returns one process's loss of a batch; 0 where no label counts."""
+def plain_loss(model: nn.Module, sample: Sample, num_items: int | Tensor | None = None) -> Tensor:
+    """Returns one process's loss of a batch that has a counted label."""
     loss: Tensor = model(**sample.plain, num_items_in_batch=num_items).loss
-    return loss if sample.num_tokens else torch.where(torch.isnan(loss), 0.0, loss) * 0.0
+    return loss
 
 
-def plain_step(model: nn.Module, samples: Sequence[Sample], num_items: int | None = None) -> tuple[list[float], Grads]:
-    """Returns each sample's loss, and the gradients of their mean, or of their sum over `num_items` tokens."""
+def lonely_loss(model: nn.Module, sample: Sample) -> Tensor:
+    """Returns the same from every document alone in a batch: no mask and no packing, only its tokens and positions."""
+    ids, labels = sample.plain["input_ids"], sample.plain["labels"]
+    positions = sample.plain.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))
+    total = torch.zeros((), dtype=torch.float64)
+    for row, segments in enumerate(sample.documents):
+        for start, stop in segments:
+            part = {"input_ids": ids, "labels": labels, "position_ids": positions}
+            alone = {name: tensor[row : row + 1, start:stop] for name, tensor in part.items()}
+            total = total + model(**alone, use_cache=False, num_items_in_batch=sample.num_tokens).loss
+    return total
+
+
+def plain_step(
+    model: nn.Module, samples: Sequence[Sample], loss_of: Callable[..., Tensor] = plain_loss
+) -> tuple[list[float], Grads]:
+    """Returns each sample's loss, 0 where no label counts, and the gradients of their mean."""
     zero_gradients(model)
     losses = []
     for sample in samples:
-        if not sample.num_tokens:
-            losses.append(0.0)
-            continue
-        loss = plain_loss(model, sample, num_items)
-        (loss if num_items else loss / len(samples)).backward()
+        loss = loss_of(model, sample) if sample.num_tokens else torch.zeros(())
+        if sample.num_tokens:
+            (loss / len(samples)).backward()
         losses.append(float(loss.detach()))
     grads = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -198,14 +211,9 @@ def counted_linear_tokens(model: nn.Module) -> Iterator[list[int]]:
     def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         tokens.append(args[0].shape[:-1].numel())
 
-    handles = [
-        module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, nn.Linear)
-    ]
+    handles = [module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
     try:
         yield tokens
     finally:
         for handle in handles:
             handle.remove()
-
-
-__all__ = ["IGNORE"]

@@ -24,6 +24,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 VOCAB = 64
 HIDDEN = 32
@@ -103,9 +104,11 @@ def cross_entropy(
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, config: Any = None, seed: int = 0) -> Any:
-    """Returns a model in training mode; the same call gives the same weights in every process."""
+    """Returns a model in training mode; the same call gives the same weights, in every process and dtype."""
+    # A DeepSpeed engine of this process would have it built in pieces, before it has its weights.
+    unset_hf_deepspeed_config()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or CONFIGS[name](), attn_implementation="sdpa").to(dtype)
+    model = AutoModelForCausalLM.from_config(config or CONFIGS[name](), attn_implementation="sdpa").double()
     with torch.no_grad():
         for parameter in model.parameters():
             # Larger than transformers draws them, so that attention is far from uniform; biases and norms too.
@@ -117,4 +120,4 @@ def build(name: str, dtype: torch.dtype = torch.float64, config: Any = None, see
                 offset = 1.0 if type(child).__name__.startswith("Gemma") else 0.0
                 setattr(parent, child_name, ExactNorm(child.weight, eps, offset))
     model.loss_function = cross_entropy
-    return model.train()
+    return model.train().to(dtype)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor
 
 from tests.parity.batches import CASES, MASKED_CASES, Sample, loader
 from tests.parity.jobs import (
@@ -13,9 +11,10 @@ from tests.parity.jobs import (
     Report,
     assert_parity,
     compare,
-    counted_linear_tokens,
     data_rank,
     full_gradients,
+    lonely_loss,
+    plain_loss,
     plain_step,
     report,
     zero_gradients,
@@ -25,6 +24,8 @@ from tests.ranks import run_ranks
 
 LAYOUTS = [(1, 2), (2, 1), (1, 4), (2, 2)]
 MODELS = sorted(CONFIGS)
+# transformers' OPT does not look for packed documents in positions, and takes other positions from a padding mask.
+REFERENCES = {"opt": lonely_loss}
 Step = tuple[str, list[Sample], list[float], Grads]
 
 
@@ -34,7 +35,7 @@ def expected_steps(name: str, dp_size: int, sp_size: int) -> list[Step]:
     steps = []
     for number, (case, sample) in enumerate(cases.items()):
         samples = [sample(2 * number + rank) for rank in range(dp_size)]
-        steps.append((case, samples, *plain_step(model, samples)))
+        steps.append((case, samples, *plain_step(model, samples, REFERENCES.get(name, plain_loss))))
     return steps
 
 
@@ -45,7 +46,6 @@ def sharded_steps(plans: dict[str, list[Step]], dp_size: int, sp_size: int) -> R
         samples = [sample for _, together, _, _ in steps for sample in together]
         # Without sequence parallelism nothing of ours touches the batch: it must say by itself what counts.
         model, batches = accelerator.prepare(build(name), loader(samples, plain=sp_size == 1))
-        print(name, flush=True)
         for (case, _, losses, grads), batch in zip(steps, batches, strict=True):
             zero_gradients(model)
             loss = model(**batch).loss

@@ -56,6 +56,7 @@ def encode_side(whole: WholeBatch) -> bytes:
         "keys": sorted(whole.tensors, key=key_code),
         "length": description.sequence_length,
         "rows": description.rows,
+        "ring": [description.ring_size, description.layout],
         "extras": whole.extras,
     }
     return json.dumps(side, separators=(",", ":")).encode()
@@ -145,5 +146,5 @@ def _unpack(data: Tensor, header: Header, parts: int) -> dict[str, Any]:
         start = stop
     rows = tuple(tuple((first, last) for first, last in row) for row in side["rows"])
     batch.update(side["extras"])
-    batch[DESCRIPTION_KEY] = SequenceDescription(side["length"], parts, rows)
+    batch[DESCRIPTION_KEY] = SequenceDescription(side["length"], parts, rows, *side["ring"])
     return batch

@@ -65,7 +65,7 @@ def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
     if config.tp_size > 1 and config.sequence_parallel_size > 1:
         raise ConfigError(
             f"tp_size={config.tp_size} ({config.source_of('tp_size')}) beside sp_size={config.sp_size} and "
-            f"cp_size={config.cp_size}: tensor parallelism is not combined with sequence parallelism yet. Use tp_size=1."
+            f"cp_size={config.cp_size}: tensor parallelism is not combined with either yet. Use tp_size=1."
         )
     if config.sequence_parallel_size == 1:
         return None

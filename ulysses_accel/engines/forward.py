@@ -163,10 +163,9 @@ def _refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     Data loaders mark the shards that they yield; whole batches carry no mark, and `labels` instead of `shift_labels`.
     """
-    named = dict(enumerate(args)) | kwargs
-    found = [str(name) for name, value in named.items() if is_marked_shard(value)]
-    if kwargs.get("shift_labels") is not None and "shift_labels" not in found:
-        found.append("shift_labels")
+    found = ["tokens" for value in args[:1] if is_marked_shard(value)]
+    found += [name for name in ("input_ids", "inputs_embeds", "position_ids") if is_marked_shard(kwargs.get(name))]
+    found += ["shift_labels"] if kwargs.get("shift_labels") is not None else []
     if found:
         raise BatchError(
             f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's tokens would only see "
