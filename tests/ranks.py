@@ -86,6 +86,8 @@ def _fork(
         log = (folder / f"{rank}.log").open("w")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        # Under pytest's capture the parent's streams do not end at file descriptors 1 and 2.
+        sys.stdout = sys.stderr = log
         faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
         code = _run(function, rank, world_size, port, folder, args, init, env)
     finally:

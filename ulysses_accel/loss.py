@@ -56,6 +56,35 @@ class _SumOfShares(torch.autograd.Function):
         return grad * ctx.size, None
 
 
+class _SharedScalar(torch.autograd.Function):
+    """A scalar that is the same on every rank, whose gradient may not be."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mean = grad / ctx.group.size()
+        dist.all_reduce(mean, group=ctx.group)
+        return mean, None
+
+
+def shared_scalar(loss: Tensor, group: ProcessGroup) -> Tensor:
+    """Returns an aggregated loss that may be used differently on each rank, for one scalar's collective in backward.
+
+    `aggregate_loss` counts on every rank's using its result alike. A loop that aggregates a second time, with weights of
+    its own for each rank, as the documented one does on a loss that the model has computed, is right with this one too.
+
+    Args:
+        loss: scalar, the same on every rank of the group.
+        group: the ranks that have it.
+    """
+    shared: Tensor = _SharedScalar.apply(loss, group)  # type: ignore[no-untyped-call]
+    return shared
+
+
 def aggregate_loss(
     loss: Tensor,
     shift_labels: Tensor,

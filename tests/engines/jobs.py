@@ -42,9 +42,10 @@ def numbers(batch: dict[str, Any]) -> list[int]:
 
 
 def own_numbers(batch: dict[str, Any]) -> list[int]:
-    """Returns which samples a batch holds, on the ranks that hold the first shard; negative numbers elsewhere."""
-    starts = batch["position_ids"][:, 0] == 0
-    return [int(token) - FIRST_ID if start else -1 for token, start in zip(batch["input_ids"][:, 0], starts)]
+    """Returns which samples a batch holds, on ranks that hold their first tokens; nothing elsewhere."""
+    if "position_ids" in batch and int(batch["position_ids"][0, 0]) > 0:
+        return []
+    return [int(token) - FIRST_ID for token in batch["input_ids"][:, 0]]
 
 
 def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

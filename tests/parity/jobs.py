@@ -48,13 +48,17 @@ class Engine:
     offload: bool = False
     clipping: float = 0.0
 
-    def accelerator(self, sp_size: int, dp_size: int = 1, steps: int = 1, **kwargs: Any) -> Accelerator:
+    def accelerator(
+        self, sp_size: int, dp_size: int = 1, steps: int = 1, cp_size: int = 1, **kwargs: Any
+    ) -> Accelerator:
         """Returns an accelerator that shares nothing with an earlier one of this process."""
         AcceleratorState._reset_state(True)
         for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
             os.environ.pop(name, None)
         axis = "dp_shard_size" if self.name == "fsdp2" else "dp_replicate_size"
-        kwargs["parallelism_config"] = ulysses_accel.ParallelismConfig(sp_size=sp_size, **{axis: dp_size})
+        kwargs["parallelism_config"] = ulysses_accel.ParallelismConfig(
+            sp_size=sp_size, cp_size=cp_size, **{axis: dp_size}
+        )
         if self.name == "deepspeed":
             plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(steps))
             return Accelerator(deepspeed_plugin=plugin, **kwargs)

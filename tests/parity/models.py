@@ -60,6 +60,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=8),
     "gpt2": lambda: GPT2Config(**_LEARNED),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=None),
+    # Shorter than a document, so that it cuts; longer than a shard of four, so that it reaches over one.
+    "mistral_window": lambda: MistralConfig(**_GROUPED, sliding_window=6),
     "gemma": lambda: GemmaConfig(**{**_GROUPED, "num_key_value_heads": 1}, head_dim=16),
     # One key/value head, and a config that has no num_key_value_heads.
     "gpt_bigcode": lambda: GPTBigCodeConfig(**_LEARNED, multi_query=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ CHECKPOINTS = (None, False, True)
 # A chosen and a rejected batch, as preference losses have them: of different documents, rows or lengths.
 PAIRS = (("packed", "padded left"), ("odd packed", "packed"), ("padded right", "five rows"), ("plain", "packed"))
 ENGINES = (Engine("ddp"), Engine("fsdp2"))
-Expected = list[tuple[float, Grads]]
 
 
 def preference(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -62,7 +62,8 @@ def prepared(
     model = build("llama")
     if checkpoint is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpoint})
-    return accelerator, accelerator.prepare(model)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    return accelerator, model
 
 
 def sharded(batches: Any, expected: Any, dp_size: int, sp_size: int) -> Report:

@@ -18,7 +18,6 @@ from tests.parity.jobs import (
     assert_parity,
     compare,
     data_rank,
-    full_gradients,
     plain_step,
     report,
     zero_gradients,

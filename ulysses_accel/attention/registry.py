@@ -177,7 +177,9 @@ def _attention_function(core: str) -> Callable[..., tuple[Tensor, None]]:
         installed.num_calls += 1
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         call = AttentionCall(is_causal=causal, scale=scaling, dropout=dropout, softcap=kwargs.get("softcap"))
-        return installed.attention(query, key, value, description, call, _window(module, attention_mask, kwargs)), None
+        out = installed.attention(query, key, value, description, call, _window(module, attention_mask, kwargs))
+        # Models view it as [B, S / P, H * D]; without an exchange of heads it is a transposed view.
+        return out.contiguous(), None
 
     return attention
 

@@ -7,6 +7,7 @@ A plain attention mask takes padding out of them. Works on the host: a batch tha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def find_rows(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[R
         length: tokens S, before padding.
 
     Raises:
-        BatchError: a mask that is not `[B, S]`, or cumulative lengths that don't fit the batch.
+        BatchError: a mask that is not `[B, S]` or has holes, or cumulative lengths that don't fit the batch.
     """
     mask = _mask(batch.get("attention_mask"), batch_size, length)
     valid = None if mask is None else mask != 0
@@ -45,10 +46,24 @@ def find_rows(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[R
     if mask is not None and mask.numel() and int(mask.max()) > 1:
         return _rows_of_ids(mask, valid), True
     positions = batch.get("position_ids")
-    if isinstance(positions, Tensor):
-        return _rows_of_positions(positions, valid, batch_size, length), False
-    whole = torch.arange(length).expand(batch_size, length)
-    return find_documents(whole, valid), False
+    if not isinstance(positions, Tensor):
+        positions = torch.arange(length).expand(batch_size, length)
+    rows = _rows_of_positions(positions, valid, batch_size, length)
+    if valid is not None and positions.ndim <= 2:
+        _refuse_holes(rows, _as_rows(positions, "position_ids", batch_size, length))
+    return rows, False
+
+
+def _refuse_holes(rows: Rows, positions: Tensor) -> None:
+    """Refuses padding inside of a document: tokens on both sides see each other, which documents can't express."""
+    for row, segments in enumerate(rows):
+        for (_, stop), (start, _) in pairwise(segments):
+            if start > stop and positions[row, start] > positions[row, stop - 1]:
+                raise BatchError(
+                    f"the attention_mask has a hole: row {row} has padding at tokens {stop} to {start - 1}, between "
+                    f"tokens whose positions go on. Move padding to an end of the row, or start the positions over "
+                    f"where another document begins."
+                )
 
 
 def restarting_positions(rows: Rows, length: int, device: torch.device) -> Tensor:

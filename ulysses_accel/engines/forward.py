@@ -23,7 +23,7 @@ from ulysses_accel.attention import (
     transformers_model,
 )
 from ulysses_accel.errors import BatchError, UnsupportedModelError
-from ulysses_accel.loss import aggregate_loss
+from ulysses_accel.loss import aggregate_loss, shared_scalar
 from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription, is_marked_shard
 
 
@@ -114,6 +114,7 @@ class ShardedForward:
         num_items = running.num_items_in_batch
         group = self.group if num_items is None else self.world_group
         loss = aggregate_loss(loss, running.shift_labels, group, num_items_in_batch=num_items)
+        loss = shared_scalar(loss, group)
         if num_items is not None:
             # The engine divides each micro-step's loss by their number, which num_items_in_batch has in it already.
             loss = loss * self.num_steps()

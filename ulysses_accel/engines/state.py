@@ -41,8 +41,9 @@ def repair_state(accelerator: Any) -> None:
         accelerator: the instance under construction.
 
     Raises:
-        ConfigError: an engine was asked for whose plugin can't be found.
+        ConfigError: an engine was asked for whose plugin can't be found, or accelerate ignored the given config.
     """
+    _refuse_ignored_config(accelerator)
     if not dist.is_initialized() or accelerator.device.type != "cpu" or dist.get_world_size() == 1:
         return
     partial, state = PartialState(), AcceleratorState()
@@ -62,6 +63,19 @@ def repair_state(accelerator: Any) -> None:
     for shared in (partial, state):
         for name, value in values.items():
             setattr(shared, name, value)
+
+
+def _refuse_ignored_config(accelerator: Any) -> None:
+    """Refuses a second accelerator that is given other sizes: accelerate's state, and so the first's config, is shared."""
+    given, shared = _constructor_argument(accelerator, "parallelism_config"), accelerator.state.parallelism_config
+    axes = ("cp_size", "sp_size", "tp_size")
+    mine, kept = ([f"{axis}={getattr(config, axis)}" for axis in axes] for config in (given or shared, shared))
+    if mine != kept:
+        raise ConfigError(
+            f"this Accelerator was given {', '.join(mine)}, but accelerate keeps the config of the first one in this "
+            f"process: {', '.join(kept)}. Give both the same sizes, or call "
+            f"accelerate.state.AcceleratorState._reset_state(True) before."
+        )
 
 
 def _require_deepspeed_plugin(state: Any) -> None:
