@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,8 +62,18 @@ _SPARSE_LISTS = ("moe_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_l
 
 # What the names do not tell: lengths that must fit each other, per model type.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "dots1": {"n_routed_experts": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8},
@@ -94,11 +103,7 @@ def tiny_config(model_type: str, key_value_heads: int = 2) -> Any:
 
     config_class = CONFIG_MAPPING[model_type]
     overrides = _shrink(_defaults(config_class, model_type), key_value_heads)
-    return _finish(config_class(**{**overrides, **_special(model_type, key_value_heads)}))
-
-
-def _special(model_type: str, key_value_heads: int) -> dict[str, Any]:
-    return copy.deepcopy(SPECIAL.get(model_type, {}))
+    return _finish(config_class(**{**overrides, **copy.deepcopy(SPECIAL.get(model_type, {}))}))
 
 
 def _defaults(config_class: Any, model_type: str) -> dict[str, Any]:
@@ -202,8 +207,3 @@ def _implementation(config: Any) -> str | None:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else None
 
-
-def candidates(model_type: str) -> Iterator[Any]:
-    """Configurations to try in turn: grouped keys, then one key head for each query head."""
-    for key_value_heads in (2, 4):
-        yield tiny_config(model_type, key_value_heads)

@@ -66,9 +66,21 @@ def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
         mesh_dim_names=active,
         backend_override=_backend_override(),
     )
-    for name, axes in joint_axes(sizes).items():
-        mesh[axes]._flatten(name)
+    for name in joint_axes(sizes):
+        joint_axis(mesh, name)
     return mesh
+
+
+def joint_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Returns a joint axis of a mesh as a 1-D mesh, made at the first call, which every rank must make.
+
+    Args:
+        mesh: from `build_mesh`.
+        name: a key of `JOINT_AXES`.
+    """
+    names = mesh.mesh_dim_names or ()
+    # Asking the mesh for a flattened axis by its name is deprecated; flattening again returns the same one.
+    return mesh[tuple(axis for axis in JOINT_AXES[name] if axis in names)]._flatten(name)
 
 
 def _backend_override() -> dict[int | str, Any] | None:
@@ -111,7 +123,7 @@ class SequenceGroups:
 
 def sequence_groups(mesh: DeviceMesh) -> SequenceGroups:
     """Returns this rank's groups in a mesh from `build_mesh`; every rank must call it, once for each mesh."""
-    sequence = mesh["sequence"]
+    sequence = joint_axis(mesh, "sequence")
     group = sequence.get_group()
     names = mesh.mesh_dim_names or ()
     data_axes = [axis for axis in ("dp_replicate", "dp_shard") if axis in names]
@@ -123,7 +135,7 @@ def sequence_groups(mesh: DeviceMesh) -> SequenceGroups:
         mesh=mesh,
         group=group,
         cpu_group=_cpu_group(mesh, group),
-        world_group=mesh["dp_cp"].get_group(),
+        world_group=joint_axis(mesh, "dp_cp").get_group(),
         sp_group=mesh["sp"].get_group(),
         cp_group=mesh["cp"].get_group() if "cp" in names else None,
         size=sequence.size(),

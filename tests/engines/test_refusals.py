@@ -67,7 +67,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "MambaForCausalLM": (
         causal(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)),
-        "do not call attention through transformers' AttentionInterface",
+        "2 of its 2 layers are linear_attention",
     ),
     "JambaForCausalLM": (
         causal(
@@ -80,7 +80,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
                 mamba_dt_rank=4,
             )
         ),
-        "1 of its 2 layers are mamba",
+        "1 of its 2 layers are linear_attention",
     ),
     "Qwen3NextForCausalLM": (
         causal(
@@ -124,16 +124,6 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-class TooFewHeads:
-    """A model whose heads are fewer than the ranks; refused with the legal sizes."""
-
-    @staticmethod
-    def build() -> nn.Module:
-        return AutoModelForCausalLM.from_config(
-            LlamaConfig(**{**SIZES, "num_attention_heads": 1, "num_key_value_heads": 1})
-        )
-
-
 def refusals() -> dict[str, Any]:
     acc = Engine("ddp").accelerator(sp_size=2)
     found: dict[str, Any] = {}
@@ -143,9 +133,8 @@ def refusals() -> dict[str, Any]:
         # Refused before anything was changed.
         hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
         found[f"{name} untouched"] = hooks == 0 and not acc.sequence_parallel.forwards
-    found["heads"] = error_of(acc.prepare, TooFewHeads.build())
-    AcceleratorState._reset_state(True)
-    found["tp"] = error_of(Accelerator, cpu=True, parallelism_config=ParallelismConfig(sp_size=1, cp_size=1, tp_size=2))
+    one_head = LlamaConfig(**{**SIZES, "num_attention_heads": 1, "num_key_value_heads": 1})
+    found["heads"] = error_of(acc.prepare, AutoModelForCausalLM.from_config(one_head))
     return found
 
 
@@ -172,7 +161,18 @@ def test_more_ranks_than_heads_are_refused(refused: list[dict[str, Any]]) -> Non
         assert "Use sp_size=1 at most" in rank["heads"]
 
 
-def replaced_attention(batch: dict[str, Any]) -> str:
+def with_tensor_parallelism() -> str:
+    AcceleratorState._reset_state(True)
+    return error_of(Accelerator, cpu=True, parallelism_config=ParallelismConfig(sp_size=2, tp_size=2))
+
+
+def test_tensor_parallelism_beside_it_is_refused() -> None:
+    for message in run_ranks(with_tensor_parallelism, 4, init=False):
+        assert message.startswith("ConfigError: tp_size=2 (constructor) beside sp_size=2")
+        assert "Use tp_size=1." in message
+
+
+def replaced_attention() -> str:
     acc = Engine("ddp").accelerator(sp_size=2)
     model, batches = acc.prepare(build("llama"), batches_of(1))
     unwrapped = acc.unwrap_model(model)
@@ -212,7 +212,7 @@ def forwards() -> dict[str, str]:
     found = {name: error_of(model, *args, **kwargs) for name, (args, kwargs) in calls.items()}
     # Nothing of a refused forward stays behind.
     found["left over"] = str([len(forward.running) for _, forward in acc.sequence_parallel.forwards])
-    found["replaced attention"] = replaced_attention(batch)
+    found["replaced attention"] = replaced_attention()
     return found
 
 

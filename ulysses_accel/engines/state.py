@@ -66,7 +66,7 @@ def repair_state(accelerator: Any) -> None:
 
 
 def _refuse_ignored_config(accelerator: Any) -> None:
-    """Refuses a second accelerator that is given other sizes: accelerate's state, and so the first's config, is shared."""
+    """Refuses a second accelerator with other sizes: accelerate shares its state, and so the first one's config."""
     given, shared = _constructor_argument(accelerator, "parallelism_config"), accelerator.state.parallelism_config
     axes = ("cp_size", "sp_size", "tp_size")
     mine, kept = ([f"{axis}={getattr(config, axis)}" for axis in axes] for config in (given or shared, shared))

@@ -184,7 +184,8 @@ def candidates(request: SplitRequest) -> tuple[Split, ...]:
         found = "; ".join(f"(cp={cp}, sp={sp}): {refusal(request, cp, sp)}" for cp, sp in factors)
         multiple = min(length_multiple(cp, sp) for cp, sp in factors if sp <= request.num_heads)
         raise ConfigError(
-            f"no split of {request.num_ranks} ranks is legal: {found}. Pad sequences to a multiple of {multiple} tokens."
+            f"no split of {request.num_ranks} ranks is legal: {found}. "
+            f"Pad sequences to a multiple of {multiple} tokens."
         )
     return tuple(sorted(legal, key=lambda split: (split.seconds, split.head_excess, split.cp_size)))
 
@@ -204,7 +205,8 @@ def choose_split(request: SplitRequest) -> Split:
     elif not others:
         reason = f"{name}: the only legal split"
     else:
-        reason = f"{name}: {_milliseconds(best)} of bytes a layer; next is {_named(others[0])} with {_milliseconds(others[0])}"
+        following = f"{_named(others[0])} with {_milliseconds(others[0])}"
+        reason = f"{name}: {_milliseconds(best)} of bytes a layer; next is {following}"
     values = {field: getattr(best, field) for field in vars(best) if field != "reason"}
     return Split(**values, reason=reason)
 
@@ -218,15 +220,14 @@ def explain(request: SplitRequest) -> str:
     chosen = choose_split(request)
     lines = [
         f"{request.num_ranks} ranks, {request.ranks_per_node} on a node; {request.num_heads} query and "
-        f"{request.num_key_value_heads} key/value heads of {request.head_dim}; bytes a rank sends for one layer and row",
+        f"{request.num_key_value_heads} key/value heads of {request.head_dim}; what a rank sends for a layer and row",
         f"{'cp':>4} {'sp':>4} {'MB inside':>12} {'MB between':>12} {'ms':>10} {'busiest':>8}",
     ]
     for split in candidates(request):
         mark = "  <-" if (split.cp_size, split.sp_size) == (chosen.cp_size, chosen.sp_size) else ""
-        lines.append(
-            f"{split.cp_size:>4} {split.sp_size:>4} {split.bytes_inside / 1e6:>12.3f} {split.bytes_between / 1e6:>12.3f} "
-            f"{split.seconds * 1e3:>10.4f} {split.head_excess:>8.2f}{mark}"
-        )
+        megabytes = f"{split.bytes_inside / 1e6:>12.3f} {split.bytes_between / 1e6:>12.3f}"
+        times = f"{split.seconds * 1e3:>10.4f} {split.head_excess:>8.2f}"
+        lines.append(f"{split.cp_size:>4} {split.sp_size:>4} {megabytes} {times}{mark}")
     for cp, sp in _factorizations(request.num_ranks):
         why = refusal(request, cp, sp)
         if why is not None:
