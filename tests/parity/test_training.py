@@ -17,7 +17,8 @@ from tests.ranks import run_ranks
 
 # Errors of one step enter the next one's forward, and the loss amplifies them some; seven micro-steps.
 STEPS_EXACT = 10 * EXACT
-STEPS_FLOAT32 = 5e-5
+# DeepSpeed's weights and gradients are float32, 6e-8 a rounding.
+STEPS_FLOAT32 = 1e-5
 CLIP = 0.5
 KINDS = ["plain", "packed", "padded left", "odd length", "prompt masked", "five rows", "last ranks masked"]
 
@@ -150,8 +151,9 @@ def all_runs(engines: list[Engine], plans: list[tuple[Plan, Run]], dp_size: int,
     }
 
 
-def check_runs(engines: list[Engine], dp_size: int, sp_size: int, tolerance: float) -> None:
-    plans = [make_plan(dp_size, steps, exact) for steps in (1, 3) for exact in (False, True)]
+def check_runs(engines: list[Engine], layout: tuple[int, int], tolerance: float, accumulation: list[int]) -> None:
+    dp_size, sp_size = layout
+    plans = [make_plan(dp_size, steps, exact) for steps in accumulation for exact in (False, True)]
     pairs = [(plan, plain_run(plan)) for plan in plans]
     results = run_ranks(all_runs, dp_size * sp_size, engines, pairs, dp_size, sp_size, init=False)
     for runs in results:
@@ -162,9 +164,9 @@ def check_runs(engines: list[Engine], dp_size: int, sp_size: int, tolerance: flo
 
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 2), (2, 2)])
 def test_ddp_and_fsdp2(dp_size: int, sp_size: int) -> None:
-    check_runs([Engine("ddp"), Engine("fsdp2")], dp_size, sp_size, STEPS_EXACT)
+    check_runs([Engine("ddp"), Engine("fsdp2")], (dp_size, sp_size), STEPS_EXACT, [1, 3])
 
 
 def test_deepspeed() -> None:
     engines = [Engine("deepspeed", stage, clipping=CLIP) for stage in range(4)]
-    check_runs(engines, 1, 2, STEPS_FLOAT32)
+    check_runs(engines, (1, 2), STEPS_FLOAT32, [3])
