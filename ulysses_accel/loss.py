@@ -74,8 +74,8 @@ class _SharedScalar(torch.autograd.Function):
 def shared_scalar(loss: Tensor, group: ProcessGroup) -> Tensor:
     """Returns an aggregated loss that may be used differently on each rank, for one scalar's collective in backward.
 
-    `aggregate_loss` counts on every rank's using its result alike. A loop that aggregates a second time, with weights of
-    its own for each rank, as the documented one does on a loss that the model has computed, is right with this one too.
+    `aggregate_loss` counts on every rank's using its result alike. A loop that aggregates a second time, with weights
+    for each rank, as the documented one does on a loss that the model has computed, is right with this one too.
 
     Args:
         loss: scalar, the same on every rank of the group.

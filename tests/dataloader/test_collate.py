@@ -351,3 +351,5 @@ def test_anything_becomes_a_batch_or_a_typed_error(batch: Any, parts: int, with_
 
 def test_nested_plain_values() -> None:
     _check_plain("x", {"a": [1, "b", None, {"c": (1.0,)}]})
+    with pytest.raises(BatchError, match="x"):
+        _check_plain("x", {"a": [1, object()]})

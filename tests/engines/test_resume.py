@@ -106,9 +106,8 @@ def resumed(jobs: list[tuple[Engine, int]], folder: str, stops: list[int]) -> li
 @pytest.mark.parametrize(
     ("jobs", "stops"),
     [
-        pytest.param([(DDP, 0), (DDP, 2)], [0, 1, 3, 5], id="ddp"),
-        pytest.param([(FSDP2, 0), (ZERO2, 0)], [0, 3, 5], id="fsdp2 and zero 2"),
-        pytest.param([(DDP, 0), (DDP, 2), (FSDP2, 0), (ZERO2, 0)], [4], id="between epochs"),
+        pytest.param([(DDP, 0), (DDP, 2)], [0, 1, 3, STEPS, 5], id="ddp"),
+        pytest.param([(FSDP2, 0), (ZERO2, 0)], [0, 3, STEPS, 5], id="fsdp2 and zero 2"),
     ],
 )
 def test_resumed_losses_are_the_same_bits(jobs: list[tuple[Engine, int]], stops: list[int], tmp_path: Path) -> None:
@@ -151,8 +150,8 @@ def drop_in(folder: str, stop: int | None, seed: int) -> list[list[float]]:
     return losses
 
 
-@pytest.mark.parametrize("stop", [2, 3])
-def test_resume_in_the_middle_of_a_refill(stop: int, tmp_path: Path) -> None:
+def test_resume_in_the_middle_of_a_refill(tmp_path: Path) -> None:
+    stop = 3
     ranks = run_ranks(drop_in, 2, str(tmp_path), stop, 0, init=False)
     again = run_ranks(drop_in, 2, str(tmp_path), stop, 5, init=False)
     assert [len(epoch) for epoch in ranks[0]] == [6, 6]

@@ -5,8 +5,11 @@ By structure and configuration values, not by a list of model names. Each findin
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -14,6 +17,8 @@ from torch import nn
 from ulysses_accel.errors import UnsupportedModelError
 
 _WHOLE_SEQUENCE_ROPE = ("dynamic", "longrope")
+# The last two work on each token by itself.
+_EXACT_LAYERS = {"full_attention", "attention", "sliding_attention", "mlp", "moe"}
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -47,7 +52,15 @@ def check_model(model: nn.Module, sp_size: int, core: str, sp_source: str = "sp_
     """
     inner = transformers_model(model)
     config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-    checks: tuple[Callable[[Any, Any, int, str], Iterator[str]], ...] = (_routing, _layers, _numbers, _heads)
+    checks: tuple[Callable[[Any, Any, int, str], Iterator[str]], ...] = (
+        _routing,
+        _loss,
+        _positions,
+        _layers,
+        _masks,
+        _numbers,
+        _heads,
+    )
     findings = [finding for check in checks for finding in check(inner, config, sp_size, core)]
     if findings:
         listed = "\n".join(f"- {finding}" for finding in findings)
@@ -75,10 +88,105 @@ def _routing(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
         yield "its forward takes no further keyword arguments, so shift_labels can't reach its loss."
 
 
+def _loss(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    forward = _forward_of(type(model))
+    if forward is None:
+        return
+    cut = [node for node in ast.walk(forward) if isinstance(node, ast.Subscript) and _is_name(node.value, "labels")]
+    if cut:
+        yield (
+            f"its forward cuts the labels by itself ({ast.unparse(cut[0])}), as if it had the whole sequence. "
+            f"Compute the loss from its logits, outside of the model, or use sp_size=1."
+        )
+    for call in _calls(forward, "self.loss_function"):
+        if not {None, "shift_labels"} & {keyword.arg for keyword in call.keywords}:
+            yield (
+                "its forward does not pass keyword arguments on to its loss, so shift_labels can't reach it and a "
+                "shard's labels would be shifted twice. Compute the loss outside of the model, or use sp_size=1."
+            )
+
+
+def _positions(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    for name, module in model.named_modules():
+        # The name under which transformers keeps fairseq's `make_positions`.
+        if callable(getattr(module, "create_position_ids_from_input_ids", None)):
+            yield (
+                f"{name} counts positions from its padding token on (the first is {_padding_index(module) + 1}, by "
+                f"the tokens that are no padding), while a sharded batch's positions start at 0: it would look up "
+                f"other position embeddings than on one process. Use a model whose positions start at 0."
+            )
+            return
+
+
+def _padding_index(module: Any) -> int:
+    return int(getattr(module, "padding_idx", None) or 0)
+
+
+def _masks(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
+    seen: set[type] = set()
+    for name, module in model.named_modules():
+        made = _own_mask(type(module)) if type(module) not in seen else None
+        seen.add(type(module))
+        if made is not None:
+            yield (
+                f"{name} ({type(module).__name__}) attends with a mask that it makes from its own tokens ({made}), "
+                f"of which a shard has only a part. Use a model without it, or sp_size=1."
+            )
+
+
+@cache
+def _own_mask(kind: type) -> str | None:
+    """Returns what a module passes to transformers' attention as its mask, where that isn't the mask it was given."""
+    forward = _forward_of(kind)
+    if forward is None:
+        return None
+    given = {arg.arg for arg in (*forward.args.posonlyargs, *forward.args.args, *forward.args.kwonlyargs)}
+    assigned = [
+        (target.id, node.value)
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    for interface in {name for name, value in assigned if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(value)}:
+        for call in _calls(forward, interface):
+            mask = next((word.value for word in call.keywords if word.arg == "attention_mask"), None)
+            mask = mask if mask is not None else (call.args[4] if len(call.args) > 4 else None)
+            if mask is None or (isinstance(mask, ast.Constant) and mask.value is None):
+                continue
+            made = [mask, *(value for name, value in assigned if _is_name(mask, name))]
+            for value in made:
+                if not (isinstance(value, ast.Name) and value.id in given):
+                    return " ".join(ast.unparse(value).split())[:80]
+    return None
+
+
+@cache
+def _forward_of(kind: type) -> ast.FunctionDef | None:
+    """Returns the syntax of a class's forward, undecorated; None where its source can't be had."""
+    forward = inspect.unwrap(getattr(kind, "forward", kind))
+    if kind.__module__.startswith("torch."):
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    found = tree.body[0]
+    return found if isinstance(found, ast.FunctionDef) else None
+
+
+def _calls(tree: ast.AST, function: str) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
 def _layers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
     types = getattr(config, "layer_types", None)
     if types:
-        for kind in sorted(set(types) - {"full_attention", "attention", "sliding_attention"}):
+        for kind in sorted(set(types) - _EXACT_LAYERS):
             count = sum(1 for layer in types if layer == kind)
             yield (
                 f"{count} of its {len(types)} layers are {kind}; only full attention and sliding windows are computed "
@@ -102,7 +210,7 @@ def _numbers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
     if softcap is not None and core == "sdpa":
         yield (
             f"its scores are capped (attn_logit_softcapping={softcap}), which sdpa can't compute. "
-            f"Use sp_attn_implementation='flash_attention_2'."
+            f"Use sp_attn_implementation='flash_attention_2' or 'eager'."
         )
     if getattr(config, "output_router_logits", False):
         yield (

@@ -201,6 +201,11 @@ def _description_for(module: nn.Module, attention_mask: Any) -> SequenceDescript
     if isinstance(attention_mask, Windowed):
         return attention_mask.description
     description, installed = _ACTIVE.get(), _INSTALLED.get(module)
+    if description is not None and attention_mask is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with a mask that its model made by itself, which is not computed on a "
+            f"sharded sequence. Use a model without it, or sp_size=1."
+        )
     if description is not None and installed is not None:
         installed.relies_on_context = True
     # The task id is -1 outside of a backward pass; inside one this is a checkpoint's recompute.
