@@ -7,7 +7,6 @@ windows, full attention and experts still does so at two to six layers. What a r
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from typing import Any
 
@@ -60,6 +59,19 @@ _RULES: tuple[tuple[str, int | float | None], ...] = (
 _DEPTH = re.compile(r"(?:num_|n_|decoder_|encoder_|num_encoder_|num_decoder_)?(?:hidden_)?layers?|num_blocks|depth")
 _SPARSE_LISTS = ("moe_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "ple_layer_ids")
 
+# An assistant reads the keys of the model that it assists.
+_NO_OWN_KEYS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": LAYERS}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+    "ple_embed_dim": 8,
+    "split_ngram_parts": 2,
+    "make_ngram_vocab_size_divisible_by": 2,
+}
 # What the names do not tell: lengths that must fit each other, per model type.
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
@@ -75,13 +87,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note": {"num_key_value_heads": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma4_assistant": {"text_config": _NO_OWN_KEYS},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 16]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_head_dim": 16},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -104,13 +124,24 @@ def tiny_config(model_type: str, key_value_heads: int = 2) -> Any:
 
     config_class = CONFIG_MAPPING[model_type]
     overrides = _shrink(_defaults(config_class, model_type), key_value_heads)
-    return _finish(config_class(**{**overrides, **copy.deepcopy(SPECIAL.get(model_type, {}))}))
+    return _finish(config_class(**_merge(overrides, SPECIAL.get(model_type, {}))))
+
+
+def _merge(values: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values with the special ones put in, sub-configurations by their fields."""
+    merged = {**values, **copy.deepcopy(special)}
+    for name in set(values) & set(special):
+        if isinstance(values[name], dict) and "model_type" in values[name]:
+            merged[name] = _merge(values[name], special[name])
+    return merged
 
 
 def _defaults(config_class: Any, model_type: str) -> dict[str, Any]:
-    special = SPECIAL.get(model_type, {})
-    given = {key: value for key, value in special.items() if key in inspect.signature(config_class).parameters}
-    values: dict[str, Any] = config_class(**copy.deepcopy(given)).to_dict()
+    """Returns the default fields; of types whose defaults contradict each other, the special ones put them right."""
+    try:
+        values: dict[str, Any] = config_class().to_dict()
+    except Exception:
+        values = config_class(**copy.deepcopy(SPECIAL.get(model_type, {}))).to_dict()
     return values
 
 
@@ -187,10 +218,8 @@ def build(config: Any, seed: int = 0) -> nn.Module:
         config: of `tiny_config`.
         seed: of the parameters.
     """
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=_implementation(config)).double()
+    model: nn.Module = _model(config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             # Gates and norms that start at 0 or 1 would hide what is behind them.
@@ -201,10 +230,14 @@ def build(config: Any, seed: int = 0) -> nn.Module:
     return model.train()
 
 
-def _implementation(config: Any) -> str | None:
-    """The reference's attention: sdpa, or what the model takes by itself where it has none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def _model(config: Any) -> Any:
+    """The causal model of a configuration, or of the part of it that the model's class takes."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else None
-
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    implementation = "sdpa" if getattr(model_class, "_supports_sdpa", False) else None
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    taken = [part for part in parts if isinstance(part, model_class.config_class)]
+    if taken and not isinstance(config, model_class.config_class):
+        return model_class._from_config(taken[0], attn_implementation=implementation)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation)

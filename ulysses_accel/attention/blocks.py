@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ulysses_accel.attention.tiles import Tile
+from ulysses_accel.errors import UnsupportedModelError
 
 
 class BlockKernel(Protocol):
@@ -120,8 +121,19 @@ class CUDAKernel:
 
 
 def kernel_for(tensor: Tensor) -> BlockKernel:
-    """Returns the block kernel of a tensor's device."""
-    return CUDAKernel() if tensor.device.type == "cuda" else CPUKernel()
+    """Returns the block kernel of a tensor's device.
+
+    Raises:
+        UnsupportedModelError: there is none for its dtype.
+    """
+    if tensor.device.type == "cpu":
+        return CPUKernel()
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedModelError(
+            f"attention in a ring or with a sliding window got {tensor.dtype} on {tensor.device.type}, where its kernels "
+            f"take bfloat16 and float16 only. Use mixed_precision='bf16', or load the model in bfloat16."
+        )
+    return CUDAKernel()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
