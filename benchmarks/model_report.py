@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from statistics import median
 from typing import Any
 
 from benchmarks.report import publish, shorten
@@ -12,6 +14,8 @@ EXACT = 1e-12
 LOOSE = 1e-9
 # Of the whole work: padding to a length that the ranks divide makes it a little more than 1.
 REPLICATED = 1.35
+# Refusals of models that mix tokens outside of the attention that they call, or choose by content what it sees.
+_ELSEWHERE = re.compile(r"layers are (?!chunked)|makes from its own tokens|Cross-attention and key caches")
 _ORDER = ("hang", "crash", "wrong", "replicated", "refused", "no reference", "exact <= 1e-9", "exact")
 
 
@@ -68,12 +72,23 @@ def publish_models(done: dict[str, dict[str, Any]], *, write: bool) -> None:
     routed = [name for name, row in done.items() if row["routes"] and verdicts[name][0] != "cannot be shrunk"]
     exact = [name for name in routed if verdicts[name][0].startswith("exact")]
     lines = [[f"**all {len(done)}**", verdict, str(count)] for verdict, count in sorted(counts.items())]
-    lines.append(["**of those that route attention through AttentionInterface**", "exact", f"{len(exact)}/{len(routed)}"])
+    lines.append(["**attention through AttentionInterface**", "exact", f"{len(exact)}/{len(routed)}"])
+    only = [name for name in routed if not _ELSEWHERE.search(verdicts[name][1])]
+    lines.append(["**the same, and tokens mixed nowhere else**", "exact", f"{len(exact)}/{len(only)}"])
+    alone = [name for name in exact if done[name]["modes"]["2x1"]["kinds"]["packed"]["against"] != "batch"]
+    lines.append(["**packed documents as if alone, which one process does not keep apart**", "exact", ", ".join(alone)])
+    worst = [_worst_error(done[name]) for name in exact]
+    if worst:
+        lines.append(["**largest error of the exact ones**", f"{max(worst):.1e}", f"median {median(worst):.1e}"])
     for name, (verdict, why) in verdicts.items():
         if not verdict.startswith("exact"):
             lines.append([name, verdict, shorten(_findings(why), 260)])
     rows = [{"name": name, "verdict": verdicts[name][0], **row} for name, row in done.items()]
     publish("models", ("architecture", "verdict", "count, or why"), lines, rows, write=write)
+
+
+def _worst_error(row: dict[str, Any]) -> float:
+    return max(float(mode["worst_error"]) for mode in row["modes"].values())
 
 
 def _findings(why: str) -> str:

@@ -1,7 +1,7 @@
 """Every causal language model of the installed transformers, shrunk to a tiny configuration without any download.
 
-Sizes are replaced by what the fields' names say. Per-layer lists keep one layer of each kind, so that a model which mixes
-windows, full attention and experts still does so at two to six layers. What a rule can't know stands in `SPECIAL`.
+Sizes are replaced by what the fields' names say. Per-layer lists keep one layer of each kind, so that a model which
+mixes windows, full attention and experts does so still, at two to six layers. What no rule knows stands in `SPECIAL`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,18 @@ _DEPTH = re.compile(r"(?:num_|n_|decoder_|encoder_|num_encoder_|num_decoder_)?(?
 _SPARSE_LISTS = ("moe_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "ple_layer_ids")
 
 # An assistant reads the keys of the model that it assists.
-_NO_OWN_KEYS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": LAYERS}
+_TWO_KINDS = {"num_hidden_layers": LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
+_NO_OWN_KEYS = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": LAYERS,
+    **_TWO_KINDS,
+}
+_SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -81,14 +92,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma4_assistant": {"text_config": _NO_OWN_KEYS},
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS, **_TWO_KINDS}},
+    "gemma3n_text": _SHARED_KEYS,
+    "gemma4_text": _SHARED_KEYS,
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8},
@@ -146,7 +163,7 @@ def _defaults(config_class: Any, model_type: str) -> dict[str, Any]:
 
 
 def _finish(config: Any) -> Any:
-    """Makes an encoder's configuration that of a decoder, as its causal head demands, and keeps experts in plain torch."""
+    """Makes an encoder's configuration that of a decoder, as its causal head demands; experts stay in plain torch."""
     if hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):

@@ -31,6 +31,16 @@ WORLD_SIZES = [2**power for power in range(11)] + [3, 6, 12, 30, 96, 1000]
 Sizes = dict[str, int]
 
 
+def test_names_and_order_are_accelerate_s() -> None:
+    assert AXES == ("dp_replicate", "dp_shard", "cp", "sp", "tp")
+    assert JOINT_AXES == {
+        "dp": ("dp_replicate", "dp_shard"),
+        "dp_shard_cp": ("dp_shard", "cp", "sp"),
+        "dp_cp": ("dp_replicate", "dp_shard", "cp", "sp"),
+        "sequence": ("cp", "sp"),
+    }
+
+
 def factorizations(number: int, factors: int = len(AXES)) -> Iterator[tuple[int, ...]]:
     if factors == 1:
         yield (number,)
@@ -185,6 +195,8 @@ def test_real_meshes_have_these_groups_and_all_ranks_make_them_in_one_order() ->
             check_rank(groups, rank, sizes)
             orders.append(made)
         assert all(order == orders[0] for order in orders), factors
+        # A single axis is the world's own group.
+        assert orders[0] or sum(factor > 1 for factor in factors) <= 1
 
 
 def wrong_product() -> str:

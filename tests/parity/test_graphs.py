@@ -88,7 +88,8 @@ def sharded(batches: Any, expected: Any, dp_size: int, sp_size: int) -> Report:
 
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 2), (2, 2)])
 def test_activation_checkpointing(dp_size: int, sp_size: int) -> None:
-    batches = [([CASES[kind](2 * n + rank) for rank in range(dp_size)],) for n, kind in enumerate(KINDS)]
+    together = [[CASES[kind](2 * n + rank) for rank in range(dp_size)] for n, kind in enumerate(KINDS)]
+    batches: list[tuple[list[Sample], ...]] = [(samples,) for samples in together]
     expected = expected_of(batches)
     reports = run_ranks(sharded, dp_size * sp_size, batches, expected, dp_size, sp_size, init=False)
     assert_parity(reports, count=len(ENGINES) * len(CHECKPOINTS) * len(KINDS))

@@ -130,8 +130,8 @@ def kernel_for(tensor: Tensor) -> BlockKernel:
         return CPUKernel()
     if tensor.dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedModelError(
-            f"attention in a ring or with a sliding window got {tensor.dtype} on {tensor.device.type}, where its kernels "
-            f"take bfloat16 and float16 only. Use mixed_precision='bf16', or load the model in bfloat16."
+            f"attention in a ring or with a sliding window got {tensor.dtype} on {tensor.device.type}; its kernels "
+            f"there take bfloat16 and float16. Use mixed_precision='bf16', or load the model in bfloat16."
         )
     return CUDAKernel()
 

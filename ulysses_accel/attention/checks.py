@@ -34,7 +34,7 @@ def transformers_model(model: nn.Module) -> Any:
             return module
     raise UnsupportedModelError(
         f"{type(model).__name__} holds no transformers model, so its attention can't be sharded over the sequence. "
-        f"Call ulysses_accel.ulysses_attention in its attention layers, or use sp_size=1."
+        f"Call ulysses_accel.ulysses_attention in its attention layers, or use sp_size=1 and cp_size=1."
     )
 
 
@@ -81,7 +81,10 @@ def _routing(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
     # transformers takes a model with labels and without a loss of its own for a causal language model.
     loss_type = getattr(model, "loss_type", None) or "ForCausalLM"
     if "labels" in parameters and loss_type != "ForCausalLM":
-        yield f"its loss is {loss_type}; only causal language modelling is aggregated over shards. Use sp_size=1."
+        yield (
+            f"its loss is {loss_type}; only causal language modelling is aggregated over shards. "
+            f"Use sp_size=1 and cp_size=1."
+        )
     if "position_ids" not in parameters:
         yield "its forward takes no position_ids, so a shard would start at position 0. Use a model that takes them."
     if "labels" in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -89,20 +92,21 @@ def _routing(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
 
 
 def _loss(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
-    forward = _forward_of(type(model))
+    forward = _syntax(type(model).forward)
     if forward is None:
         return
     cut = [node for node in ast.walk(forward) if isinstance(node, ast.Subscript) and _is_name(node.value, "labels")]
     if cut:
         yield (
             f"its forward cuts the labels by itself ({ast.unparse(cut[0])}), as if it had the whole sequence. "
-            f"Compute the loss from its logits, outside of the model, or use sp_size=1."
+            f"Compute the loss from its logits, outside of the model, or use sp_size=1 and cp_size=1."
         )
     for call in _calls(forward, "self.loss_function"):
         if not {None, "shift_labels"} & {keyword.arg for keyword in call.keywords}:
             yield (
                 "its forward does not pass keyword arguments on to its loss, so shift_labels can't reach it and a "
-                "shard's labels would be shifted twice. Compute the loss outside of the model, or use sp_size=1."
+                "shard's labels would be shifted twice. Compute the loss outside of the model, or use sp_size=1 and "
+                "cp_size=1."
             )
 
 
@@ -123,49 +127,60 @@ def _padding_index(module: Any) -> int:
 
 
 def _masks(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
-    seen: set[type] = set()
+    seen: set[tuple[type, str]] = set()
     for name, module in model.named_modules():
-        made = _own_mask(type(module)) if type(module) not in seen else None
-        seen.add(type(module))
-        if made is not None:
+        made = _own_mask(module)
+        if made is not None and (type(module), made) not in seen:
+            seen.add((type(module), made))
             yield (
                 f"{name} ({type(module).__name__}) attends with a mask that it makes from its own tokens ({made}), "
-                f"of which a shard has only a part. Use a model without it, or sp_size=1."
+                f"of which a shard has only a part. Use a model without it, or sp_size=1 and cp_size=1."
             )
 
 
-@cache
-def _own_mask(kind: type) -> str | None:
+def _own_mask(module: nn.Module) -> str | None:
     """Returns what a module passes to transformers' attention as its mask, where that isn't the mask it was given."""
-    forward = _forward_of(kind)
+    forward = _syntax(type(module).forward)
     if forward is None:
         return None
     given = {arg.arg for arg in (*forward.args.posonlyargs, *forward.args.args, *forward.args.kwonlyargs)}
-    assigned = [
-        (target.id, node.value)
-        for node in ast.walk(forward)
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    ]
+    assigned = list(_assignments(forward, module))
     for interface in {name for name, value in assigned if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(value)}:
         for call in _calls(forward, interface):
             mask = next((word.value for word in call.keywords if word.arg == "attention_mask"), None)
             mask = mask if mask is not None else (call.args[4] if len(call.args) > 4 else None)
             if mask is None or (isinstance(mask, ast.Constant) and mask.value is None):
                 continue
-            made = [mask, *(value for name, value in assigned if _is_name(mask, name))]
-            for value in made:
+            for value in [mask, *(value for name, value in assigned if _is_name(mask, name))]:
                 if not (isinstance(value, ast.Name) and value.id in given):
                     return " ".join(ast.unparse(value).split())[:80]
     return None
 
 
+def _assignments(tree: ast.AST, module: nn.Module) -> Iterator[tuple[str, ast.expr]]:
+    """Yields what names are assigned, except under `if self.part is not None` where this module has no such part."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and _is_absent(node.test, module):
+            yield from (found for other in node.orelse for found in _assignments(ast.Module([other], []), module))
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and value is not None:
+            yield from ((target.id, value) for target in targets if isinstance(target, ast.Name))
+        yield from _assignments(node, module)
+
+
+def _is_absent(test: ast.expr, module: nn.Module) -> bool:
+    text = ast.unparse(test)
+    part = text.removeprefix("self.").removesuffix(" is not None")
+    return text == f"self.{part} is not None" and part.isidentifier() and getattr(module, part, None) is None
+
+
 @cache
-def _forward_of(kind: type) -> ast.FunctionDef | None:
+def _syntax(function: Callable[..., Any]) -> ast.FunctionDef | None:
     """Returns the syntax of a class's forward, undecorated; None where its source can't be had."""
-    forward = inspect.unwrap(getattr(kind, "forward", kind))
-    if kind.__module__.startswith("torch."):
+    forward = inspect.unwrap(function)
+    if forward.__module__.startswith("torch."):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
@@ -190,14 +205,16 @@ def _layers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
             count = sum(1 for layer in types if layer == kind)
             yield (
                 f"{count} of its {len(types)} layers are {kind}; only full attention and sliding windows are computed "
-                f"on shards. Use sp_size=1."
+                f"on shards. Use sp_size=1 and cp_size=1."
             )
     for name, module in model.named_modules():
         if isinstance(getattr(module, "sinks", None), nn.Parameter):
-            yield f"{name} has learned attention sinks, which are not dealt with the heads. Use sp_size=1."
+            yield (
+                f"{name} has learned attention sinks, which are not dealt with the heads. Use sp_size=1 and cp_size=1."
+            )
             break
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
-        yield "its positions are ALiBi biases, which are not dealt with the heads. Use sp_size=1."
+        yield "its positions are ALiBi biases, which are not dealt with the heads. Use sp_size=1 and cp_size=1."
 
 
 def _numbers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
@@ -206,7 +223,7 @@ def _numbers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
             f"its rotary positions are scaled by the longest position of the whole sequence (rope_type={rope_type}), "
             f"which a shard does not know. Use a fixed scaling such as yarn or linear."
         )
-    softcap = getattr(config, "attn_logit_softcapping", None)
+    softcap = next(filter(None, _each(config, "attn_logit_softcapping")), None)
     if softcap is not None and core == "sdpa":
         yield (
             f"its scores are capped (attn_logit_softcapping={softcap}), which sdpa can't compute. "
@@ -219,6 +236,14 @@ def _numbers(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
         )
 
 
+def _each(config: Any, name: str) -> list[Any]:
+    """Returns a config's value; of one whose layers differ in it, which refuses to tell, every layer's."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
 def _rope_types(config: Any) -> set[str]:
     """Returns every rope type that a config names, whether it has one set of parameters or one for each layer type."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -228,9 +253,7 @@ def _rope_types(config: Any) -> set[str]:
 
 def _heads(model: Any, config: Any, sp_size: int, core: str) -> Iterator[str]:
     # The tensors have the last word in the forward; what the config says is only used to refuse early.
-    num_heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(num_heads, int):
-        return
+    num_heads = min(filter(lambda value: isinstance(value, int), _each(config, "num_attention_heads")), default=sp_size)
     if sp_size > num_heads:
         yield (
             f"sp_size={sp_size} is more than num_attention_heads={num_heads}: a rank would have no head. "

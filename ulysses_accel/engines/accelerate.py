@@ -21,7 +21,7 @@ from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.engines.forward import ShardedForward, shard_forward
 from ulysses_accel.engines.loaders import prepare_loader, register_loader_state
 from ulysses_accel.engines.scheduler import sequence_schedulers, stretch_dummy_scheduler
-from ulysses_accel.engines.state import repair_state, start_process_group, wants_fsdp
+from ulysses_accel.engines.state import close_gloo_at_exit, repair_state, start_process_group, wants_fsdp
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.mesh import SequenceGroups, sequence_groups
 from ulysses_accel.mesh import build_mesh as build_axes
@@ -43,6 +43,7 @@ def build_mesh(config: ParallelismConfig, device_type: str) -> Any:
         MeshError: the sizes do not fit the number of processes.
     """
     start_process_group(device_type)
+    close_gloo_at_exit()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     config.fit_world_size(world_size, axis="dp_shard" if wants_fsdp() else "dp_replicate")
     return build_axes(config.sizes, device_type) if world_size > 1 else None

@@ -6,6 +6,7 @@ Only values of the accelerator's own state are set, at the attach point; no clas
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Any
@@ -32,6 +33,20 @@ def start_process_group(device_type: str) -> None:
     if device_type != "cpu" or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     dist.init_process_group("gloo")
+
+
+def close_gloo_at_exit() -> None:
+    """Ends gloo's threads before the interpreter does, which about one time in ten would abort a finished process.
+
+    Only on gloo, where it is a local matter: a rank that failed waits for nobody.
+    """
+    atexit.unregister(_close_gloo)
+    atexit.register(_close_gloo)
+
+
+def _close_gloo() -> None:
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def repair_state(accelerator: Any) -> None:
