@@ -324,7 +324,9 @@ def routes_attention(model: nn.Module | None) -> bool:
     """Whether a model calls its attention through transformers' registry of attention functions."""
     if model is None or not model._can_set_attn_implementation():  # type: ignore[operator]
         return False
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[type(model).__module__])
+    files = {type(module).__module__ for module in model.modules()}
+    own = [sys.modules[name] for name in files if name.startswith("transformers.models")]
+    return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(file) for file in own)
 
 
 def _exact_so_far(modes: dict[str, Any]) -> bool:

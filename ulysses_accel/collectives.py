@@ -7,7 +7,7 @@ so that `torch.compile` keeps the dependence of its result on its input. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from ulysses_accel.errors import ShapeError
+
+# torch 2.13 renamed both and warns about the old names, which older releases only have.
+gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @torch.library.custom_op("ulysses_accel::all_to_all", mutates_args=())
@@ -95,7 +99,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         gathered = tensor.new_empty((group.size() * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+        gather_into(gathered, tensor.contiguous(), group=group)
         return gathered
 
     @staticmethod
@@ -112,7 +116,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gathered = grad.new_empty((ctx.group.size() * grad.shape[0], *grad.shape[1:]))
-        dist.all_gather_into_tensor(gathered, grad.contiguous(), group=ctx.group)
+        gather_into(gathered, grad.contiguous(), group=ctx.group)
         return gathered, None
 
 
@@ -129,7 +133,7 @@ class _AllReduce(torch.autograd.Function):
 
 def _reduce_scatter(tensor: Tensor, group: ProcessGroup) -> Tensor:
     part = tensor.new_empty((tensor.shape[0] // group.size(), *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(part, tensor.contiguous(), group=group)
+    _scatter_into(part, tensor.contiguous(), group=group)
     return part
 
 

@@ -20,7 +20,7 @@ from accelerate.utils import ParallelismConfig as _StockParallelismConfig
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
 from ulysses_accel.config_fields import AXES, FIELDS, HANDLER_FIELDS, Setting, Source
-from ulysses_accel.config_fit import describe_sizes, legal_factorizations
+from ulysses_accel.config_fit import describe_sizes, legal_factorizations, warn_of_earlier_accelerator
 from ulysses_accel.config_handlers import (
     STOCK_SEQUENCE_CONFIG,
     DeepSpeedSequenceParallelConfig,
@@ -78,6 +78,7 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
         given = {name: getattr(self, name) for name in _OWN_FIELDS}
         handlers = (self.tp_handler, self.cp_handler, self.sp_handler)
         self._settle((environment_layer(), argument_layer(given, _CONSTRUCTOR)), *handlers)
+        warn_of_earlier_accelerator(self.cp_size, self.sp_size)
 
     @classmethod
     def from_layers(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+
+from accelerate.state import AcceleratorState
 
 from ulysses_accel.config_fields import AXES
 
@@ -59,3 +62,19 @@ def _candidates(world_size: int, sizes: Sizes, free: frozenset[str]) -> Iterator
     axis = max(kept, key=lambda name: kept[name])
     for degree in sorted(divisors(world_size), key=lambda d: (abs(d - kept[axis]), d)):
         yield {**ones, "dp_replicate": world_size // degree, axis: degree}
+
+
+def warn_of_earlier_accelerator(cp_size: int, sp_size: int) -> None:
+    """Says that an accelerator without a config exists already: stock code ignores the config of any later one.
+
+    Args:
+        cp_size: of the config that comes too late.
+        sp_size: likewise.
+    """
+    shared = AcceleratorState._shared_state
+    if cp_size * sp_size > 1 and "parallelism_config" in shared and shared["parallelism_config"] is None:
+        warnings.warn(
+            f"sp_size={sp_size} and cp_size={cp_size} come too late: an Accelerator was made in this process without a "
+            f"parallelism_config, and accelerate ignores that of later ones. Make this one first.",
+            stacklevel=4,
+        )

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from ulysses_accel.collectives import gather_into
 from ulysses_accel.errors import RankDisagreementError
 
 MAX_TEXT = 4096
@@ -131,7 +132,7 @@ def gather_ints(values: Sequence[int], group: dist.ProcessGroup | None) -> list[
     size = dist.get_world_size(group)
     everyone = torch.empty(size * len(values), dtype=torch.int64, device=mine.device)
     with contact(group):
-        dist.all_gather_into_tensor(everyone, mine, group=group)
+        gather_into(everyone, mine, group=group)
     rows: list[list[int]] = everyone.view(size, len(values)).tolist()
     return rows
 

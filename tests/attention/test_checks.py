@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulysses_accel.attention import SequenceAttention, check_model, describe_forward, install
 from ulysses_accel.attention.checks import _heads, _own_mask
+from ulysses_accel.attention.registry import Windowed
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.sequence import SequenceDescription
 
@@ -169,3 +170,10 @@ def test_a_mask_beside_the_description_is_refused_when_it_comes() -> None:
             attention(layer, query, key, key, torch.zeros(1, 1, 8, 8))
     installed.uninstall()
     assert installed.num_calls == 1
+
+
+def test_a_mask_is_cut_only_where_nothing_is_lost() -> None:
+    mask = Windowed(SequenceDescription(8, 1, (((0, 8),),)), None)
+    assert mask[:, :, slice(-0, None), :] is mask
+    with pytest.raises(UnsupportedModelError, match="logits_to_keep"):
+        mask[:, :, -1:, :]

@@ -56,15 +56,24 @@ class InstalledAttention:
 
 @dataclass(frozen=True)
 class Windowed:
-    """What layers with a sliding window get in place of a mask.
+    """What layers get in place of a mask.
 
     Args:
         description: of the batch.
-        window: tokens that a token sees, itself included.
+        window: tokens that a token sees, itself included; None for all.
     """
 
     description: SequenceDescription
-    window: int
+    window: int | None
+
+    def __getitem__(self, key: Any) -> Windowed:
+        """Returns itself for slices that keep all of a mask, as models take that may keep the last tokens only."""
+        if all(part in (slice(None), slice(0, None)) for part in (key if isinstance(key, tuple) else (key,))):
+            return self
+        raise UnsupportedModelError(
+            f"the model takes a part [{key}] of its mask, which is not computed on a sharded sequence. "
+            f"Leave logits_to_keep out, or use sp_size=1 and cp_size=1."
+        )
 
 
 _INSTALLED: WeakKeyDictionary[nn.Module, InstalledAttention] = WeakKeyDictionary()
@@ -151,7 +160,7 @@ def _mask_function(core: str) -> Callable[..., Any]:
                 "the model lays a mask function of its own over its attention, which is not computed on a sharded "
                 "sequence. Use a model without it, or sp_size=1."
             )
-        return description if kwargs.get("local_size") is None else Windowed(description, kwargs["local_size"])
+        return Windowed(description, kwargs.get("local_size"))
 
     return mask
 

@@ -7,11 +7,13 @@ without one the model does what it always did, with its own mask.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -48,6 +50,9 @@ class ShardedForward:
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
         has_loss: whether the model computes a loss from labels.
+        handles: the hooks.
+        running: forwards between their two hooks, the innermost last.
+        warned: whether the user was told of a whole batch in training.
     """
 
     attention: InstalledAttention
@@ -57,6 +62,7 @@ class ShardedForward:
     has_loss: bool
     handles: list[Any] = field(default_factory=list)
     running: list[_Running] = field(default_factory=list)
+    warned: bool = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepares the arguments of a sharded forward; leaves those of an ordinary one alone."""
@@ -77,9 +83,21 @@ class ShardedForward:
         # Refused only now: `after` runs for a forward that raises too, and takes off what was put up here.
         if description is None:
             _refuse_undescribed_shard(args, kwargs)
+            self._warn_of_whole_batch(model, kwargs)
             return args, kwargs
         _check_batch(description, args, kwargs)
         return args, self._sharded_arguments(kwargs)
+
+    def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Says once that training goes on without sharding: most likely a loader that was not prepared."""
+        if self.warned or not (model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None):
+            return
+        self.warned = True
+        warnings.warn(
+            f"{type(model).__name__} was prepared for {self.group.size()} ranks that share each sequence, and trains "
+            f"on a whole batch: nothing is sharded. Pass the data loader to accelerator.prepare too.",
+            stacklevel=2,
+        )
 
     def _sharded_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # Padding is part of the description; a shard's mask would be taken for the whole sequence's.
