@@ -38,14 +38,14 @@ def transformers_model(model: nn.Module) -> Any:
     )
 
 
-def check_model(model: nn.Module, sp_size: int, core: str, sp_source: str = "sp_size") -> None:
-    """Refuses a model that has a part which Ulysses attention would not compute exactly.
+def check_model(model: nn.Module, sp_size: int, core: str, sources: str = "") -> None:
+    """Refuses a model that has a part which attention over shards would not compute exactly.
 
     Args:
         model: a transformers model, or a module that holds one.
-        sp_size: ranks that share each sequence.
+        sp_size: ranks that exchange tokens for heads.
         core: transformers' name of the core attention.
-        sp_source: where `sp_size` came from, for the message.
+        sources: the sizes and where they came from, for the message; `sp_size` alone when empty.
 
     Raises:
         UnsupportedModelError: with every finding and its remedy.
@@ -65,7 +65,7 @@ def check_model(model: nn.Module, sp_size: int, core: str, sp_source: str = "sp_
     if findings:
         listed = "\n".join(f"- {finding}" for finding in findings)
         raise UnsupportedModelError(
-            f"{type(inner).__name__} can't be trained exactly with sp_size={sp_size} (from {sp_source}):\n{listed}"
+            f"{type(inner).__name__} can't be trained exactly with {sources or f'sp_size={sp_size}'}:\n{listed}"
         )
 
 

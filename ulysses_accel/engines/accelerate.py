@@ -143,7 +143,9 @@ class Attachment:
         if getattr(model, "_is_accelerate_prepared", False):
             return
         core = self.config.sp_handler.sp_attn_implementation
-        check_model(model, self.config.sp_size, core, str(self.config.source_of("sp_size")))
+        sizes = ((name, getattr(self.config, name)) for name in ("sp_size", "cp_size"))
+        sources = ", ".join(f"{name}={size} (from {self.config.source_of(name)})" for name, size in sizes if size > 1)
+        check_model(model, self.config.sp_size, core, sources)
         exchange: Exchange = "all_gather" if self._gathers_keys() else "p2p"
         attention = SequenceAttention(self.groups.sp_group, self.groups.cp_group, core, exchange)
         forward = shard_forward(
