@@ -39,6 +39,7 @@ class SequenceDescription:
             document are padding.
         ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between Ulysses ranks.
         layout: how the tokens are dealt over the ring.
+        counted_positions: whether position_ids were not given, and count each row's tokens from its first on.
         cache: what strategies derive once for a batch and use in every layer.
     """
 
@@ -47,6 +48,7 @@ class SequenceDescription:
     rows: Rows
     ring_size: int = 1
     layout: Layout = "contiguous"
+    counted_positions: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -78,6 +80,11 @@ class SequenceDescription:
     def shard_length(self) -> int:
         """Tokens of the sequence on one rank."""
         return self.sequence_length // self.num_shards
+
+    @property
+    def is_padded_left(self) -> bool:
+        """True when a row begins with padding."""
+        return any(row and row[0][0] > 0 for row in self.rows)
 
     @property
     def is_packed(self) -> bool:

@@ -41,7 +41,7 @@ def test_shards_put_together_are_the_whole_batch() -> None:
         assert torch.equal(torch.cat([left[key], right[key]], 1), done.tensors[key])
     assert left["name"] == right["name"] == "a"
     assert left["weight"].item() == right["weight"].item() == 2.0
-    assert left[DESCRIPTION_KEY] == SequenceDescription(6, 2, (((0, 5),),))
+    assert left[DESCRIPTION_KEY] == SequenceDescription(6, 2, (((0, 5),),), counted_positions=True)
 
 
 def test_the_given_batch_is_not_changed() -> None:

@@ -202,6 +202,7 @@ def complete(batch: Any, layout: BatchLayout) -> WholeBatch:
         tensors.pop(key, None)
         extras.pop(key, None)
     reference = tensors["input_ids"] if "input_ids" in tensors else tensors["inputs_embeds"]
+    counted_positions = "position_ids" not in tensors
     tensors["position_ids"] = _positions(tensors.get("position_ids"), rows, marked, length, reference.device)
     _inject_shift_labels(tensors, rows, (batch_size, length), layout)
     dims = {name: sequence_dim(name, tensor, batch_size, length, layout) for name, tensor in tensors.items()}
@@ -212,7 +213,9 @@ def complete(batch: Any, layout: BatchLayout) -> WholeBatch:
             name: tensor if (dim := dims[name]) is None else tensor.index_select(dim, order.to(tensor.device))
             for name, tensor in whole.items()
         }
-    description = SequenceDescription(padded, layout.num_shards, rows, layout.ring_size, layout.ring_layout)
+    description = SequenceDescription(
+        padded, layout.num_shards, rows, layout.ring_size, layout.ring_layout, counted_positions
+    )
     return WholeBatch(whole, dims, extras, description)
 
 

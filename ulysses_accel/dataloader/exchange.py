@@ -56,7 +56,7 @@ def encode_side(whole: WholeBatch) -> bytes:
         "keys": sorted(whole.tensors, key=key_code),
         "length": description.sequence_length,
         "rows": description.rows,
-        "ring": [description.ring_size, description.layout],
+        "ring": [description.ring_size, description.layout, description.counted_positions],
         "extras": whole.extras,
     }
     return json.dumps(side, separators=(",", ":")).encode()

@@ -53,6 +53,7 @@ class ShardedForward:
         handles: the hooks.
         running: forwards between their two hooks, the innermost last.
         warned: whether the user was told of a whole batch in training.
+        counts_from_mask: the module that takes positions from the attention mask where none are given, if there is one.
     """
 
     attention: InstalledAttention
@@ -63,6 +64,7 @@ class ShardedForward:
     handles: list[Any] = field(default_factory=list)
     running: list[_Running] = field(default_factory=list)
     warned: bool = False
+    counts_from_mask: str | None = None
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepares the arguments of a sharded forward; leaves those of an ordinary one alone."""
@@ -86,7 +88,16 @@ class ShardedForward:
             self._warn_of_whole_batch(model, kwargs)
             return args, kwargs
         _check_batch(description, args, kwargs)
+        self._refuse_counted_positions(description)
         return args, self._sharded_arguments(kwargs)
+
+    def _refuse_counted_positions(self, description: SequenceDescription) -> None:
+        """Refuses positions that the loader made up, where the model would have made up others."""
+        if self.counts_from_mask and description.counted_positions and description.is_padded_left:
+            raise BatchError(
+                f"the batch is padded on the left and has no position_ids, which {self.counts_from_mask} would count "
+                f"from the first real token on. Put position_ids into the batch, or pad on the right."
+            )
 
     def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Says once that training goes on without sharding: most likely a loader that was not prepared."""
@@ -170,6 +181,7 @@ def shard_forward(
     """
     has_loss = "labels" in inspect.signature(type(transformers_model(model)).forward).parameters
     sharded = ShardedForward(install(model, attention), group, world_group, num_steps, has_loss)
+    sharded.counts_from_mask = next((name for name, part in model.named_modules() if _counts_from_mask(part)), None)
     sharded.handles = [
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
         model.register_forward_hook(sharded.after, with_kwargs=True, always_call=True),
@@ -191,6 +203,11 @@ def _refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"their own shard. Pass the batch as the data loader gave it: model(**batch). For a batch that is whole on "
             f"this rank, pass labels and not shift_labels."
         )
+
+
+def _counts_from_mask(module: nn.Module) -> bool:
+    """True for position embeddings that are given the attention mask."""
+    return isinstance(module, nn.Embedding) and "attention_mask" in inspect.signature(type(module).forward).parameters
 
 
 def _check_batch(description: SequenceDescription, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
