@@ -23,7 +23,6 @@ from ulysses_accel.mesh import (
     active_axes,
     build_mesh,
     joint_axes,
-    legal_factorizations,
     sequence_groups,
 )
 
@@ -209,8 +208,3 @@ def test_a_wrong_product_is_refused_on_every_rank() -> None:
     for message in run_ranks(wrong_product, 2):
         assert "dp_replicate=2 × dp_shard=1 × cp=1 × sp=2 × tp=1 has 4 ranks, but 2 processes were launched" in message
         assert "launch 4 processes" in message
-
-
-def test_legal_factorizations() -> None:
-    assert legal_factorizations(6) == [(6, 1), (3, 2), (2, 3), (1, 6)]
-    assert legal_factorizations(8, divisors_of_sp=12) == [(8, 1), (4, 2), (2, 4)]

@@ -198,16 +198,3 @@ def ring_and_ulysses_groups(
     ring_group: ProcessGroup = dist.new_subgroups_by_enumeration(rings)[0]
     ulysses_group: ProcessGroup = dist.new_subgroups_by_enumeration(ulysses)[0]
     return ring_group, ulysses_group
-
-
-def legal_factorizations(world_size: int, divisors_of_sp: int | None = None) -> list[tuple[int, int]]:
-    """Returns the (data parallel, sequence parallel) sizes whose product is `world_size`.
-
-    Args:
-        world_size: number of processes.
-        divisors_of_sp: when given, only sequence parallel sizes that divide it, such as the number of heads.
-    """
-    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    if divisors_of_sp is not None:
-        sizes = [size for size in sizes if divisors_of_sp % size == 0]
-    return [(world_size // size, size) for size in sizes]
