@@ -40,6 +40,13 @@ class SequenceDescription:
         ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between Ulysses ranks.
         layout: how the tokens are dealt over the ring.
         counted_positions: whether position_ids were not given, and count each row's tokens from its first on.
+        holes: for each row the padding that lies inside of its documents, as (start, stop); no token sees it, while the
+            tokens around it see each other. Empty where no row has any.
+        prefixes: for each row and document how many of its first tokens all of its tokens see, whatever their order
+            (prefix language modelling). Empty where no document has any.
+        longest_position: the greatest position id of the whole batch; None where it is not known.
+        encoder: the sequence that cross-attention reads, of one shard where every rank has all of it; None where it has
+            no padding and every rank has all of it, or where there is no cross-attention.
         cache: what strategies derive once for a batch and use in every layer.
     """
 
@@ -49,6 +56,10 @@ class SequenceDescription:
     ring_size: int = 1
     layout: Layout = "contiguous"
     counted_positions: bool = False
+    holes: Rows = ()
+    prefixes: tuple[tuple[int, ...], ...] = ()
+    longest_position: int | None = None
+    encoder: SequenceDescription | None = None
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -97,12 +108,22 @@ class SequenceDescription:
 
         Padding behind the only document is seen by no counted token under a causal mask.
         """
-        return all(len(row) == 1 and row[0][0] == 0 for row in self.rows)
+        return not self.has_holes and all(len(row) == 1 and row[0][0] == 0 for row in self.rows)
+
+    @property
+    def has_holes(self) -> bool:
+        """True when padding lies inside of some document."""
+        return any(self.holes)
+
+    @property
+    def has_prefixes(self) -> bool:
+        """True when some document has a prefix that all of its tokens see."""
+        return any(any(lengths) for lengths in self.prefixes)
 
     @property
     def is_dense(self) -> bool:
         """True when every row is one document without padding, so that no mask of any kind is needed."""
-        return all(row == ((0, self.sequence_length),) for row in self.rows)
+        return not self.has_holes and all(row == ((0, self.sequence_length),) for row in self.rows)
 
     def to(self, *_args: Any, **_kwargs: Any) -> SequenceDescription:
         """Returns itself: a description lives on the host, and batches are moved by calling `.to` on each entry."""

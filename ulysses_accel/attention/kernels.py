@@ -30,12 +30,14 @@ class AttentionCall:
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight.
         softcap: bound of the scores through tanh; None for no bound.
+        sinks: `[H]` scores of a key of no value that every token sees, one for each query head; None for none.
     """
 
     is_causal: bool = True
     scale: float | None = None
     dropout: float = 0.0
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 Core = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]

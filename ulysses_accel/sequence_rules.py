@@ -1,0 +1,33 @@
+"""What a model asks of a batch that only the whole batch can tell: its labels, its positions, its decoder's tokens.
+
+Engines find it out from the prepared model; the data loader obeys it before the batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """How a batch without further keys is completed for one model.
+
+    Args:
+        labels: `next_token`: the model's loss shifts them, so they are shifted before the cut; `same_token`: a token's
+            label is its own (masked language models, decoders that are given shifted tokens), so they are only cut;
+            `whole`: they belong to the sample.
+        counts_mask: positions that the batch does not give are counted by its attention mask, padding getting -1.
+        padding_idx: positions that the batch does not give start behind this number, counted over the tokens that
+            differ from it, which have it themselves; None for models whose positions start at 0.
+        decoder_inputs: makes `decoder_input_ids` `[B, T]` of `labels` `[B, T]`, as the model's own forward would;
+            None for models without an encoder.
+    """
+
+    labels: Literal["next_token", "same_token", "whole"] = "next_token"
+    counts_mask: bool = False
+    padding_idx: int | None = None
+    decoder_inputs: Callable[[Tensor], Tensor] | None = None
