@@ -38,7 +38,7 @@ $(VENV)/.test: $(VENV)/.torch
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	$(PIP) --no-deps axolotl-ringmaster
+	$(PIP) --no-deps axolotl-ringmaster trl
 	$(PIP) einops
 	touch $@
 
@@ -55,12 +55,15 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.split
 	$(BIN)/python -m benchmarks.exchange
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.memory
 
 gpu-bench: $(VENV)/.bench
-	@echo "gpu-bench: pytest -m gpu on this machine's GPUs; then the benchmarks, which use CPU processes so far"
+	@echo "gpu-bench: pytest -m gpu and benchmarks.gpu on this machine's GPU, if it has one; then benchmarks on CPU processes"
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.exchange
 	$(BIN)/python -m benchmarks.step
 

@@ -118,8 +118,8 @@ def build_ringmaster(case: Case, backend: str) -> Attend:
     from ringmaster.strategies.ulysses import make_ulysses_attention
     from torch.distributed.device_mesh import DeviceMesh
 
-    if backend == NAMED_BACKEND and backend not in dist.Backend.backend_list:
-        dist.Backend.register_backend(backend, _create_gloo, devices=["cpu"])
+    if backend == NAMED_BACKEND:
+        register_named_backend()
     world = dist.get_world_size()
     group = dist.new_group(backend=backend)
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
@@ -155,6 +155,12 @@ def core_only(case: Case, world_size: int) -> Callable[[], None]:
         torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
 
     return run
+
+
+def register_named_backend() -> None:
+    """Makes gloo known under another name as well."""
+    if NAMED_BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(NAMED_BACKEND, _create_gloo, devices=["cpu"])
 
 
 def _create_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:

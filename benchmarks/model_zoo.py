@@ -1,7 +1,8 @@
-"""Every causal language model of the installed transformers, shrunk to a tiny configuration without any download.
+"""Any architecture of the installed transformers, shrunk to a tiny configuration without any download.
 
 Sizes are replaced by what the fields' names say. Per-layer lists keep one layer of each kind, so that a model which
-mixes windows, full attention and experts does so still, at two to six layers. What no rule knows stands in `SPECIAL`.
+mixes windows, full attention and experts does so still, at two to six layers. What no rule knows stands in
+`model_special.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.model_heads import Architecture
+from benchmarks.model_special import HIDDEN, LAYERS, SPECIAL
+
 VOCAB = 64
-HIDDEN = 32
-LAYERS = 2
 MAX_LAYERS = 6
 
 # The first pattern that matches a whole field name decides; None keeps the default.
@@ -33,6 +35,8 @@ _RULES: tuple[tuple[str, int | float | None], ...] = (
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
     (r"mamba_d_ssm|mamba_expand_size", 64),
     (r"hidden_size|d_model|n_embd|embedding_size|emb_dim|lru_width|embedding_dim|backbone_hidden_size", HIDDEN),
+    (r"embed_dim|base_channels|projector_hidden_dim", HIDDEN),
+    (r"num_filters", 1),
     (r"word_embed_proj_dim|(?:in|out)put_embedding_size|attention_hidden_size", HIDDEN),
     (r"index_head_dim|qk_head_dim", 16),
     (r"mamba_\w*head_?(?:dim)?|mamba_d_head", 16),
@@ -59,89 +63,20 @@ _RULES: tuple[tuple[str, int | float | None], ...] = (
 _DEPTH = re.compile(r"(?:num_|n_|decoder_|encoder_|num_encoder_|num_decoder_)?(?:hidden_)?layers?|num_blocks|depth")
 _SPARSE_LISTS = ("moe_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "ple_layer_ids")
 
-# An assistant reads the keys of the model that it assists.
-_TWO_KINDS = {"num_hidden_layers": LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
-_NO_OWN_KEYS = {
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-    "num_kv_shared_layers": LAYERS,
-    **_TWO_KINDS,
-}
-_SHARED_KEYS = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 2,
-}
-_INDEXER = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 4,
-    "hc_lowrank": 8,
-    "ple_embed_dim": 8,
-    "split_ngram_parts": 2,
-    "make_ngram_vocab_size_divisible_by": 2,
-}
-# What the names do not tell: lengths that must fit each other, per model type.
-SPECIAL: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        }
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots3_note": {
-        "text_config": {"num_key_value_heads": 4},
-        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
-        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
-    },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "gemma4_assistant": {"text_config": _NO_OWN_KEYS},
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS, **_TWO_KINDS}},
-    "gemma3n_text": _SHARED_KEYS,
-    "gemma4_text": _SHARED_KEYS,
-    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
-    "mamba2": {"num_heads": 8},
-    "mpt": {"attn_config": {"attn_pdrop": 0}},
-    "qwen4_exp": {"text_config": _INDEXER},
-    "qwen4_exp_text": _INDEXER,
-    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 16]},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
-        "attention_head_dim": 16,
-    },
-    "zaya": {"num_experts_per_tok": 1},
-}
 
-
-def causal_types() -> dict[str, str]:
-    """Model types with a causal language model head in the installed transformers, and the class of each."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
-
-
-def tiny_config(model_type: str, key_value_heads: int = 2) -> Any:
-    """Returns the type's configuration at tiny sizes.
+def tiny_config(architecture: Architecture, key_value_heads: int = 2) -> Any:
+    """Returns an architecture's configuration at tiny sizes.
 
     Args:
-        model_type: transformers' name of the architecture.
+        architecture: of `model_heads.architectures`.
         key_value_heads: 2, or 4 for models whose keys can't be grouped.
     """
     from transformers import CONFIG_MAPPING
 
-    config_class = CONFIG_MAPPING[model_type]
-    overrides = _shrink(_defaults(config_class, model_type), key_value_heads)
-    return _finish(config_class(**_merge(overrides, SPECIAL.get(model_type, {}))))
+    config_class = CONFIG_MAPPING[architecture.model_type]
+    overrides = _shrink(_defaults(config_class, architecture.model_type), key_value_heads)
+    special = {**SPECIAL.get(architecture.model_type, {}), **architecture.overrides}
+    return _finish(config_class(**_merge(overrides, special)), decodes=architecture.head in ("causal", "rope"))
 
 
 def _merge(values: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
@@ -162,10 +97,14 @@ def _defaults(config_class: Any, model_type: str) -> dict[str, Any]:
     return values
 
 
-def _finish(config: Any) -> Any:
-    """Makes an encoder's configuration that of a decoder, as its causal head demands; experts stay in plain torch."""
-    if hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
+def _finish(config: Any, *, decodes: bool) -> Any:
+    """Makes an encoder's configuration that of a decoder where its causal head demands it; experts stay in torch."""
+    if decodes and hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True
+    if getattr(config, "is_encoder_decoder", False):
+        for name, token in (("decoder_start_token_id", 1), ("pad_token_id", 0)):
+            if getattr(config, name, None) is None:
+                setattr(config, name, token)
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
         if part is not None:
             part._experts_implementation = "eager"
@@ -179,9 +118,10 @@ def _shrink(values: dict[str, Any], key_value_heads: int) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict):
             if "model_type" in value:
-                changed[name] = {"model_type": value["model_type"], **_shrink(value, key_value_heads)}
+                flags = {flag: True for flag in ("is_decoder", "add_cross_attention") if value.get(flag)}
+                changed[name] = {"model_type": value["model_type"], **flags, **_shrink(value, key_value_heads)}
             elif "rope_type" in str(value):
-                changed[name] = _shrink_rope(value)
+                changed[name] = _shrink_rope({**_sections(values), **value})
         elif name in _SPARSE_LISTS:
             changed[name] = [] if not value else [len(kept) - 1]
         elif isinstance(value, list) and len(value) == _num_layers(values) > 2:
@@ -194,6 +134,15 @@ def _shrink(values: dict[str, Any], key_value_heads: int) -> dict[str, Any]:
                 changed[name] = new
     changed.update(dict.fromkeys(set(changed) & {"num_key_value_heads", "num_kv_heads"}, key_value_heads))
     return changed
+
+
+def _sections(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the key that deals positions of several planes, for types that know it and default it in the model."""
+    from transformers import CONFIG_MAPPING
+
+    config_class: Any = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
+    known = getattr(config_class, "ignore_keys_at_rope_validation", None) or ()
+    return {"mrope_section": []} if "mrope_section" in known else {}
 
 
 def _shrink_rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -228,15 +177,16 @@ def _representative_layers(values: dict[str, Any]) -> list[int]:
     return chosen if len(chosen) > 1 else [chosen[0], chosen[0] + 1]
 
 
-def build(config: Any, seed: int = 0) -> nn.Module:
+def build(architecture: Architecture, config: Any, seed: int = 0) -> nn.Module:
     """Returns the model in float64 and training mode, without dropout and with every parameter away from its start.
 
     Args:
-        config: of `tiny_config`.
+        architecture: of `model_heads.architectures`.
+        config: its `tiny_config`.
         seed: of the parameters.
     """
     torch.manual_seed(seed)
-    model: nn.Module = _model(config).double()
+    model: nn.Module = _model(architecture, config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             # Gates and norms that start at 0 or 1 would hide what is behind them.
@@ -247,14 +197,19 @@ def build(config: Any, seed: int = 0) -> nn.Module:
     return model.train()
 
 
-def _model(config: Any) -> Any:
-    """The causal model of a configuration, or of the part of it that the model's class takes."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+def _model(architecture: Architecture, config: Any) -> Any:
+    """The model of a configuration, or of the part of it that the model's class takes."""
+    from transformers.models.auto import modeling_auto
 
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    implementation = "sdpa" if getattr(model_class, "_supports_sdpa", False) else None
+    model_class: Any = getattr(modeling_auto, architecture.mapping)[type(config)]
+    model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     taken = [part for part in parts if isinstance(part, model_class.config_class)]
     if taken and not isinstance(config, model_class.config_class):
-        return model_class._from_config(taken[0], attn_implementation=implementation)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        config = taken[0]
+    implementation = "sdpa" if getattr(model_class, "_supports_sdpa", False) else None
+    try:
+        return model_class._from_config(config, attn_implementation=implementation)
+    except ValueError:
+        # Some part of it does not know sdpa.
+        return model_class._from_config(config, attn_implementation="eager")

@@ -6,13 +6,24 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "axolotl-ringmaster", "ulysses-accel")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "axolotl-ringmaster",
+    "yunchang",
+    "ring-attention-pytorch",
+    "trl",
+    "ulysses-accel",
+)
 
 
 def versions() -> dict[str, str]:
@@ -31,7 +42,7 @@ def publish(
 ) -> None:
     """Print the table; with `write`, keep it as JSON and in the README."""
     taken = versions()
-    text = f"{table(headings, lines)}\n\nMeasured with {', '.join(f'{key} {value}' for key, value in taken.items())}.\n"
+    text = f"{table(headings, lines)}\n\n{_measured_with(taken)}\n"
     print(text)
     if not write:
         return
@@ -39,6 +50,36 @@ def publish(
     path = FOLDER / "results" / f"{name}-cpu.json"
     path.write_text(json.dumps({"versions": taken, "rows": list(rows)}, indent=1) + "\n")
     update_readme(name, text)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One of several tables of a benchmark, with the raw rows behind it; each row names its section as `group`."""
+
+    headings: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    rows: Sequence[dict[str, Any]]
+
+
+def publish_sections(name: str, sections: Mapping[str, Section], *, measured: bool = True) -> None:
+    """Keeps several tables in one JSON and each in its README section; sections not made now stay as they are.
+
+    Tables that are computed, not measured, are of no machine.
+    """
+    taken = versions() if measured else {"ulysses-accel": version("ulysses-accel")}
+    path = FOLDER / "results" / (f"{name}-cpu.json" if measured else f"{name}.json")
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in old if row.get("group", name) not in sections]
+    for group, section in sections.items():
+        rows += section.rows
+        source = f"\n\n{_measured_with(taken)}\n" if measured else "\n"
+        update_readme(group, f"{table(section.headings, section.lines)}{source}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"versions": taken, "rows": rows}, indent=1) + "\n")
+
+
+def _measured_with(taken: Mapping[str, str]) -> str:
+    return f"Measured with {', '.join(f'{key} {value}' for key, value in taken.items())}."
 
 
 def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ import pytest
 from accelerate.utils import DeepSpeedSequenceParallelConfig as StockHandler
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
-from ulysses_accel.config import DeepSpeedSequenceParallelConfig, ParallelismConfig
+from ulysses_accel.config import DeepSpeedSequenceParallelConfig, ParallelismConfig, RingAttentionConfig
 from ulysses_accel.errors import ConfigError, MeshError
 
 
@@ -48,7 +48,7 @@ def test_no_stock_branch_for_deepspeed_is_ever_taken(backend: str | None) -> Non
 def test_no_stock_branch_for_context_parallelism_is_ever_taken() -> None:
     config = ParallelismConfig(cp_size=2, sp_size=2, cp_backend="torch")
     assert (config.cp_enabled, config.cp_backend, config.cp_size) == (False, "ring", 2)
-    assert isinstance(config.cp_handler, TorchContextParallelConfig)
+    assert config.cp_handler == RingAttentionConfig(layout="zigzag", exchange="p2p", head_stride=None)
     assert config.sequence_parallel_size == 4
 
 
@@ -107,6 +107,11 @@ def test_a_fixed_length_must_be_given_and_divide() -> None:
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length=15, sp_seq_length_is_variable=False)
     with pytest.raises(ConfigError, match=r"sp_seq_length=15 .* 2 × 2 = 4 .* Use 12 or 16 tokens"):
         ParallelismConfig(cp_size=2, sp_size=2, sp_handler=handler)
+    zigzag = DeepSpeedSequenceParallelConfig(sp_seq_length=6, sp_seq_length_is_variable=False)
+    with pytest.raises(ConfigError, match=r"dealt zigzag, so must be a multiple of 4\. Use 4 or 8 tokens"):
+        ParallelismConfig(cp_size=2, sp_handler=zigzag)
+    striped = ParallelismConfig(cp_size=2, sp_handler=zigzag, cp_handler=RingAttentionConfig(layout="striped"))
+    assert striped.sp_handler.sp_seq_length == 6
     assert ParallelismConfig(sp_size=5, sp_handler=handler).sp_handler == handler
     variable = DeepSpeedSequenceParallelConfig(sp_seq_length=15)
     assert ParallelismConfig(sp_size=2, sp_handler=variable).sp_handler.sp_seq_length == 15
@@ -121,8 +126,63 @@ def test_stock_handlers_are_taken_and_wrong_ones_refused() -> None:
     for name in ("sp_handler", "cp_handler", "tp_handler"):
         with pytest.raises(ConfigError, match=f"{name} .* is a dict, not a"):
             ParallelismConfig(**{name: {}})
-    handler = TorchContextParallelConfig(cp_comm_strategy="alltoall")
-    assert "cp_comm_strategy = alltoall (constructor)" in ParallelismConfig(cp_size=2, cp_handler=handler).explain()
+
+
+@pytest.mark.parametrize(("strategy", "exchange"), [("allgather", "all_gather"), ("alltoall", "p2p")])
+def test_stock_ring_handlers_are_taken(strategy: str, exchange: str) -> None:
+    handler = TorchContextParallelConfig(cp_comm_strategy=strategy)
+    config = ParallelismConfig(cp_size=2, cp_handler=handler)
+    assert (config.cp_handler.exchange, config.cp_handler.cp_comm_strategy) == (exchange, strategy)
+    assert f"cp_comm_strategy = {strategy} (constructor)" in config.explain()
+    assert f'cp_exchange = {exchange} (from "{strategy}", constructor)' in config.explain()
+
+
+def test_the_ring_is_configured_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = RingAttentionConfig(layout="striped", exchange="all_gather", head_stride=2)
+    config = ParallelismConfig(cp_size=2, cp_handler=handler)
+    assert config.cp_handler == handler
+    assert "cp_head_stride = 2 (constructor)" in config.explain()
+    file = tmp_path / "x.yaml"
+    file.write_text("parallelism_config:\n  cp_layout: contiguous\n  cp_exchange: all_gather\n  cp_head_stride: 4\n")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_LAYOUT", "striped")
+    config = ParallelismConfig.from_yaml(file, cp_size=2)
+    assert config.cp_handler == RingAttentionConfig(layout="striped", exchange="all_gather", head_stride=4)
+    assert str(config.source_of("cp_layout")) == "env PARALLELISM_CONFIG_CP_LAYOUT"
+    assert str(config.source_of("cp_head_stride")) == f"{file}:4 (cp_head_stride)"
+    assert ParallelismConfig.from_dict(json.loads(config.to_json())) == config
+    config.cp_handler.layout = "zigzag"
+    assert "cp_layout = zigzag (assigned after construction)" in config.explain()
+    with pytest.raises(ConfigError, match=r"cp_head_stride=2 .*Use exchange='all_gather'"):
+        RingAttentionConfig(head_stride=2)
+    with pytest.raises(ConfigError, match=r"cp_layout='spiral' \(from constructor\) must be one of zigzag"):
+        RingAttentionConfig(layout="spiral")
+
+
+def test_two_names_of_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "allgather")
+    assert ParallelismConfig(cp_size=2).cp_handler.exchange == "all_gather"
+    # The stronger layer's word holds, whichever name it uses.
+    assert ParallelismConfig(cp_size=2, cp_handler=RingAttentionConfig(exchange="p2p")).cp_handler.exchange == "p2p"
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_EXCHANGE", "p2p")
+    with pytest.raises(
+        ConfigError, match=r"cp_exchange=p2p \(from env .*contradict each other.*Keep cp_exchange alone"
+    ):
+        ParallelismConfig(cp_size=2)
+    monkeypatch.delenv("PARALLELISM_CONFIG_CP_EXCHANGE")
+    # accelerate launch exports its own default, which nobody chose.
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    file = tmp_path / "x.yaml"
+    file.write_text("parallelism_config: {cp_exchange: p2p}\n")
+    config = ParallelismConfig.from_yaml(file, cp_size=2)
+    assert (config.cp_handler.exchange, config.source_of("cp_exchange").kind) == ("p2p", "yaml")
+
+
+def test_head_chunks_are_a_setting() -> None:
+    config = ParallelismConfig(sp_size=2, sp_handler=DeepSpeedSequenceParallelConfig(sp_head_chunks=4))
+    assert config.sp_handler.sp_head_chunks == 4
+    assert ParallelismConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"sp_head_chunks=0 \(from constructor\) must be .*at least 1"):
+        DeepSpeedSequenceParallelConfig(sp_head_chunks=0)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "two", True, [2]])

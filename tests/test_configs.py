@@ -14,10 +14,15 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from ulysses_accel.cli.launch import plan_launch
 from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.config_memory import MemoryConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
+# Data parallel, Ulysses and all processes.
 SIZES = {
+    "alst_ddp": (1, 8, 8),
+    "alst_fsdp2": (1, 8, 8),
+    "alst_zero3": (1, 8, 8),
     "cpu_sp2": (1, 2, 2),
     "ddp_sp2": (1, 2, 2),
     "ddp_sp8": (1, 8, 8),
@@ -26,15 +31,18 @@ SIZES = {
     "deepspeed_zero3_sp2": (1, 2, 2),
     "fsdp2_dp2_sp4": (2, 4, 8),
     "fsdp2_sp2": (1, 2, 2),
+    "fsdp2_usp_cp2_sp4": (1, 4, 8),
     "multinode_fsdp2_sp8": (2, 8, 16),
+    "ring_zigzag": (1, 1, 2),
 }
+RINGS = {"fsdp2_usp_cp2_sp4": 2, "ring_zigzag": 2}
 MACHINE = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in list(os.environ):
-        if variable.startswith(("PARALLELISM_CONFIG_", "ACCELERATE_", "ULYSSES_")):
+        if variable.startswith(("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")):
             monkeypatch.delenv(variable)
 
 
@@ -63,15 +71,20 @@ def test_our_launcher_and_our_config_read_it(file: Path) -> None:
     for config in (plan.config, ParallelismConfig.from_yaml(file)):
         config.fit_world_size(processes)
         assert (config.data_parallel_size, config.sp_size) == (data, degree)
-        assert str(config.source_of("sp_size")).startswith(f"{file}:")
+        assert (config.cp_size, config.cp_backend) == (RINGS.get(file.stem, 1), "ring")
+        assert (config.cp_handler.layout, config.cp_handler.exchange) == ("zigzag", "p2p")
+        name = "cp_size" if file.stem in RINGS else "sp_size"
+        assert str(config.source_of(name)).startswith(f"{file}:")
+        assert config.memory_config == (MemoryConfig.alst() if file.stem.startswith("alst_") else None)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_stock_accelerate_takes_it_with_a_size_flag(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, _, processes = SIZES[file.stem]
-    if file.stem in ("ddp_sp8", "deepspeed_zero3_offload_sp8"):
+    if file.stem in ("ddp_sp8", "deepspeed_zero3_offload_sp8") or file.stem.startswith("alst_"):
         data = processes // 2  # nobody sets data parallelism there: what the smaller degree leaves is derived
-    flags = ["--config_file", str(file), *_machine(file), "--num_processes", str(data * 2)]
+    ring = RINGS.get(file.stem, 1)
+    flags = ["--config_file", str(file), *_machine(file), "--num_processes", str(data * 2 * ring)]
     flags += ["--parallelism-config-sp-size", "2", "--main_process_port", "29517"]
     arguments, defaults, _ = stock._validate_launch_command(
         stock.launch_command_parser().parse_args([*flags, "train.py"])
@@ -86,8 +99,10 @@ def test_stock_accelerate_takes_it_with_a_size_flag(file: Path, monkeypatch: pyt
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     config = ParallelismConfig()
-    config.fit_world_size(data * 2)
+    config.fit_world_size(data * 2 * ring)
     assert (config.sp_size, config.data_parallel_size, config.sp_backend) == (2, data, "ulysses")
+    # accelerate exports a strategy that nobody chose.
+    assert (config.cp_size, config.cp_backend, config.cp_handler.exchange) == (ring, "ring", "p2p")
     assert config.sp_handler.sp_attn_implementation == "sdpa"
     assert config.sp_handler.sp_seq_length_is_variable is True
     assert config.sp_handler.sp_seq_length is None

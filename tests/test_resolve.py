@@ -75,6 +75,14 @@ def test_words_for_false(word: str) -> None:
         ("PARALLELISM_CONFIG_SP_SEQ_LENGTH_IS_VARIABLE", "maybe", "must be true or false"),
         ("PARALLELISM_CONFIG_SP_BACKEND", "nccl", "ulysses, deepspeed"),
         ("PARALLELISM_CONFIG_CP_BACKEND", "deepspeed", "ring, torch"),
+        ("PARALLELISM_CONFIG_CP_LAYOUT", "spiral", "zigzag, contiguous, striped"),
+        ("PARALLELISM_CONFIG_CP_EXCHANGE", "allgather", "p2p, all_gather"),
+        ("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "all_gather", "alltoall, allgather"),
+        ("PARALLELISM_CONFIG_CP_HEAD_STRIDE", "0", "at least 1"),
+        ("PARALLELISM_CONFIG_SP_HEAD_CHUNKS", "many", "at least 1"),
+        ("PARALLELISM_CONFIG_SP_AUTO_HEADS", "32:8", "Write them as '32/8'"),
+        ("PARALLELISM_CONFIG_SP_AUTO_HEADS", "32/5", "do not divide 32 query heads"),
+        ("PARALLELISM_CONFIG_DP_SHARD_SIZE", "auto", "whole number"),
         ("PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION", "flex_attention", "sdpa"),
         ("PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION", "someone/flash-attn2", "not a trusted hub kernel"),
         ("PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION", "kernels-community/../x/flash-attn", "not a trusted hub kernel"),
@@ -93,6 +101,11 @@ def test_empty_variables_count_as_unset() -> None:
 def test_none_is_a_length() -> None:
     layer = environment_layer({"PARALLELISM_CONFIG_SP_SEQ_LENGTH": "None"})
     assert layer["sp_seq_length"].value is None
+
+
+def test_heads_are_written_in_one_way() -> None:
+    for text, value in (("32/8", "32/8"), (" 32 / 8 ", "32/8"), ("32", "32/32"), ("None", None)):
+        assert environment_layer({"PARALLELISM_CONFIG_SP_AUTO_HEADS": text})["sp_auto_heads"].value == value
 
 
 def test_what_accelerate_launch_exports_for_nobody_is_told_apart() -> None:

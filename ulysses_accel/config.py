@@ -10,38 +10,43 @@ import copy
 import dataclasses
 import importlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate.utils import ParallelismConfig as _StockParallelismConfig
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
-from ulysses_accel.config_fields import AXES, FIELDS, HANDLER_FIELDS, Setting, Source
+from ulysses_accel.config_auto import Cluster, is_auto, settle_degrees
+from ulysses_accel.config_axes import MeshAxes
+from ulysses_accel.config_fields import AUTO, AXES, FIELDS, HANDLER_FIELDS, MEMORY_FIELDS, RING_FIELDS, Setting, Source
 from ulysses_accel.config_fit import describe_sizes, legal_factorizations, warn_of_earlier_accelerator
 from ulysses_accel.config_handlers import (
     STOCK_SEQUENCE_CONFIG,
     DeepSpeedSequenceParallelConfig,
+    RingAttentionConfig,
     check_handler,
-    context_handler,
     handler_layer,
     handler_values,
+    ring_values,
 )
+from ulysses_accel.config_memory import MemoryConfig, dict_layer, settle_memory
 from ulysses_accel.errors import ConfigError, MeshError, closest
 from ulysses_accel.resolve import Layer, argument_layer, environment_layer, resolve, yaml_layer
+from ulysses_accel.sequence_layout import multiple_of
 
 _ATTACH_POINT = "ulysses_accel.engines.accelerate"
 _CONSTRUCTOR = Source("constructor")
 _OWN_FIELDS = (*(f"{axis}_size" for axis in AXES), "cp_backend", "sp_backend")
+_HANDLERS = ("tp_handler", "cp_handler", "sp_handler", "memory_config")
 _NOBODY = ("default", "launcher")
 
-__all__ = ["DeepSpeedSequenceParallelConfig", "ParallelismConfig"]
+__all__ = ["DeepSpeedSequenceParallelConfig", "ParallelismConfig", "RingAttentionConfig"]
 
 
 @dataclass(repr=False)
-class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
+class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc]
     """The sizes of the mesh axes and how each axis works; pass it to `accelerate.Accelerator(parallelism_config=...)`.
 
     A value that is `None` here is taken from the environment (`PARALLELISM_CONFIG_*`), then from the default. Sizes
@@ -51,13 +56,17 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
         dp_replicate_size: copies of the parameters that see different batches.
         dp_shard_size: processes that see different batches and share one copy of the parameters.
         tp_size: tensor parallel processes.
-        cp_size: ring attention degree.
+        cp_size: ring attention degree; `"auto"`: chosen, as for `sp_size`.
         cp_backend: `ring`; `torch` is read as `ring`.
-        sp_size: Ulysses degree.
+        sp_size: Ulysses degree; `"auto"` chooses it, and a ring degree that nobody set, for the processes that the
+            other axes leave of the launcher's `WORLD_SIZE`: the split whose bytes take the least time.
         sp_backend: `ulysses`; upstream's `deepspeed` is read as `ulysses`.
         tp_handler: accelerate's `TorchTensorParallelConfig`.
-        cp_handler: accelerate's `TorchContextParallelConfig`.
+        cp_handler: a `RingAttentionConfig`, or accelerate's `TorchContextParallelConfig`.
         sp_handler: a `DeepSpeedSequenceParallelConfig`, ours or accelerate's.
+        memory_config: what saves memory; `None` where nobody set anything about it.
+        model: for `"auto"`, a transformers model, its config or its name; the setting `sp_auto_heads` ("32/8") where
+            there is none.
 
     Raises:
         ConfigError: a value is not legal, or two values contradict each other.
@@ -71,26 +80,38 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
     sp_size: int = None  # type: ignore[assignment]
     sp_backend: str = None  # type: ignore[assignment]
     tp_handler: Any = None
-    cp_handler: Any = None
+    cp_handler: RingAttentionConfig = None  # type: ignore[assignment]
     sp_handler: DeepSpeedSequenceParallelConfig = None  # type: ignore[assignment]
+    memory_config: MemoryConfig | None = None
+    model: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, model: Any) -> None:
         given = {name: getattr(self, name) for name in _OWN_FIELDS}
-        handlers = (self.tp_handler, self.cp_handler, self.sp_handler)
-        self._settle((environment_layer(), argument_layer(given, _CONSTRUCTOR)), *handlers)
+        handlers = (self.tp_handler, self.cp_handler, self.sp_handler, self.memory_config)
+        self._settle((environment_layer(), argument_layer(given, _CONSTRUCTOR)), *handlers, model)
         warn_of_earlier_accelerator(self.cp_size, self.sp_size)
 
     @classmethod
     def from_layers(
-        cls, *layers: Layer, tp_handler: object = None, cp_handler: object = None, sp_handler: object = None
+        cls,
+        *layers: Layer,
+        tp_handler: object = None,
+        cp_handler: object = None,
+        sp_handler: object = None,
+        memory_config: MemoryConfig | None = None,
+        model: Any = None,
+        cluster: Cluster | None = None,
     ) -> ParallelismConfig:
-        """Builds a config from settings alone, without reading the environment.
+        """Builds a config from settings alone; of the environment only the number of processes is read, for "auto".
 
         Args:
             layers: mappings from field name to setting, the weakest first; see `ulysses_accel.resolve`.
             tp_handler: as for the constructor.
             cp_handler: as for the constructor.
             sp_handler: as for the constructor; wins over the layers where it was given values.
+            memory_config: as for `sp_handler`.
+            model: as for the constructor.
+            cluster: the job's ranks, for `"auto"`; what the launcher's environment says where `None`.
 
         Returns:
             The config.
@@ -99,16 +120,35 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
             ConfigError: as for the constructor.
         """
         config = cls.__new__(cls)
-        config._settle(layers, tp_handler, cp_handler, sp_handler)
+        config._settle(layers, tp_handler, cp_handler, sp_handler, memory_config, model, cluster)
         return config
+
+    @classmethod
+    def for_model(cls, model: Any, *, cluster: Cluster | None = None, **arguments: Any) -> ParallelismConfig:
+        """Builds a config whose ring and Ulysses degrees are chosen for a model; `explain()` says why.
+
+        Args:
+            model: a transformers model, its config or its name.
+            cluster: number of processes, processes on a node, and bandwidths; the launcher's where `None`.
+            arguments: the constructor's, and those of its handlers (`sp_seq_length`, `tiled_mlp`, ...).
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: as for the constructor.
+        """
+        handlers = {name: arguments.pop(name, None) for name in _HANDLERS}
+        layers = (environment_layer(), argument_layer({"sp_size": AUTO, **arguments}, _CONSTRUCTOR))
+        return cls.from_layers(*layers, **handlers, model=model, cluster=cluster)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> ParallelismConfig:
         """Builds a config from a YAML file, the environment and arguments, the later ones winning.
 
         Args:
-            path: an accelerate config file, of which the section `parallelism_config:` is read.
-            overrides: constructor arguments, and the handler's (`sp_seq_length`, ...).
+            path: an accelerate config file, of which the sections `parallelism_config:` and `memory_config:` are read.
+            overrides: constructor arguments, and those of its handlers (`sp_seq_length`, `tiled_mlp`, ...).
 
         Returns:
             The config.
@@ -116,7 +156,7 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
         Raises:
             ConfigError: the file can't be read, or as for the constructor.
         """
-        handlers = {name: overrides.pop(name, None) for name in ("tp_handler", "cp_handler", "sp_handler")}
+        handlers = {name: overrides.pop(name, None) for name in (*_HANDLERS, "model")}
         layers = (yaml_layer(path), environment_layer(), argument_layer(overrides, _CONSTRUCTOR))
         return cls.from_layers(*layers, **handlers)
 
@@ -134,123 +174,64 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
             ConfigError: a key is unknown, or as for the constructor.
         """
         source = Source("from_dict")
-        legal = {*_OWN_FIELDS, "tp_handler", "cp_handler", "sp_handler"}
+        legal = {*_OWN_FIELDS, *_HANDLERS}
         for name in values:
             if name not in legal:
                 raise ConfigError(f"unknown key {str(name)[:100]!r} in from_dict.{closest(str(name)[:100], legal)}")
         layer = argument_layer({name: values.get(name) for name in _OWN_FIELDS}, source)
-        sequence = handler_values(values, "sp_handler", HANDLER_FIELDS)
-        context = handler_values(values, "cp_handler", ("cp_comm_strategy",))
+        held = {**ring_values(values), **handler_values(values, "sp_handler", HANDLER_FIELDS)}
         tensor = handler_values(values, "tp_handler", ("enable_async_tp",))
-        layer.update(argument_layer({**sequence, **context}, source))
-        if "sp_seq_length" in sequence:
+        layer.update(argument_layer(held, source))
+        layer.update(dict_layer(handler_values(values, "memory_config", tuple(MEMORY_FIELDS))))
+        for name in {"sp_seq_length", "cp_head_stride"} & set(held):
             # Unlike an argument that was left out, a None that was written down by `to_dict` is a value.
-            layer["sp_seq_length"] = FIELDS["sp_seq_length"].settle(sequence["sp_seq_length"], source)
+            layer[name] = FIELDS[name].settle(held[name], source)
         return cls.from_layers(
             environment_layer(),
             layer,
             tp_handler=TorchTensorParallelConfig(**tensor) if values.get("tp_handler") is not None else None,
-            cp_handler=context_handler(resolve(layer)) if values.get("cp_handler") is not None else None,
         )
 
-    def _settle(self, layers: tuple[Layer, ...], tp_handler: object, cp_handler: object, sp_handler: object) -> None:
+    def _settle(
+        self,
+        layers: tuple[Layer, ...],
+        tp_handler: object,
+        cp_handler: object,
+        sp_handler: object,
+        memory_config: MemoryConfig | None,
+        model: Any = None,
+        cluster: Cluster | None = None,
+    ) -> None:
         check_handler("tp_handler", tp_handler, TorchTensorParallelConfig)
-        check_handler("cp_handler", cp_handler, TorchContextParallelConfig)
+        check_handler("cp_handler", cp_handler, RingAttentionConfig, TorchContextParallelConfig)
         check_handler("sp_handler", sp_handler, STOCK_SEQUENCE_CONFIG)
-        self._settings = resolve(*layers, handler_layer(cp_handler), handler_layer(sp_handler))
+        check_handler("memory_config", memory_config, MemoryConfig)
+        handlers = (handler_layer(handler) for handler in (cp_handler, sp_handler, memory_config))
+        self._settings = resolve(*layers, *handlers)
+        if is_auto(self._settings):
+            self._settings.update(settle_degrees(self._settings, model, cluster or Cluster.from_environment()))
         for name in _OWN_FIELDS:
             setattr(self, name, self._settings[name].value)
         self.tp_handler = tp_handler or (TorchTensorParallelConfig() if self.tp_size > 1 else None)
-        self.cp_handler = cp_handler or (context_handler(self._settings) if self.cp_size > 1 else None)
+        self.cp_handler = RingAttentionConfig._from_settings(self._settings)
         self.sp_handler = DeepSpeedSequenceParallelConfig._from_settings(self._settings)
+        self.memory_config = settle_memory(self._settings, memory_config)
         self._check_sequence_length()
 
     def _check_sequence_length(self) -> None:
-        handler, degree = self.sp_handler, self.sequence_parallel_size
-        if handler.sp_seq_length_is_variable or handler.sp_seq_length is None or handler.sp_seq_length % degree == 0:
+        handler, layout = self.sp_handler, self.cp_handler.layout
+        multiple = multiple_of(self.cp_size, layout, self.sp_size)
+        if handler.sp_seq_length_is_variable or handler.sp_seq_length is None or handler.sp_seq_length % multiple == 0:
             return
-        below = handler.sp_seq_length // degree * degree
-        lengths = f"{below} or {below + degree}" if below else f"{degree}"
+        below = handler.sp_seq_length // multiple * multiple
+        lengths = f"{below} or {below + multiple}" if below else f"{multiple}"
+        dealt = "" if self.cp_size == 1 else f", dealt {layout}, so must be a multiple of {multiple}"
         raise ConfigError(
             f"sp_seq_length={handler.sp_seq_length} ({self._settings['sp_seq_length'].source}) is not divisible by "
-            f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {degree} (sp_size: {self.source_of('sp_size')}). "
-            f"Use {lengths} tokens, or sp_seq_length_is_variable=True, which pads every batch."
+            f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {self.sequence_parallel_size} (sp_size: "
+            f"{self.source_of('sp_size')}){dealt}. Use {lengths} tokens, or sp_seq_length_is_variable=True, which pads "
+            f"every batch."
         )
-
-    # ---- sizes and names --------------------------------------------------------------------------------------------
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of every mesh axis, in the order of the mesh."""
-        return {axis: getattr(self, f"{axis}_size") for axis in AXES}
-
-    @property
-    def _sizes(self) -> dict[str, int]:
-        # Stock code and the Trainer assign to `tp_size` and friends: one truth, read from the attributes.
-        return self.sizes
-
-    @property
-    def total_size(self) -> int:
-        """The product of all sizes: the number of processes."""
-        return math.prod(self.sizes.values())
-
-    @property
-    def sequence_parallel_size(self) -> int:
-        """The number of processes that share one sequence: cp_size × sp_size."""
-        return self.cp_size * self.sp_size
-
-    @property
-    def data_parallel_size(self) -> int:
-        """The number of different batches in one step."""
-        return self.dp_replicate_size * self.dp_shard_size
-
-    @property
-    def non_data_parallel_size(self) -> int:
-        """The number of processes that work on the same batch."""
-        return self.cp_size * self.sp_size * self.tp_size
-
-    @property
-    def cp_enabled(self) -> bool:
-        """Always false; read `cp_size` for the ring degree.
-
-        Stock accelerate and the Trainer act on true: they force causal attention on every module named `self_attn`,
-        demand an FSDP2 plugin and wrap each step in torch's own context parallelism. Our ring does none of that.
-        """
-        return False
-
-    def _active(self, *axes: str) -> list[str]:
-        sizes = self.sizes
-        return [axis for axis in AXES if axis in axes and sizes[axis] > 1]
-
-    @property
-    def dp_dim_names(self) -> list[str]:
-        """The axes above 1 whose processes see different batches."""
-        return self._active("dp_replicate", "dp_shard")
-
-    @property
-    def non_dp_dim_names(self) -> list[str]:
-        """The axes above 1 whose processes work on the same batch."""
-        return self._active("cp", "sp", "tp")
-
-    @property
-    def dp_shard_cp_dim_names(self) -> list[str]:
-        """The axes above 1 over which parameters are sharded; flattened they are the axis `dp_shard_cp`."""
-        return self._active("dp_shard", "cp", "sp")
-
-    @property
-    def dp_cp_dim_names(self) -> list[str]:
-        """The axes above 1 over which gradients are averaged; flattened they are the axis `dp_cp`."""
-        return self._active("dp_replicate", "dp_shard", "cp", "sp")
-
-    @property
-    def fsdp_dim_names(self) -> list[str]:
-        """The mesh axes that FSDP2 takes; only axes that exist in the mesh."""
-        return self._active("dp_replicate") + (["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])
-
-    @property
-    def active_mesh_dims(self) -> list[str]:
-        """All axes above 1, in the order of the mesh."""
-        return self._active(*AXES)
 
     # ---- the attach point -------------------------------------------------------------------------------------------
 
@@ -354,6 +335,10 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
     def _live(self, name: str) -> Any:
         if name in HANDLER_FIELDS:
             return getattr(self.sp_handler, name)
+        if name in RING_FIELDS or name == "cp_comm_strategy":
+            return getattr(self.cp_handler, RING_FIELDS.get(name, name))
+        if name in MEMORY_FIELDS:
+            return getattr(self.memory_config, name, FIELDS[name].default)
         return getattr(self, name) if name in _OWN_FIELDS else self._settings[name].value
 
     def explain(self) -> str:
@@ -369,7 +354,7 @@ class ParallelismConfig(_StockParallelismConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that `from_dict` turns into an equal config."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _OWN_FIELDS}
-        for name in ("tp_handler", "cp_handler", "sp_handler"):
+        for name in _HANDLERS:
             handler = getattr(self, name)
             values[name] = None if handler is None else dataclasses.asdict(handler)
         return values

@@ -22,11 +22,21 @@ SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 MAX_SIZE = 2**31 - 1
 MAX_SEQUENCE_LENGTH = 2**40
+MAX_LIMIT = 2**60
+AUTO = "auto"
+# The sections of a YAML file; in capitals, the prefixes of the variables.
+PARALLELISM = "parallelism_config"
+MEMORY = "memory_config"
+SECTIONS = (PARALLELISM, MEMORY)
+# accelerate's words for how keys travel around the ring, and ours.
+EXCHANGES = {"alltoall": "p2p", "allgather": "all_gather"}
 ATTENTION_CORES = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager")
 TRUSTED_KERNEL_ORGANIZATIONS = ("kernels-community",)
 
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _HUB_KERNEL = re.compile(r"(?P<organization>[\w.-]+)/(?P<name>[\w.-]*flash-attn[\w.-]*)(@[\w.-]+)?(:\w+)?", re.ASCII)
+_HEADS = re.compile(r"([1-9][0-9]{0,8})(?:\s*/\s*([1-9][0-9]{0,8}))?", re.ASCII)
+_UNSET_WORDS = ("none", "null")
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 
@@ -78,24 +88,31 @@ class Field:
     """A setting's name, default and parser.
 
     Args:
-        name: the constructor's argument, and the YAML key behind `parallelism_config_`.
+        name: the constructor's argument, and the YAML key behind the section's name; unique over all sections.
         default: the value where nobody set one.
         parse: turns text or a Python value into the checked value.
+        section: the section of a YAML file that the field belongs to.
     """
 
     name: str
     default: Value
     parse: Callable[[object], Value]
+    section: str = PARALLELISM
+
+    @property
+    def key(self) -> str:
+        """The field's full name: a YAML key, and a name among accelerate's launch arguments."""
+        return f"{self.section}_{self.name}"
 
     @property
     def variable(self) -> str:
         """The environment variable that sets this field."""
-        return f"PARALLELISM_CONFIG_{self.name.upper()}"
+        return self.key.upper()
 
     @property
     def flag(self) -> str:
         """The launcher's command-line flag that sets this field."""
-        return f"--parallelism-config-{self.name.replace('_', '-')}"
+        return f"--{self.key.replace('_', '-')}"
 
     def settle(self, raw: object, source: Source) -> Setting:
         """Checks a raw value.
@@ -151,8 +168,53 @@ def _size(raw: object) -> Value:
     return size
 
 
+def _size_or_auto(raw: object) -> Value:
+    if isinstance(raw, str) and raw.strip().lower() == AUTO:
+        return AUTO
+    return _size(raw)
+
+
+def _is_unset(raw: object) -> bool:
+    return raw is None or (isinstance(raw, str) and raw.strip().lower() in _UNSET_WORDS)
+
+
+def _chunks(raw: object) -> Value:
+    number = _whole(raw)
+    if number is None or not 1 <= number <= MAX_SIZE:
+        raise _IllegalError(
+            "must be a whole number of at least 1. Use 1 to exchange all heads at once, or 2, 4, ... for less memory."
+        )
+    return number
+
+
+def _stride(raw: object) -> Value:
+    if _is_unset(raw):
+        return None
+    number = _whole(raw)
+    if number is None or not 1 <= number <= MAX_SIZE:
+        raise _IllegalError(
+            "must be a whole number of key/value heads, at least 1. Use 1 for the least memory, or None for all heads "
+            "at once."
+        )
+    return number
+
+
+def _heads(raw: object) -> Value:
+    if _is_unset(raw):
+        return None
+    found = _HEADS.fullmatch(raw.strip()) if isinstance(raw, str) else None
+    if found is None:
+        raise _IllegalError(
+            "must be the model's query and key/value heads. Write them as '32/8', or as '32' where both are equal."
+        )
+    queries, keys = int(found[1]), int(found[2] or found[1])
+    if queries % keys:
+        raise _IllegalError(f"has {keys} key/value heads, which do not divide {queries} query heads. Use whole groups.")
+    return f"{queries}/{keys}"
+
+
 def _length(raw: object) -> Value:
-    if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null")):
+    if _is_unset(raw):
         return None
     length = _whole(raw)
     if length is None or length < 1 or length > MAX_SEQUENCE_LENGTH:
@@ -161,6 +223,28 @@ def _length(raw: object) -> Value:
             "or None where batches differ in length."
         )
     return length
+
+
+def _count(unit: str, least: int = 1) -> Callable[[object], Value]:
+    def parse(raw: object) -> Value:
+        number = _whole(raw)
+        if number is None or not least <= number <= MAX_SIZE:
+            raise _IllegalError(f"must be a whole number of {unit} from {least} to {MAX_SIZE}. Use {least} or more.")
+        return number
+
+    return parse
+
+
+def _limit(unit: str, unset: str) -> Callable[[object], Value]:
+    def parse(raw: object) -> Value:
+        number = None if _is_unset(raw) else _whole(raw)
+        if not _is_unset(raw) and (number is None or not 1 <= number <= MAX_LIMIT):
+            raise _IllegalError(
+                f"must be a whole number of {unit} from 1 to {MAX_LIMIT}. Leave it out, or use None, {unset}."
+            )
+        return number
+
+    return parse
 
 
 def _flag(raw: object) -> Value:
@@ -203,17 +287,46 @@ def _attention(raw: object) -> Value:
 
 
 def _fields() -> dict[str, Field]:
-    sizes = [Field(f"{axis}_size", 1, _size) for axis in AXES]
+    sizes = [Field(f"{axis}_size", 1, _size_or_auto if axis in ("cp", "sp") else _size) for axis in AXES]
     rest = [
         Field("sp_backend", "ulysses", _choice({"ulysses": "ulysses", "deepspeed": "ulysses"})),
         Field("cp_backend", "ring", _choice({"ring": "ring", "torch": "ring"})),
-        Field("cp_comm_strategy", "allgather", _choice({"allgather": "allgather", "alltoall": "alltoall"})),
+        Field("cp_layout", "zigzag", _choice({word: word for word in ("zigzag", "contiguous", "striped")})),
+        Field("cp_exchange", "p2p", _choice({word: word for word in ("p2p", "all_gather")})),
+        Field("cp_head_stride", None, _stride),
+        Field("cp_comm_strategy", "alltoall", _choice({word: word for word in EXCHANGES})),
         Field("sp_seq_length", None, _length),
         Field("sp_seq_length_is_variable", True, _flag),
         Field("sp_attn_implementation", "sdpa", _attention),
+        Field("sp_head_chunks", 1, _chunks),
+        Field("sp_auto_heads", None, _heads),
     ]
     return {field.name: field for field in (*sizes, *rest)}
 
 
-FIELDS: dict[str, Field] = _fields()
-HANDLER_FIELDS = ("sp_seq_length", "sp_seq_length_is_variable", "sp_attn_implementation")
+def _memory_fields() -> dict[str, Field]:
+    rows: tuple[tuple[str, Value, Callable[[object], Value]], ...] = (
+        ("tiled_mlp", False, _flag),
+        ("tiled_mlp_bytes", None, _limit("bytes", "for a size that fits the model")),
+        ("tiled_norm", False, _flag),
+        ("tiled_loss", False, _flag),
+        ("tiled_loss_tokens", None, _limit("tokens", "for a size that fits the vocabulary")),
+        ("use_liger_loss", False, _flag),
+        ("checkpoint", False, _flag),
+        ("checkpoint_every_n_layers", 1, _count("layers")),
+        ("checkpoint_offload", False, _flag),
+        ("checkpoint_keep_last", 1, _count("layers", least=0)),
+        ("save_attention", "no", _choice({word: word for word in ("no", "device", "host")})),
+        ("save_exchange", False, _flag),
+        ("save_attention_bytes", None, _limit("bytes", "to save every layer's attention")),
+        ("expandable_segments", False, _flag),
+        ("bf16_gradient_reduction", False, _flag),
+    )
+    return {name: Field(name, default, parse, MEMORY) for name, default, parse in rows}
+
+
+MEMORY_FIELDS: dict[str, Field] = _memory_fields()
+FIELDS: dict[str, Field] = {**_fields(), **MEMORY_FIELDS}
+HANDLER_FIELDS = ("sp_seq_length", "sp_seq_length_is_variable", "sp_attn_implementation", "sp_head_chunks")
+# The settings that the ring's handler holds, each under its attribute.
+RING_FIELDS = {"cp_layout": "layout", "cp_exchange": "exchange", "cp_head_stride": "head_stride"}

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, Literal
 
 from accelerate.utils import DeepSpeedSequenceParallelConfig as _Stock
-from accelerate.utils import TorchContextParallelConfig
 
-from ulysses_accel.config_fields import HANDLER_FIELDS, Source
+from ulysses_accel.config_fields import EXCHANGES, HANDLER_FIELDS, RING_FIELDS
+from ulysses_accel.config_settled import CONSTRUCTOR, Settled
 from ulysses_accel.errors import ConfigError, closest
-from ulysses_accel.resolve import Layer, argument_layer, environment_layer, resolve
+from ulysses_accel.resolve import Layer, argument_layer
+from ulysses_accel.sequence_layout import Layout
 
-CONSTRUCTOR = Source("constructor")
 STOCK_SEQUENCE_CONFIG: type[Any] = _Stock
 
 
 @dataclass
-class DeepSpeedSequenceParallelConfig(_Stock):  # type: ignore[misc]
+class DeepSpeedSequenceParallelConfig(Settled, _Stock):  # type: ignore[misc]
     """How the sequence is split: its length, and the attention that runs on the gathered heads.
 
     Args:
@@ -26,6 +26,8 @@ class DeepSpeedSequenceParallelConfig(_Stock):  # type: ignore[misc]
         sp_seq_length_is_variable: whether batches may differ in length; `None` reads the environment, then true.
         sp_attn_implementation: `sdpa`, `flash_attention_2`, `_3`, `_4`, `eager`, or a flash-attn kernel of the
             `kernels-community` hub organization; `None` reads the environment, then `sdpa`.
+        sp_head_chunks: in how many parts a rank's heads are exchanged and attended to, one after another; attention's
+            working set shrinks by it, the result and the bytes sent don't change. `None` reads the environment, then 1.
 
     Raises:
         ConfigError: a value is not legal, or the length is fixed but not given.
@@ -34,21 +36,11 @@ class DeepSpeedSequenceParallelConfig(_Stock):  # type: ignore[misc]
     sp_seq_length: int | None = None
     sp_seq_length_is_variable: bool = None  # type: ignore[assignment]
     sp_attn_implementation: str = None  # type: ignore[assignment]
+    sp_head_chunks: int = None  # type: ignore[assignment]
 
-    def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in HANDLER_FIELDS}
-        self._settle(resolve(environment_layer(), argument_layer(given, CONSTRUCTOR)))
+    _attributes: ClassVar[Mapping[str, str]] = {name: name for name in HANDLER_FIELDS}
 
-    @classmethod
-    def _from_settings(cls, settings: Layer) -> DeepSpeedSequenceParallelConfig:
-        handler = cls.__new__(cls)
-        handler._settle(settings)
-        return handler
-
-    def _settle(self, settings: Layer) -> None:
-        self._settings = {name: settings[name] for name in HANDLER_FIELDS}
-        for name, setting in self._settings.items():
-            setattr(self, name, setting.value)
+    def _check(self) -> None:
         if not self.sp_seq_length_is_variable and self.sp_seq_length is None:
             source = self._settings["sp_seq_length_is_variable"].source
             raise ConfigError(
@@ -58,33 +50,74 @@ class DeepSpeedSequenceParallelConfig(_Stock):  # type: ignore[misc]
             )
 
 
-def check_handler(name: str, handler: object, expected: type[Any]) -> None:
+@dataclass
+class RingAttentionConfig(Settled):
+    """How a ring works: the `cp_handler`. A `None` reads the environment (`PARALLELISM_CONFIG_CP_*`), then the default.
+
+    Args:
+        layout: how tokens are dealt over the ring: `zigzag` (the default: causal work is even, and a quarter of the
+            bytes is dropped), `contiguous` or `striped`.
+        exchange: how keys travel: `p2p` (the default) rotates them in memory of one shard; `all_gather` sends each rank
+            the keys it sees in one collective, with a sliding window only those.
+        head_stride: with `all_gather`, how many key/value heads are gathered at a time; all where `None`.
+
+    Raises:
+        ConfigError: a value is not legal, or a stride without `all_gather`.
+    """
+
+    layout: Layout = None  # type: ignore[assignment]
+    exchange: Literal["p2p", "all_gather"] = None  # type: ignore[assignment]
+    head_stride: int | None = None
+
+    _attributes: ClassVar[Mapping[str, str]] = RING_FIELDS
+
+    @property
+    def cp_comm_strategy(self) -> str:
+        """The exchange in accelerate's words, `allgather` or `alltoall`."""
+        return next(theirs for theirs, ours in EXCHANGES.items() if ours == self.exchange)
+
+    def _check(self) -> None:
+        if self.head_stride is not None and self.exchange != "all_gather":
+            raise ConfigError(
+                f"cp_head_stride={self.head_stride} (from {self._settings['cp_head_stride'].source}) divides an "
+                f"all_gather, but cp_exchange={self.exchange} ({self._settings['cp_exchange'].source}). "
+                f"Use exchange='all_gather', or leave the stride out."
+            )
+
+
+def check_handler(name: str, handler: object, *expected: type[Any]) -> None:
     """Refuses a handler of the wrong type.
 
     Args:
         name: the argument's name.
         handler: what the user passed.
-        expected: accelerate's class.
+        expected: the classes that are taken.
 
     Raises:
-        ConfigError: the handler is neither `None` nor of that class.
+        ConfigError: the handler is neither `None` nor of one of the classes.
     """
     if handler is not None and not isinstance(handler, expected):
+        names = " or ".join(kind.__name__ for kind in expected)
         raise ConfigError(
-            f"{name} (from constructor) is a {type(handler).__name__}, not a {expected.__name__}. Pass an "
-            f"accelerate.utils.{expected.__name__}, or leave {name} out."
+            f"{name} (from constructor) is a {type(handler).__name__}, not a {names}. Pass one, or leave {name} out."
         )
 
 
 def handler_layer(handler: object) -> Layer:
-    """Returns what the user gave to the handler: its defaults must not hide a YAML file's values."""
-    if isinstance(handler, DeepSpeedSequenceParallelConfig):
-        settings = handler._settings
-        given = {name: setting for name, setting in settings.items() if setting.source.kind != "default"}
-        changed = {name: getattr(handler, name) for name in settings if getattr(handler, name) != settings[name].value}
-        return {**given, **argument_layer(changed, CONSTRUCTOR)}
-    names = HANDLER_FIELDS if isinstance(handler, STOCK_SEQUENCE_CONFIG) else ("cp_comm_strategy",)
+    """Returns what the user gave to the handler, ours or accelerate's."""
+    if isinstance(handler, Settled):
+        return handler._given()
+    names: tuple[str, ...] = HANDLER_FIELDS
+    if not isinstance(handler, STOCK_SEQUENCE_CONFIG):
+        names = ("cp_comm_strategy",)
     return argument_layer({name: getattr(handler, name, None) for name in names}, CONSTRUCTOR)
+
+
+def ring_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the ring's settings from the mapping given to `from_dict`; see `handler_values`."""
+    fields = {attribute: name for name, attribute in RING_FIELDS.items()}
+    found = handler_values(values, "cp_handler", (*fields, "cp_comm_strategy"))
+    return {fields.get(attribute, attribute): value for attribute, value in found.items()}
 
 
 def handler_values(values: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> dict[str, Any]:
@@ -110,8 +143,3 @@ def handler_values(values: Mapping[str, Any], name: str, legal: tuple[str, ...])
         if key not in legal:
             raise ConfigError(f"unknown key {str(key)[:100]!r} in {name} of from_dict.{closest(str(key)[:100], legal)}")
     return dict(handler)
-
-
-def context_handler(settings: Layer) -> TorchContextParallelConfig:
-    """Builds the handler of the ring axis from settings."""
-    return TorchContextParallelConfig(cp_comm_strategy=cast(str, settings["cp_comm_strategy"].value))

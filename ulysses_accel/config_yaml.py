@@ -1,4 +1,7 @@
-"""Reads the `parallelism_config:` section of a YAML file, with the line of every value.
+"""Reads the sections `parallelism_config:` and `memory_config:` of a YAML file, with the line of every value.
+
+Stock accelerate refuses a file with a section that it does not know. In a file that it is to read too, the memory
+settings stand in the section `parallelism_config:`, under their full names such as `memory_config_tiled_mlp`.
 
 Composes nodes and never constructs objects. Anchors, aliases, explicit tags, deep nesting and huge files are refused:
 a configuration needs none of them, and each is a way to make a small file expensive or surprising.
@@ -12,24 +15,23 @@ from pathlib import Path
 
 import yaml
 
-from ulysses_accel.config_fields import FIELDS, Setting, Source, show
+from ulysses_accel.config_fields import FIELDS, MEMORY, PARALLELISM, SECTIONS, Setting, Source, show
 from ulysses_accel.errors import ConfigError, closest
 
-SECTION = "parallelism_config"
-PREFIX = "parallelism_config_"
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 _NULL = "tag:yaml.org,2002:null"
+_EXAMPLES = {PARALLELISM: "sp_size: 2", MEMORY: "tiled_mlp: true"}
 
 
 def read_yaml_layer(path: str | Path) -> dict[str, Setting]:
-    """Reads every setting of the file's `parallelism_config:` section.
+    """Reads every setting of the file's sections.
 
     Args:
-        path: an accelerate config file, or any YAML file with such a section.
+        path: an accelerate config file, or any YAML file with such sections.
 
     Returns:
-        The settings that the section makes, empty where the file has no section.
+        The settings that the sections make, empty where the file has none.
 
     Raises:
         ConfigError: the file can't be read, is not plain YAML, or has an unknown key or an illegal value.
@@ -45,20 +47,16 @@ def parse_yaml_layer(text: str, path: str) -> dict[str, Setting]:
         path: the name to show in errors and sources.
 
     Returns:
-        The settings of the `parallelism_config:` section.
+        The settings of the sections.
 
     Raises:
         ConfigError: as for `read_yaml_layer`.
     """
-    section = _section(compose_mapping(text, path), path)
+    sections = _sections(compose_mapping(text, path), path)
     layer: dict[str, Setting] = {}
-    for key, node, line in _entries(section, path):
-        name = key.removeprefix(PREFIX)
+    for section, (key, node, line) in ((name, entry) for name in sections for entry in _entries(sections[name], path)):
+        name = _field_name(section, key, f"{path}:{line}")
         source = Source("yaml", f"{path}:{line} ({key})")
-        if name not in FIELDS:
-            raise ConfigError(
-                f"{path}:{line}: unknown key {show(key)} in the section '{SECTION}:'.{closest(name[:100], FIELDS)}"
-            )
         if not isinstance(node, yaml.ScalarNode):
             raise ConfigError(
                 f"{name} (from {source}) must be one value, not a list or a mapping. Write `{key}: VALUE`."
@@ -68,6 +66,17 @@ def parse_yaml_layer(text: str, path: str) -> dict[str, Setting]:
         if node.tag != _NULL:
             layer[name] = FIELDS[name].settle(node.value, source)
     return layer
+
+
+def _field_name(section: str, key: str, place: str) -> str:
+    """Returns the name of the field that a key in a section means."""
+    home = MEMORY if key.startswith(f"{MEMORY}_") else section
+    name = key.removeprefix(f"{home}_")
+    if name in FIELDS and FIELDS[name].section == home:
+        return name
+    legal = [field.name for field in FIELDS.values() if field.section == home]
+    hint = f" It belongs below '{FIELDS[name].section}:'." if name in FIELDS else closest(name[:100], legal)
+    raise ConfigError(f"{place}: unknown key {show(key)} in the section '{section}:'.{hint}")
 
 
 def read_text(path: str | Path) -> str:
@@ -115,9 +124,9 @@ def compose_mapping(text: str, path: str) -> yaml.MappingNode:
         problem = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{path}: not valid YAML: {ascii(problem)[1:-1]}. Correct the file.") from None
     if node is None:
-        raise ConfigError(f"{path}: the file is empty. Write a section '{SECTION}:' with keys such as sp_size.")
+        raise ConfigError(f"{path}: the file is empty. Write a section '{PARALLELISM}:' with keys such as sp_size.")
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: the top level must be `key: value` lines. Write a section '{SECTION}:'.")
+        raise ConfigError(f"{path}: the top level must be `key: value` lines. Write a section '{PARALLELISM}:'.")
     return node
 
 
@@ -146,20 +155,29 @@ def _entries(mapping: yaml.MappingNode, path: str) -> Iterator[tuple[str, yaml.N
         yield key.value, value, line
 
 
-def _section(top: yaml.MappingNode, path: str) -> yaml.MappingNode:
-    found = yaml.MappingNode(tag="tag:yaml.org,2002:map", value=[])
-    seen: int | None = None
+def _sections(top: yaml.MappingNode, path: str) -> dict[str, yaml.MappingNode]:
+    found: dict[str, yaml.MappingNode] = {}
+    seen: dict[str, int] = {}
     for key, node, line in _entries(top, path):
-        if key == SECTION:
-            if seen is not None:
-                raise ConfigError(f"{path}:{line}: a second section '{SECTION}:' (first on line {seen}). Keep one.")
-            seen = line
-            if isinstance(node, yaml.MappingNode):
-                found = node
-            elif not (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
-                raise ConfigError(f"{path}:{line}: '{SECTION}:' must hold `key: value` lines, such as sp_size: 2.")
-        elif key.removeprefix(PREFIX) in FIELDS:
-            raise ConfigError(f"{path}:{line}: '{key}' stands outside of the section. Indent it below '{SECTION}:'.")
-        elif difflib.SequenceMatcher(None, key[:100], SECTION).ratio() > 0.85:
-            raise ConfigError(f"{path}:{line}: unknown section {show(key)}. Did you mean '{SECTION}:'?")
+        if key not in SECTIONS:
+            _refuse_stray_key(key, f"{path}:{line}")
+            continue
+        if key in seen:
+            raise ConfigError(f"{path}:{line}: a second section '{key}:' (first on line {seen[key]}). Keep one.")
+        seen[key] = line
+        if isinstance(node, yaml.MappingNode):
+            found[key] = node
+        elif not (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
+            raise ConfigError(f"{path}:{line}: '{key}:' must hold `key: value` lines, such as {_EXAMPLES[key]}.")
     return found
+
+
+def _refuse_stray_key(key: str, place: str) -> None:
+    # Names of memory settings, such as `checkpoint`, are other programs' words too: only the full name is ours.
+    ours = {field.name: field for field in FIELDS.values() if field.section == PARALLELISM}
+    field = {**ours, **{field.key: field for field in FIELDS.values()}}.get(key)
+    if field is not None:
+        raise ConfigError(f"{place}: '{key}' stands outside of the section. Indent it below '{field.section}:'.")
+    for section in SECTIONS:
+        if difflib.SequenceMatcher(None, key[:100], section).ratio() > 0.85:
+            raise ConfigError(f"{place}: unknown section {show(key)}. Did you mean '{section}:'?")

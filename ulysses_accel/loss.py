@@ -118,19 +118,36 @@ def aggregate_loss(
     return mean
 
 
+def mean_as_share(loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """Returns a shard's mean loss as its share of a mean over more tokens, for models that only compute the mean.
+
+    Args:
+        loss: scalar, the mean over this rank's counted tokens; NaN where it has none.
+        labels: `[B, S / P]`, this rank's labels.
+        num_items_in_batch: counted tokens of all ranks and accumulation steps together.
+
+    Returns:
+        Scalar, this rank's sum divided by that number; 0 where no token counts.
+    """
+    count = num_counted(labels)
+    return torch.where(count > 0, loss * count, 0.0) / num_items_in_batch
+
+
 def count_items(batches: Iterable[dict[str, Any]], group: ProcessGroup, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Returns the counted tokens of several sharded micro-batches over all ranks of `group`, for token-exact
     accumulation: pass it to every forward of the step as `num_items_in_batch`.
 
     Args:
-        batches: the sharded micro-batches of one optimizer step, each with `shift_labels` `[B, S / P]`.
+        batches: the sharded micro-batches of one optimizer step, each with `shift_labels` `[B, S / P]`, or with
+            `labels` where the model's loss does not shift them.
         group: all ranks that take part in the step (every mesh axis but tp).
         ignore_index: the label of tokens that don't count.
 
     Returns:
         Integer scalar, at least 1, the same on every rank.
     """
-    counts = [num_counted(batch["shift_labels"], ignore_index) for batch in batches]
+    labels = (batch["shift_labels"] if "shift_labels" in batch else batch["labels"] for batch in batches)
+    counts = [num_counted(part, ignore_index) for part in labels]
     total = torch.stack(counts).sum()
     dist.all_reduce(total, group=group)
     return total.clamp(min=1)

@@ -11,13 +11,23 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from ulysses_accel.config_fields import DEFAULT, FIELDS, SOURCE_KINDS, Setting, Source, SourceKind, show
+from ulysses_accel.config_fields import (
+    DEFAULT,
+    EXCHANGES,
+    FIELDS,
+    SECTIONS,
+    SOURCE_KINDS,
+    Setting,
+    Source,
+    SourceKind,
+    show,
+)
 from ulysses_accel.config_yaml import read_yaml_layer
 from ulysses_accel.errors import ConfigError, closest
 
 Layer: TypeAlias = Mapping[str, Setting]
 
-VARIABLE_PREFIX = "PARALLELISM_CONFIG_"
+VARIABLE_PREFIXES = tuple(f"{section.upper()}_" for section in SECTIONS)
 SOURCES_VARIABLE = "ULYSSES_ACCEL_SOURCES"
 STOCK_GATE_VARIABLE = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _MAX_SOURCES = 1 << 16
@@ -38,15 +48,37 @@ def resolve(*layers: Layer) -> dict[str, Setting]:
     """
     settled = {name: Setting(field.default, DEFAULT) for name, field in FIELDS.items()}
     for layer in layers:
-        for name, setting in layer.items():
+        for name, setting in _with_both_names(layer).items():
             if name not in FIELDS:
                 raise ConfigError(f"unknown setting {show(name)} (from {setting.source}).{closest(name[:100], FIELDS)}")
             settled[name] = setting
     return settled
 
 
+def _with_both_names(layer: Layer) -> Layer:
+    """Makes cp_exchange and accelerate's cp_comm_strategy, which mean the same, agree in a layer that sets either."""
+    strategy, exchange = layer.get("cp_comm_strategy"), layer.get("cp_exchange")
+    if strategy is not None and strategy.source.kind == "launcher":
+        # Nobody's choice: it must not hide a weaker layer's.
+        return _with_both_names({name: setting for name, setting in layer.items() if setting is not strategy})
+    if strategy is None:
+        if exchange is None:
+            return layer
+        words = {ours: theirs for theirs, ours in EXCHANGES.items()}
+        strategy = Setting(words[str(exchange.value)], exchange.source, str(exchange.value))
+    elif exchange is None:
+        exchange = Setting(EXCHANGES[str(strategy.value)], strategy.source, str(strategy.value))
+    elif EXCHANGES[str(strategy.value)] != exchange.value:
+        raise ConfigError(
+            f"cp_exchange={exchange.value} (from {exchange.source}) and cp_comm_strategy={strategy.value} (from "
+            f"{strategy.source}) contradict each other: {strategy.value} is accelerate's word for "
+            f"{EXCHANGES[str(strategy.value)]}. Keep cp_exchange alone."
+        )
+    return {**layer, "cp_exchange": exchange, "cp_comm_strategy": strategy}
+
+
 def yaml_layer(path: str | Path) -> dict[str, Setting]:
-    """Reads the layer of a YAML file's `parallelism_config:` section; see `config_yaml.read_yaml_layer`.
+    """Reads the layer of a YAML file's sections; see `config_yaml.read_yaml_layer`.
 
     Args:
         path: the file.
@@ -61,7 +93,7 @@ def yaml_layer(path: str | Path) -> dict[str, Setting]:
 
 
 def environment_layer(environ: Mapping[str, str] | None = None) -> dict[str, Setting]:
-    """Reads the layer of the `PARALLELISM_CONFIG_*` variables; an empty variable counts as unset.
+    """Reads the layer of the `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*` variables; an empty one counts as unset.
 
     Args:
         environ: the variables, those of this process where `None`.
@@ -78,7 +110,7 @@ def environment_layer(environ: Mapping[str, str] | None = None) -> dict[str, Set
     recorded = _recorded_sources(environ.get(SOURCES_VARIABLE, ""))
     layer: dict[str, Setting] = {}
     for variable, text in environ.items():
-        if not variable.startswith(VARIABLE_PREFIX) or not text.strip():
+        if not variable.startswith(VARIABLE_PREFIXES) or not text.strip():
             continue
         if variable not in variables:
             raise ConfigError(
@@ -164,6 +196,8 @@ def _environment_source(
     if stock_launched and name.endswith("_size") and text.strip() == "1":
         # `accelerate launch` exports 1 for every size that nobody gave: such a 1 binds nobody.
         return Source("launcher", f"env {variable}, which accelerate launch sets to 1 where no size is given")
+    if stock_launched and name == "cp_comm_strategy" and text.strip() == "allgather":
+        return Source("launcher", f"env {variable}, which accelerate launch sets to allgather where nobody chose")
     return Source("env", f"env {variable}")
 
 

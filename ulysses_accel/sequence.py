@@ -10,14 +10,15 @@ Shapes: B = batch rows, S = tokens of the whole (padded) sequence, P = ranks tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ulysses_accel.errors import BatchError, ShapeError
+from ulysses_accel.errors import BatchError, ConfigError, ShapeError
+from ulysses_accel.sequence_chunks import chunk_documents
 from ulysses_accel.sequence_layout import Layout
 
 IGNORE_INDEX = -100
@@ -39,7 +40,6 @@ class SequenceDescription:
             document are padding.
         ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between Ulysses ranks.
         layout: how the tokens are dealt over the ring.
-        counted_positions: whether position_ids were not given, and count each row's tokens from its first on.
         holes: for each row the padding that lies inside of its documents, as (start, stop); no token sees it, while the
             tokens around it see each other. Empty where no row has any.
         prefixes: for each row and document how many of its first tokens all of its tokens see, whatever their order
@@ -55,7 +55,6 @@ class SequenceDescription:
     rows: Rows
     ring_size: int = 1
     layout: Layout = "contiguous"
-    counted_positions: bool = False
     holes: Rows = ()
     prefixes: tuple[tuple[int, ...], ...] = ()
     longest_position: int | None = None
@@ -124,6 +123,28 @@ class SequenceDescription:
     def is_dense(self) -> bool:
         """True when every row is one document without padding, so that no mask of any kind is needed."""
         return not self.has_holes and all(row == ((0, self.sequence_length),) for row in self.rows)
+
+    def chunked(self, size: int) -> SequenceDescription:
+        """Returns the description whose documents end at every multiple of `size` tokens too, made once for a batch.
+
+        Args:
+            size: tokens of a chunk, counted from each document's first token; padding before it does not count.
+
+        Raises:
+            ConfigError: the size is not at least 1.
+        """
+        if size < 1:
+            raise ConfigError(f"chunks of {size} tokens (attention_chunk_size) can't be cut. Use at least 1.")
+        wanted = ("chunked", size)
+        if wanted not in self.cache:
+            cut = [
+                chunk_documents(documents, holes, prefixes, size)
+                for documents, holes, prefixes in zip_longest(self.rows, self.holes, self.prefixes, fillvalue=())
+            ]
+            rows, holes, prefixes = (tuple(part) for part in zip(*cut))
+            self.cache[wanted] = replace(self, rows=rows, holes=holes, prefixes=prefixes, cache={})
+        description: SequenceDescription = self.cache[wanted]
+        return description
 
     def to(self, *_args: Any, **_kwargs: Any) -> SequenceDescription:
         """Returns itself: a description lives on the host, and batches are moved by calling `.to` on each entry."""
@@ -265,16 +286,17 @@ def documents_from_lengths(cu_seq_lens: Sequence[int], length: int) -> tuple[Seg
     return tuple((a, b) for a, b in pairwise(bounds) if b > a)
 
 
-def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX, holes: Rows = ()) -> Tensor:
     """Returns labels moved one token to the left, so that a token's label is its successor in the same document.
 
     Args:
         labels: `[B, S]`, unshifted, as transformers' data collators give them.
         rows: the documents of each row.
         ignore_index: the label of tokens that don't count.
+        holes: the padding inside of each row's documents; empty where there is none.
 
     Returns:
-        `[B, S]`; the last token of every document, and padding, has `ignore_index`.
+        `[B, S]`; the last token of every document, the last one before a hole, and padding, have `ignore_index`.
     """
     shifted = torch.full_like(labels, ignore_index)
     for row, segments in enumerate(rows):
@@ -283,6 +305,10 @@ def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX) -
         last = torch.tensor([stop - 1 for _, stop in segments], dtype=torch.long, device=labels.device)
         shifted[row, last] = ignore_index
         _ignore_padding(shifted[row], segments, ignore_index)
+    for row, gaps in enumerate(holes):
+        for start, stop in gaps:
+            # A hole begins behind its document's first token, so there is one before it.
+            shifted[row, start - 1 : stop] = ignore_index
     return shifted
 
 

@@ -22,7 +22,8 @@ class BatchRules:
             `whole`: they belong to the sample.
         counts_mask: positions that the batch does not give are counted by its attention mask, padding getting -1.
         padding_idx: positions that the batch does not give start behind this number, counted over the tokens that
-            differ from it, which have it themselves; None for models whose positions start at 0.
+            differ from it, which have it themselves; None for models whose positions start at 0. Both rules hold for an
+            encoder's positions and a decoder's.
         decoder_inputs: makes `decoder_input_ids` `[B, T]` of `labels` `[B, T]`, as the model's own forward would;
             None for models without an encoder.
     """
@@ -31,3 +32,15 @@ class BatchRules:
     counts_mask: bool = False
     padding_idx: int | None = None
     decoder_inputs: Callable[[Tensor], Tensor] | None = None
+
+
+RulesSource = BatchRules | Callable[[], BatchRules]
+"""Rules, or what returns them once the model is known."""
+
+PLAIN_RULES = BatchRules()
+"""The rules of a causal language model whose positions count from 0."""
+
+
+def resolve_rules(source: RulesSource) -> BatchRules:
+    """Returns the rules themselves."""
+    return source if isinstance(source, BatchRules) else source()

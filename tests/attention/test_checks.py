@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     DogeConfig,
-    Gemma2Config,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
-    RobertaConfig,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulysses_accel.attention import SequenceAttention, check_model, describe_forward, install
-from ulysses_accel.attention.checks import _heads, _own_mask
-from ulysses_accel.attention.registry import Windowed
+from ulysses_accel.attention.checks import _heads
+from ulysses_accel.attention.layer_checks import own_mask
+from ulysses_accel.attention.mask_patterns import DescribedMask
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.sequence import SequenceDescription
 
@@ -38,10 +40,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-def refusal(model: nn.Module, core: str = "sdpa", sp_size: int = 2) -> str:
+def refusal(model: nn.Module, sp_size: int = 2) -> str:
     """The findings about a model; empty when it is taken."""
     try:
-        check_model(model, sp_size, core)
+        check_model(model, sp_size)
     except UnsupportedModelError as error:
         return str(error)
     return ""
@@ -53,13 +55,6 @@ def build(config: Any) -> Any:
 
 def test_a_plain_model_is_taken() -> None:
     assert refusal(build(LlamaConfig(**SIZES))) == ""
-
-
-def test_positions_counted_from_the_padding_token() -> None:
-    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
-    found = refusal(build(RobertaConfig(**{**sizes, "pad_token_id": 1}, is_decoder=True)))
-    assert "counts positions from its padding token on (the first is 2" in found
-    assert "positions start at 0" in found
 
 
 def test_a_mask_made_from_the_tokens() -> None:
@@ -90,12 +85,6 @@ def test_a_loss_that_shift_labels_can_not_reach() -> None:
     assert "shift_labels can't reach it" in found
 
 
-def test_capped_scores_name_every_core_that_computes_them() -> None:
-    model = build(Gemma2Config(**SIZES, head_dim=4))
-    assert "'flash_attention_2' or 'eager'" in refusal(model)
-    assert refusal(model, core="eager") == ""
-
-
 class Heterogeneous:
     """As transformers' configs whose layers differ: the value of all layers together is refused."""
 
@@ -107,9 +96,9 @@ class Heterogeneous:
 
 
 def test_heads_that_differ_between_layers() -> None:
-    assert list(_heads(None, Heterogeneous(), 2, "sdpa")) == []
-    (found,) = _heads(None, Heterogeneous(), 3, "sdpa")
-    assert "sp_size=3 is more than num_attention_heads=2" in found
+    assert list(_heads(Heterogeneous(), 2)) == []
+    (found,) = _heads(Heterogeneous(), 3)
+    assert "sp_size=3 is more than num_attention_heads=2" in str(found)
 
 
 class Attends(nn.Module):
@@ -152,7 +141,7 @@ class WithoutMask(nn.Module):
     ],
 )
 def test_whose_mask_attention_gets(module: nn.Module, made: str | None) -> None:
-    assert _own_mask(module) == made
+    assert own_mask(module) == made
 
 
 def test_a_mask_beside_the_description_is_refused_when_it_comes() -> None:
@@ -173,7 +162,17 @@ def test_a_mask_beside_the_description_is_refused_when_it_comes() -> None:
 
 
 def test_a_mask_is_cut_only_where_nothing_is_lost() -> None:
-    mask = Windowed(SequenceDescription(8, 1, (((0, 8),),)), None)
+    mask = DescribedMask(SequenceDescription(8, 1, (((0, 8),),)))
     assert mask[:, :, slice(-0, None), :] is mask
     with pytest.raises(UnsupportedModelError, match="logits_to_keep"):
         mask[:, :, -1:, :]
+
+
+def test_a_bidirectional_decoder_is_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    encoder = BertConfig(vocab_size=40, **sizes)
+    for is_decoder in (True, False):
+        decoder = BertConfig(vocab_size=40, is_decoder=is_decoder, add_cross_attention=is_decoder, **sizes)
+        both = EncoderDecoderConfig(encoder=encoder.to_dict(), decoder=decoder.to_dict())
+        both.decoder_start_token_id = both.pad_token_id = 0
+        assert ("is_causal=False" in refusal(EncoderDecoderModel(both))) is not is_decoder

@@ -13,9 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.counters import OperationCounter
+from tests.attention.dense import dense_attention
 from tests.ranks import run_ranks
 from ulysses_accel.attention.plan import RingPlan
-from ulysses_accel.attention.ring import ring_attention
+from ulysses_accel.attention.ring import attend_in_ring, ring_attention
 from ulysses_accel.errors import ConfigError, ShapeError
 from ulysses_accel.sequence_layout import LAYOUTS, ring_order, runs
 
@@ -33,7 +35,7 @@ def reference(
     if is_causal:
         mask = mask.tril()
     if window is not None:
-        mask = mask.triu(1 - window)
+        mask = mask.triu(1 - window) if is_causal else mask.triu(-window).tril(window)
     padding = torch.zeros(query.shape[0], length, dtype=torch.bool)
     if ids is not None:
         padding = ids < 0
@@ -85,7 +87,7 @@ def draw_cases(number: int) -> list[Case]:
         for exchange in ("p2p", "all_gather"):
             for _ in range(number):
                 is_causal = draw.random() < 0.7
-                window = draw.choice([None, 1, 3, 7, 20]) if is_causal else None
+                window = draw.choice([None, 1, 3, 7, 20])
                 stride = draw.choice([None, 1]) if exchange == "all_gather" else None
                 cases.append(
                     (
@@ -111,7 +113,7 @@ def test_matches_one_process(size: int) -> None:
     assert not failed
 
 
-def sent_tokens(layout: str, exchange: str, window: int | None) -> tuple[float, float]:
+def sent_tokens(layout: str, exchange: str, window: int | None, **options: Any) -> tuple[float, float]:
     """Tokens whose key and value (or their gradients) this rank sends, forward and backward."""
     local = [torch.randn(1, 1, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
@@ -122,7 +124,7 @@ def sent_tokens(layout: str, exchange: str, window: int | None) -> tuple[float, 
         return result, sum(sent) / (2 * 4)
 
     out, forward = record(
-        lambda: ring_attention(*local, dist.group.WORLD, layout=layout, exchange=exchange, window=window)
+        lambda: ring_attention(*local, dist.group.WORLD, layout=layout, exchange=exchange, window=window, **options)
     )
     _, backward = record(lambda: out.sum().backward())
     return forward, backward
@@ -149,6 +151,103 @@ def test_sends_only_what_is_needed(
     assert sum(rank[1] for rank in sent) == backward
 
 
+def test_sends_what_both_sides_of_a_window_and_prefixes_need() -> None:
+    two_sided = run_ranks(lambda: sent_tokens("contiguous", "all_gather", 3, is_causal=False), 4)
+    # Three tokens from either side of each of the three cuts; gradients take the same way back.
+    assert sum(rank[0] for rank in two_sided) == 18
+    assert sum(rank[1] for rank in two_sided) == 36
+    prefix = torch.tensor([5])
+    halo = run_ranks(lambda: sent_tokens("contiguous", "all_gather", 3, prefix_lengths=prefix), 4)
+    # The window's two tokens at each of three cuts, and five tokens of the prefix to three ranks.
+    assert sum(rank[0] for rank in halo) == 6 + 15
+    rotated = run_ranks(lambda: sent_tokens("zigzag", "p2p", None, prefix_lengths=prefix), 4)
+    # A prefix is seen by ranks that zigzag would drop it for: all travels.
+    assert sum(rank[0] for rank in rotated) == 96
+
+
+def test_lengths_sinks_and_soft_cap_by_argument() -> None:
+    """The arguments of the function mean what the dense reference computes with a mask of their own."""
+
+    def body() -> float:
+        size, rank = dist.get_world_size(), dist.get_rank()
+        own = local_order(8 * size, size, rank, "zigzag")
+        torch.manual_seed(0)
+        whole = [torch.randn(2, n, 8 * size, 4, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+        sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        lengths, places = torch.tensor([8 * size, 8 * size - 5]), torch.arange(8 * size)
+        real = places < lengths[:, None]
+        mask = ((places[:, None] >= places) | (places < 3)) & real[:, None, :] & real[:, :, None]
+        expected = dense_attention(*whole, mask, 3.0, sinks)
+        expected.square().sum().backward()
+        local = [tensor.detach()[:, :, own].clone().requires_grad_() for tensor in whole]
+        own_sinks = sinks.detach().clone().requires_grad_()
+        prefix = torch.full((2,), 3)
+        out = ring_attention(
+            *local,
+            dist.group.WORLD,
+            key_lengths=lengths,
+            prefix_lengths=prefix,
+            sinks=own_sinks,
+            softcap=3.0,
+            block_kernel="chunked",
+        )
+        out.square().sum().backward()
+        dist.all_reduce(own_sinks.grad)
+        pairs = [(out, expected[:, :, own]), (own_sinks.grad, sinks.grad)]
+        pairs += [(a.grad, b.grad[:, :, own]) for a, b in zip(local, whole)]
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+    for size in (1, 3):
+        assert max(run_ranks(body, size)) <= TOLERANCE
+
+
+def test_dropout_is_replayed_and_differs_between_ranks() -> None:
+    """Values are unit vectors, so that the output is the weights; keys are equal, so that all weights are."""
+
+    def body() -> list[Tensor]:
+        from torch.utils.checkpoint import checkpoint
+
+        size = dist.get_world_size()
+        torch.manual_seed(0)
+        q, k = torch.zeros(2, 1, 2, 8, 8 * size, dtype=torch.float64).unbind(0)
+        own = local_order(8 * size, size, dist.get_rank(), "zigzag")
+        v = torch.eye(8 * size, dtype=torch.float64)[own].expand(1, 2, -1, -1).clone().requires_grad_()
+        run = lambda v: ring_attention(q, k, v, dist.group.WORLD, is_causal=False, dropout=0.5)  # noqa: E731
+        outs, grads = [], []
+        for again in (run, lambda v: checkpoint(run, v, use_reentrant=False)):
+            torch.manual_seed(1)
+            outs.append(again(v))
+            grads.append(torch.autograd.grad(outs[-1].sum(), v)[0])
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(grads[0], grads[1])
+        # What a token's value adds to the loss is the sum of its weights over all ranks' queries.
+        total = outs[0].detach().sum(dim=2)
+        dist.all_reduce(total)
+        assert torch.allclose(grads[0][..., 0], total[:, :, own], rtol=1e-12)
+        return [outs[0].detach() * 8 * size]
+
+    weights = [rank[0] for rank in run_ranks(body, 2)]
+    # Kept weights are doubled, and half of them are kept: 512 draws, 6 standard deviations.
+    assert all(set(rank.round(decimals=9).unique().tolist()) == {0.0, 2.0} for rank in weights)
+    assert all(abs(float(rank.mean()) - 1) < 6 / 256**0.5 for rank in weights)
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0][:, 0], weights[0][:, 1])
+
+
+def test_dropout_gradients_match_finite_differences() -> None:
+    def body() -> bool:
+        torch.manual_seed(dist.get_rank())
+        q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            torch.manual_seed(0)
+            return ring_attention(q, k, v, dist.group.WORLD, dropout=0.3, window=3, softcap=2.0)
+
+        return torch.autograd.gradcheck(run, (q, k, v))
+
+    assert run_ranks(body, 1) == [True]
+
+
 def test_low_precision_error_does_not_grow_with_the_ring() -> None:
     """bfloat16 against float64 of the same inputs; blocks merge in float32, so one rounding at the end dominates."""
 
@@ -173,6 +272,38 @@ def test_low_precision_error_does_not_grow_with_the_ring() -> None:
     assert max(worst[4]) <= 1.5 * max(worst[1])
 
 
+def copied_heads(num_heads: int, num_key_heads: int, group: dist.ProcessGroup | None) -> tuple[float, float]:
+    """Bytes written besides the kernels', forward and backward, in heads of a rank's 8 tokens of size 64."""
+    size = group.size() if group is not None else 1
+    shapes = [(1, 8, n, 64) for n in (num_heads, num_key_heads, num_key_heads, num_heads)]
+    *inputs, grad = (torch.randn(shape, dtype=torch.float64).transpose(1, 2) for shape in shapes)
+    local = [tensor.requires_grad_() for tensor in inputs]
+    rank = group.rank() if group is not None else 0
+    plan = RingPlan(8 * size, size, rank, "zigzag", (((0, 8 * size),),), True)
+    with OperationCounter() as counter:
+        out = attend_in_ring(*local, group, plan)
+        forward = counter.take()
+        torch.autograd.grad(out, local, grad)
+        backward = counter.take()
+    unit = 8 * 64 * 8
+    return forward.bytes_copied / unit, backward.bytes_copied / unit
+
+
+def test_one_dense_document_costs_one_kernel_call() -> None:
+    assert run_ranks(lambda: copied_heads(8, 2, None), 1) == [(0, 0)]
+
+
+@pytest.mark.parametrize("num_key_heads", [8, 2])
+def test_a_ring_copies_little(num_key_heads: int) -> None:
+    """Keys and values are packed once; each further hop merges one output, and adds to one gradient of each kind."""
+    copied = run_ranks(lambda: copied_heads(8, num_key_heads, dist.group.WORLD), 4)
+    # The log-sum-exp is 1 / 64 of the output, and three numbers of it are written for a merge.
+    assert max(rank[0] for rank in copied) <= 2 * num_key_heads + 3 * 8 * (1 + 3 / 64)
+    # The busiest rank adds 16 + 16 + 8 heads on the way and 16 of what came home, with the fewest key/value heads 4
+    # times less, and to its queries' at most three times all 8.
+    assert max(rank[1] for rank in copied) <= 7 * num_key_heads + 3 * 8
+
+
 def test_illegal_arguments_are_refused() -> None:
     def body() -> None:
         q = torch.randn(1, 4, 8, 4)
@@ -180,7 +311,7 @@ def test_illegal_arguments_are_refused() -> None:
             ring_attention(q, q, q, dist.group.WORLD, exchange="carrier pigeon")
         with pytest.raises(ShapeError, match="3 key/value heads do not divide 4"):
             ring_attention(q, q[:, :3], q[:, :3], dist.group.WORLD)
-        with pytest.raises(ShapeError, match="Describe the whole sequence"):
+        with pytest.raises(ShapeError, match="each batch anew"):
             ring_attention(q, q, q, dist.group.WORLD, document_ids=torch.zeros(1, 7))
 
     run_ranks(body, 1)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_accel.attention.tiles import Tile, tiles
+from ulysses_accel.attention.tiles import RowRule, Tile, joined, tiles
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.sequence_layout import LAYOUTS, Layout, multiple_of, runs
 
@@ -33,35 +33,91 @@ def positions(length: int, ring_size: int, rank: int, layout: Layout) -> torch.T
     )
 
 
-@settings(max_examples=300, deadline=None)
+def draw_documents(data: st.DataObject, length: int) -> tuple[tuple[int, int], ...]:
+    bounds = sorted({0, *data.draw(st.lists(st.integers(0, length), max_size=4)), length})
+    return tuple((a, b) for a, b in pairwise(bounds) if data.draw(st.booleans()))
+
+
+def draw_holes(data: st.DataObject, documents: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    holes = []
+    for start, stop in documents:
+        bounds = sorted(data.draw(st.sets(st.integers(start, stop), max_size=4)))
+        holes += list(zip(bounds[::2], bounds[1::2]))
+    return tuple(holes)
+
+
+def visible_tokens(length: int, rule: RowRule) -> torch.Tensor:
+    ids = torch.full((length,), -1)
+    for index, (start, stop) in enumerate(rule.documents):
+        ids[start:stop] = index
+    for start, stop in rule.holes:
+        ids[start:stop] = -1
+    return ids
+
+
+def dense_mask(length: int, rule: RowRule, is_causal: bool, window: int | None) -> torch.Tensor:
+    """What sees what, `[S, S]`, written down token by token."""
+    ids, places = visible_tokens(length, rule), torch.arange(length)
+    ahead = places[:, None] - places[None, :]
+    mask = torch.ones(length, length, dtype=torch.bool)
+    if is_causal:
+        mask &= ahead >= 0
+    if window is not None:
+        mask &= (ahead < window) if is_causal else (ahead.abs() <= window)
+    for (start, _), prefix in zip(rule.documents, rule.prefixes if is_causal else ()):
+        mask[:, start : start + prefix] = True
+    return mask & (ids[:, None] == ids[None, :]) & (ids[:, None] >= 0) & (ids[None, :] >= 0)
+
+
+def painted(length: int, ring_size: int, layouts: tuple[Layout, Layout], key_length: int, args: tuple) -> torch.Tensor:
+    """How often the tiles of all pairs of ranks cover each pair of tokens, `[S, S of the keys]`."""
+    counts = torch.zeros(length, key_length, dtype=torch.long)
+    for q_rank in range(ring_size):
+        for k_rank in range(ring_size):
+            q, k = (
+                positions(length, ring_size, q_rank, layouts[0]),
+                positions(key_length, ring_size, k_rank, layouts[1]),
+            )
+            own = torch.zeros(len(q), len(k), dtype=torch.long)
+            q_runs, k_runs = (
+                runs(length, ring_size, q_rank, layouts[0]),
+                runs(key_length, ring_size, k_rank, layouts[1]),
+            )
+            for tile in tiles(q_runs, k_runs, *args):
+                assert tile.num_scores > 0
+                paint(tile, own)
+            counts[q[:, None], k[None, :]] += own
+    return counts
+
+
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_each_visible_pair_is_in_exactly_one_tile(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(LAYOUTS))
     ring_size = data.draw(st.integers(1, 4))
     length = multiple_of(ring_size, layout) * data.draw(st.integers(1, 6))
-    bounds = sorted({0, *data.draw(st.lists(st.integers(0, length), max_size=4)), length})
-    documents = tuple((a, b) for a, b in pairwise(bounds) if data.draw(st.booleans()))
+    documents = draw_documents(data, length)
+    holes = draw_holes(data, documents) if data.draw(st.booleans()) else ()
+    prefixes = tuple(data.draw(st.integers(0, stop - start)) for start, stop in documents)
+    rule = RowRule(documents, holes, prefixes if data.draw(st.booleans()) else ())
     is_causal = data.draw(st.booleans())
-    window = data.draw(st.none() | st.integers(1, length + 2)) if is_causal else None
-    ids = torch.full((length,), -1)
-    for index, (a, b) in enumerate(documents):
-        ids[a:b] = index
-    total = 0
-    for q_rank in range(ring_size):
-        for k_rank in range(ring_size):
-            q, k = (positions(length, ring_size, rank, layout) for rank in (q_rank, k_rank))
-            expected = (ids[q][:, None] == ids[k][None, :]) & (ids[q][:, None] >= 0)
-            if is_causal:
-                expected &= k[None, :] <= q[:, None]
-            if window is not None:
-                expected &= k[None, :] > q[:, None] - window
-            counts = torch.zeros(len(q), len(k), dtype=torch.long)
-            args = (runs(length, ring_size, q_rank, layout), runs(length, ring_size, k_rank, layout))
-            for tile in tiles(*args, documents, is_causal, window):
-                paint(tile, counts)
-                total += tile.num_scores
-            assert torch.equal(counts, expected.long())
-    assert total <= length * length
+    window = data.draw(st.none() | st.integers(int(is_causal), length + 2))
+    counts = painted(length, ring_size, (layout, layout), length, (rule, is_causal, window))
+    assert torch.equal(counts, dense_mask(length, rule, is_causal, window).long())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_cross_attention_sees_all_of_the_other_sequence(data: st.DataObject) -> None:
+    ring_size = data.draw(st.integers(1, 4))
+    layouts = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from(LAYOUTS))
+    lengths = [multiple_of(ring_size, layout) * data.draw(st.integers(1, 4)) for layout in layouts]
+    documents = [draw_documents(data, length) for length in lengths]
+    holes = draw_holes(data, documents[0])
+    rule = RowRule(documents[0], holes, (), joined(documents[1]))
+    counts = painted(lengths[0], ring_size, layouts, lengths[1], (rule, False))
+    queries, keys = (visible_tokens(n, r) >= 0 for n, r in zip(lengths, (rule, RowRule(documents[1]))))
+    assert torch.equal(counts, (queries[:, None] & keys[None, :]).long())
 
 
 def test_layouts_hold_every_token_once() -> None:
@@ -92,5 +148,6 @@ def test_illegal_layouts_are_refused() -> None:
         runs(12, 4, 0, "zigzag")
     with pytest.raises(ConfigError, match="layout='spiral'"):
         runs(12, 4, 0, "spiral")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="window=3"):
-        tiles((), (), (), False, 3)
+    for is_causal, window in ((True, 0), (False, -1)):
+        with pytest.raises(ConfigError, match=f"window={window} leaves a token nothing to see"):
+            tiles((), (), (), is_causal, window)

@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from ulysses_accel.cli import config_wizard, main
 from ulysses_accel.cli.launch import plan_launch
 from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.config_memory import MemoryConfig
 
 
 def _answer(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
@@ -33,13 +34,14 @@ def test_defaults_give_a_file_that_launches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "deep" / "x.yaml"
-    asked = _answer(monkeypatch, *[""] * 6)
+    asked = _answer(monkeypatch, *[""] * 8)
     assert main(["config", "--output", str(file)]) == 0
-    assert len(asked) == 6
+    assert len(asked) == 8
     assert f"ulysses-accel launch --config_file {file} train.py" in capsys.readouterr().out
     plan = plan_launch(["--config_file", str(file), "train.py"])
     assert (plan.engine, plan.arguments.num_processes, plan.config.sp_size) == ("fsdp", 2, 2)
     assert plan.config.sp_handler.sp_attn_implementation == "sdpa"
+    assert plan.config.memory_config is None
     assert plan.arguments.mixed_precision == "bf16"
 
 
@@ -55,7 +57,7 @@ def test_every_answer_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, kind: str, axis: str
 ) -> None:
     file = tmp_path / "x.yaml"
-    _answer(monkeypatch, "8", "4", engine, "eager", "4096", "fp16")
+    _answer(monkeypatch, "8", "4", "1", engine, "eager", "4096", "fp16", "alst")
     assert main(["config", "--output", str(file)]) == 0
     stock = load_config_from_file(str(file))
     assert (stock.distributed_type, stock.num_processes, stock.mixed_precision) == (kind, 8, "fp16")
@@ -65,16 +67,46 @@ def test_every_answer_counts(
     handler = config.sp_handler
     assert (handler.sp_seq_length, handler.sp_seq_length_is_variable) == (4096, False)
     assert handler.sp_attn_implementation == "eager"
+    assert config.memory_config == MemoryConfig.alst()
+    assert plan_launch(["--config_file", str(file), "train.py"]).config.memory_config == config.memory_config
     if kind == "DEEPSPEED":
         assert stock.deepspeed_config["offload_optimizer_device"] == "cpu"
         assert stock.deepspeed_config["zero_stage"] == 3
+
+
+def test_a_ring_takes_its_part_of_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.yaml"
+    _answer(monkeypatch, "8", "4", "2", "striped", "ddp", "sdpa", "4096", "bf16", "none")
+    assert main(["config", "--output", str(file)]) == 0
+    plan = plan_launch(["--config_file", str(file), "train.py"])
+    config = plan.config
+    assert (config.cp_size, config.sp_size, config.dp_replicate_size) == (2, 2, 2)
+    assert (config.cp_handler.layout, config.cp_backend, plan.arguments.num_processes) == ("striped", "ring", 8)
 
 
 def test_wrong_answers_are_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "x.yaml"
-    answers = ["none", "8", "3", "4", "zero9", "zero2", "magic", "sdpa", "4097", "variable", "int8", "no"]
+    answers = [
+        "none",
+        "8",
+        "3",
+        "4",
+        "3",
+        "two",
+        "1",
+        "zero9",
+        "zero2",
+        "magic",
+        "sdpa",
+        "4097",
+        "variable",
+        "int8",
+        "no",
+        "some",
+        "none",
+    ]
     asked = _answer(monkeypatch, *answers)
     assert main(["config", "--output", str(file)]) == 0
     assert len(asked) == len(answers)
@@ -82,9 +114,11 @@ def test_wrong_answers_are_asked_again(
     for part in (
         "must be a whole number",
         "the number of processes is 8",
+        "cp_size=3 (from your answer) does not divide 4",
         "engine='zero9'",
         "'magic'",
         "Use 4096 or 4100",
+        "memory='some' (from your answer) must be one of none, alst",
     ):
         assert part in shown
     assert ParallelismConfig.from_yaml(file).sp_size == 4
@@ -98,7 +132,7 @@ def test_the_end_of_the_input_writes_nothing(tmp_path: Path, monkeypatch: pytest
 
 def test_an_existing_file_is_kept_unless_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.yaml"
-    for answers, code in (([""], 1), (["what", "n"], 1), ([], 1), (["y", *[""] * 6], 0)):
+    for answers, code in (([""], 1), (["what", "n"], 1), ([], 1), (["y", *[""] * 8], 0)):
         file.write_text("precious")
         _answer(monkeypatch, *answers)
         assert main(["config", "--output", str(file)]) == code
@@ -108,6 +142,6 @@ def test_an_existing_file_is_kept_unless_confirmed(tmp_path: Path, monkeypatch: 
 def test_the_default_place_is_accelerates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "default_config.yaml"
     monkeypatch.setattr("accelerate.commands.config.config_args.default_yaml_config_file", str(file))
-    _answer(monkeypatch, *[""] * 6)
+    _answer(monkeypatch, *[""] * 8)
     assert config_wizard.configure([]) == 0
     assert ParallelismConfig.from_yaml(file).sp_size == 2

@@ -17,6 +17,7 @@ from ulysses_accel.cli import launch as module
 from ulysses_accel.cli import main
 from ulysses_accel.cli.launch import LaunchPlan, plan_launch
 from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.config_fields import FIELDS
 from ulysses_accel.errors import ConfigError, MeshError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,7 +36,7 @@ def _no_default_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for owner in (module, stock):
         monkeypatch.setattr(owner, "default_config_file", str(tmp_path / "none.yaml"))
     for variable in list(os.environ):
-        if variable.startswith(("PARALLELISM_CONFIG_", "ACCELERATE_", "ULYSSES_")):
+        if variable.startswith(("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")):
             monkeypatch.delenv(variable)
 
 
@@ -165,6 +166,45 @@ def test_precedence_and_provenance_reach_the_worker(monkeypatch: pytest.MonkeyPa
     assert str(config.source_of("sp_seq_length")) == "env PARALLELISM_CONFIG_SP_SEQ_LENGTH"
     assert str(config.source_of("sp_attn_implementation")).startswith(f"{file}:")
     assert "not num_processes=2" in plan.notices[0]
+
+
+def test_flags_of_settings_that_accelerate_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--parallelism-config-cp-size", "2", "--parallelism-config-cp-layout", "striped"]
+    flags += ["--parallelism_config_cp_exchange", "all_gather", "--parallelism-config-cp-head-stride=2"]
+    flags += ["--parallelism-config-sp-head-chunks", "4"]
+    config = _worker_config(plan_launch([*flags, "train.py"]), monkeypatch)
+    ring = config.cp_handler
+    assert (ring.layout, ring.exchange, ring.head_stride) == ("striped", "all_gather", 2)
+    assert config.sp_handler.sp_head_chunks == 4
+    assert str(config.source_of("cp_layout")) == "command line --parallelism-config-cp-layout"
+    stock_flag = ["--parallelism_config_cp_size", "2", "--parallelism_config_cp_comm_strategy", "allgather"]
+    assert _worker_config(plan_launch([*stock_flag, "train.py"]), monkeypatch).cp_handler.exchange == "all_gather"
+    with pytest.raises(ConfigError, match=r"cp_layout='spiral' .*command line --parallelism-config-cp-layout"):
+        plan_launch(["--parallelism-config-cp-layout", "spiral", "train.py"])
+    for setting in FIELDS.values():
+        with pytest.raises(ConfigError, match=rf"{setting.name}='\?!' \(from command line {setting.flag}\)"):
+            plan_launch([setting.flag, "?!", "train.py"])
+
+
+def test_degrees_are_chosen_before_the_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--parallelism-config-sp-size", "auto", "--parallelism-config-sp-auto-heads", "32/32"]
+    plan = plan_launch([*flags, "--num_processes", "8", "train.py"])
+    assert (plan.arguments.num_processes, plan.config.cp_size, plan.config.sp_size) == (8, 1, 8)
+    assert plan.notices[0].startswith("sp_size=8, cp_size=1: auto from command line --parallelism-config-sp-size")
+    config = _worker_config(plan, monkeypatch)
+    assert config.sp_size == 8
+    assert str(config.source_of("sp_size")).startswith("auto from command line --parallelism-config-sp-size, 8 ranks")
+    machines = ["--num_processes", "16", "--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "h"]
+    grouped = ["--parallelism-config-sp-size", "auto", "--parallelism-config-sp-auto-heads", "32/8"]
+    plan = plan_launch([*grouped, *machines, "train.py"])
+    assert (plan.config.cp_size, plan.config.sp_size) == (2, 8)
+    plan = plan_launch([*flags, "--num_processes", "8", "--parallelism-config-dp-shard-size", "2", "train.py"])
+    assert (plan.config.dp_shard_size, plan.config.sp_size) == (2, 4)
+    monkeypatch.setattr(module, "_accelerator_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"needs the number of processes.*--num_processes"):
+        plan_launch([*flags, "train.py"])
+    with pytest.raises(ConfigError, match="needs the model's heads"):
+        plan_launch(["--parallelism-config-sp-size", "auto", "--num_processes", "2", "train.py"])
 
 
 def test_backend_names_of_both_worlds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_accel.dataloader.collate import BatchLayout, ShardingCollate, complete
+from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.dataloader.collate import ShardingCollate, complete
 from ulysses_accel.dataloader.exchange import _check_plain, encode_side, entries_of
 from ulysses_accel.errors import BatchError, ConfigError, UlyssesAccelError
 from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
@@ -28,7 +29,7 @@ def test_a_plain_batch_is_padded_shifted_and_described() -> None:
     done = whole(input_ids=IDS, labels=IDS)
     assert done == {
         "input_ids": [[5, 6, 7, 8, 9, 0]],
-        "position_ids": [[0, 1, 2, 3, 4, 5]],
+        "position_ids": [[0, 1, 2, 3, 4, 4]],
         "shift_labels": [[6, 7, 8, 9, -100, -100]],
         "rows": (((0, 5),),),
     }
@@ -41,7 +42,9 @@ def test_shards_put_together_are_the_whole_batch() -> None:
         assert torch.equal(torch.cat([left[key], right[key]], 1), done.tensors[key])
     assert left["name"] == right["name"] == "a"
     assert left["weight"].item() == right["weight"].item() == 2.0
-    assert left[DESCRIPTION_KEY] == SequenceDescription(6, 2, (((0, 5),),), counted_positions=True)
+    assert left[DESCRIPTION_KEY] is done.description
+    expected = SequenceDescription(6, 2, (((0, 5),),), longest_position=4)
+    assert done.description == expected
 
 
 def test_the_given_batch_is_not_changed() -> None:
@@ -83,12 +86,12 @@ def test_positions_that_start_over_are_documents() -> None:
     done = whole(input_ids=IDS, labels=IDS, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
     assert done["rows"] == (((0, 2), (2, 5)),)
     assert done["shift_labels"] == [[6, -100, 8, 9, -100, -100]]
-    assert done["position_ids"] == [[0, 1, 0, 1, 2, 3]]
+    assert done["position_ids"] == [[0, 1, 0, 1, 2, 2]]
 
 
 def test_positions_of_one_row_serve_all_rows() -> None:
     done = whole(input_ids=IDS.repeat(2, 1), position_ids=torch.arange(5))
-    assert done["position_ids"] == [[0, 1, 2, 3, 4, 5]] * 2
+    assert done["position_ids"] == [[0, 1, 2, 3, 4, 4]] * 2
     assert whole(input_ids=IDS.repeat(2, 1), position_ids=torch.arange(5)[None])["rows"] == (((0, 5),), ((0, 5),))
 
 
@@ -120,7 +123,7 @@ def test_cumulative_lengths_are_consumed() -> None:
     done = whole(input_ids=IDS, labels=IDS, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=3, max_length_k=3)
     assert sorted(done) == ["input_ids", "position_ids", "rows", "shift_labels"]
     assert done["rows"] == (((0, 2), (2, 5)),)
-    assert done["position_ids"] == [[0, 1, 0, 1, 2, 3]]
+    assert done["position_ids"] == [[0, 1, 0, 1, 2, 2]]
     assert done["shift_labels"] == [[6, -100, 8, 9, -100, -100]]
 
 
@@ -148,7 +151,7 @@ def test_three_position_planes_with_an_image_are_one_document() -> None:
     planes = torch.stack([time, torch.arange(5), torch.arange(5)])[:, None]
     done = complete({"input_ids": IDS, "position_ids": planes}, TWO)
     assert done.description.rows == (((0, 5),),)
-    assert done.local_batch(1)["position_ids"].tolist() == [[[1, 4, 5]], [[3, 4, 5]], [[3, 4, 5]]]
+    assert done.local_batch(1)["position_ids"].tolist() == [[[1, 4, 4]], [[3, 4, 4]], [[3, 4, 4]]]
     two = complete({"input_ids": IDS, "position_ids": torch.tensor([0, 1, 1, 0, 1]).expand(3, 1, 5)}, TWO)
     assert two.description.rows == (((0, 3), (3, 5)),)
 
@@ -221,10 +224,12 @@ def test_a_batch_as_long_as_it_is_wide_is_no_riddle() -> None:
     assert (dims["mine"], dims["each"]) == (1, None)
 
 
-def test_known_keys_of_whole_samples_are_replicated() -> None:
-    batch = {"input_ids": IDS, "pixel_values": torch.ones(5, 3, 5), "image_grid_thw": torch.ones(1, 3)}
-    done = complete(batch, TWO)
-    assert (done.dims["pixel_values"], done.dims["image_grid_thw"]) == (None, None)
+@pytest.mark.parametrize(
+    "name", ["pixel_values", "pixel_mask", "image_grid_thw", "input_features", "input_features_mask", "input_values"]
+)
+def test_known_keys_of_whole_samples_are_replicated(name: str) -> None:
+    for shape in ((1, 5), (5, 3, 5), (1, 3)):  # some of them look like a sequence
+        assert complete({"input_ids": IDS, name: torch.ones(shape)}, TWO).dims[name] is None
 
 
 def test_key_rules_decide() -> None:

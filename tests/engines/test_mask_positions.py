@@ -1,4 +1,4 @@
-"""Models that count positions from the attention mask are not given other ones in silence."""
+"""Models that count positions by the attention mask get those of the whole row, whichever side is padded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from tests.ranks import run_ranks
 from ulysses_accel import ParallelismConfig
-from ulysses_accel.errors import BatchError
 
 TOKENS = torch.arange(24).reshape(2, 12) % 60 + 2
-MASK = torch.ones(2, 12, dtype=torch.long)
-MASK[1, :5] = 0
+LEFT = torch.ones(2, 12, dtype=torch.long)
+LEFT[1, :5] = 0
+HOLE = torch.ones(2, 12, dtype=torch.long)
+HOLE[0, 4:7] = 0
 
 
-def forward(batch: dict[str, Tensor]) -> Tensor:
-    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(sp_size=2))
+def build() -> OPTForCausalLM:
+    torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=64,
         hidden_size=32,
@@ -30,23 +31,29 @@ def forward(batch: dict[str, Tensor]) -> Tensor:
         max_position_embeddings=32,
         dropout=0.0,
     )
-    model = OPTForCausalLM(config)
+    return OPTForCausalLM(config).double()
+
+
+def forward(batch: dict[str, Tensor]) -> Tensor:
+    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(sp_size=2))
     loader = DataLoader([0], batch_size=1, collate_fn=lambda _: dict(batch))
-    model, _, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    model, loader = accelerator.prepare(build(), loader)
     (sharded,) = list(loader)
     return model(**sharded).logits.detach()
 
 
-def test_left_padding_without_positions_is_refused() -> None:
-    def body() -> None:
-        with pytest.raises(BatchError, match="embed_positions would count from the first real token on"):
-            forward({"input_ids": TOKENS, "attention_mask": MASK})
-
-    run_ranks(body, 2, init=False)
-
-
-def test_given_positions_and_right_padding_are_computed() -> None:
-    given = {"input_ids": TOKENS, "attention_mask": MASK, "position_ids": (MASK.cumsum(1) - 1).clamp(min=0)}
-    right = {"input_ids": TOKENS, "attention_mask": MASK.flip(1)}
-    for batch in (given, right):
-        assert all(logits.shape == (2, 6, 64) for logits in run_ranks(lambda b=batch: forward(b), 2, init=False))
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": TOKENS, "attention_mask": LEFT},
+        {"input_ids": TOKENS, "attention_mask": LEFT.flip(1)},
+        {"input_ids": TOKENS, "attention_mask": HOLE},
+        {"input_ids": TOKENS, "attention_mask": LEFT, "position_ids": (LEFT.cumsum(1) - 1).clamp(min=0)},
+    ],
+    ids=["left", "right", "hole", "given"],
+)
+def test_logits_are_those_of_one_process(batch: dict[str, Tensor]) -> None:
+    expected = build()(**batch).logits.detach()
+    logits = torch.cat(run_ranks(lambda: forward(batch), 2, init=False), dim=1)
+    counted = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[counted], expected[counted], rtol=1e-12, atol=1e-12)

@@ -16,14 +16,18 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    BertForSequenceClassification,
+    BigBirdPegasusConfig,
     BloomConfig,
-    Gemma2Config,
-    GptOssConfig,
+    EsmConfig,
+    FNetConfig,
     JambaConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
     MambaConfig,
     Qwen3NextConfig,
     T5Config,
+    T5Gemma2Config,
 )
 
 from tests.engines.jobs import batches_of, documents, error_of
@@ -60,11 +64,25 @@ def causal(config: Any, **changes: Any) -> Callable[[], nn.Module]:
     return lambda: AutoModelForCausalLM.from_config(config, **changes)
 
 
+UNGROUPED = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+
+
+def t5gemma2() -> nn.Module:
+    sizes = {**SIZES, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = T5Gemma2Config(encoder={"text_config": sizes, "vision_config": vision}, decoder=sizes)
+    model: nn.Module = AutoModelForSeq2SeqLM.from_config(config)
+    return model
+
+
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "GptOssForCausalLM": (
-        causal(GptOssConfig(**SIZES, **EXPERTS, head_dim=8), attn_implementation="eager"),
-        "attention sinks",
-    ),
     "MambaForCausalLM": (
         causal(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)),
         "2 of its 2 layers are linear_attention",
@@ -102,24 +120,34 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: AutoModelForSeq2SeqLM.from_config(
             T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
         ),
-        "it is an encoder-decoder",
+        "adds a bias by position to its scores (position_bias=position_bias)",
+    ),
+    "T5Gemma2ForConditionalGeneration": (t5gemma2, "joins masks"),
+    "BigBirdPegasusForConditionalGeneration": (
+        lambda: AutoModelForSeq2SeqLM.from_config(BigBirdPegasusConfig(**ENCODER_DECODER)),
+        "weighs tokens by itself, past transformers' AttentionInterface",
     ),
     "BartForConditionalGeneration": (
-        lambda: AutoModelForSeq2SeqLM.from_config(BartConfig(**ENCODER_DECODER)),
-        "it is an encoder-decoder",
+        lambda: AutoModelForSeq2SeqLM.from_config(BartConfig(**ENCODER_DECODER, decoder_layerdrop=0.1)),
+        "leaves layers out by chance (layerdrop=0.1)",
     ),
-    "BertForMaskedLM": (
-        lambda: AutoModelForMaskedLM.from_config(
-            BertConfig(**{name: value for name, value in SIZES.items() if name != "num_key_value_heads"})
-        ),
-        "its loss is ForMaskedLM",
+    "BertForSequenceClassification": (
+        lambda: BertForSequenceClassification(BertConfig(**UNGROUPED)),
+        "is not one mean over tokens",
     ),
-    "LlamaForCausalLM": (
-        causal(LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})),
-        "rope_type=dynamic",
+    "LlamaForSequenceClassification": (
+        lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)),
+        "its loss is ForSequenceClassification",
+    ),
+    "EsmForMaskedLM": (
+        lambda: AutoModelForMaskedLM.from_config(EsmConfig(**UNGROUPED, token_dropout=True, mask_token_id=4)),
+        "scales its embeddings by the share of masked tokens",
+    ),
+    "FNetForMaskedLM": (
+        lambda: AutoModelForMaskedLM.from_config(FNetConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
+        "do not call attention through transformers' AttentionInterface",
     ),
     "BloomForCausalLM": (causal(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)), "Use "),
-    "Gemma2ForCausalLM": (causal(Gemma2Config(**SIZES, head_dim=8)), "attn_logit_softcapping=50.0"),
     "Linear": (lambda: nn.Linear(4, 4), "holds no transformers model"),
 }
 
@@ -232,7 +260,7 @@ def test_shards_without_their_description_are_refused() -> None:
         "more rows": "the batch has (2, 8) rows",
         "no positions": "has no position_ids",
         "no tokens": "the batch has None rows and tokens",
-        "replaced attention": "LlamaForCausalLM computed a sharded batch without one attention call",
+        "replaced attention": "LlamaForCausalLM computed a sharded batch with 0 attention calls",
     }
     for rank in run_ranks(forwards, 2, init=False):
         for name in lost:

@@ -116,6 +116,18 @@ def test_labels_stay_in_their_document(rows: tuple[torch.Tensor, torch.Tensor, R
 
 
 @layout
+@given(st.lists(st.sampled_from("dh"), min_size=1, max_size=20))
+def test_labels_around_holes(kinds: list[str]) -> None:
+    """One document, whose first and last token are none of its holes (h)."""
+    tokens = ["d", *kinds, "d"]
+    bounds = [index for index in range(1, len(tokens)) if tokens[index] != tokens[index - 1]]
+    holes = (tuple(zip(bounds[::2], bounds[1::2])),)
+    labels = torch.arange(len(tokens))[None]
+    expected = [i + 1 if a == b == "d" else -100 for i, (a, b) in enumerate(pairwise(tokens))]
+    assert shift_labels(labels, (((0, len(tokens)),),), holes=holes).tolist() == [[*expected, -100]]
+
+
+@layout
 @given(packed_rows(), ranks)
 def test_shards_of_shifted_labels_count_what_the_whole_counts(
     rows: tuple[torch.Tensor, torch.Tensor, Rows], parts: int

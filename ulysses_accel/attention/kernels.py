@@ -7,16 +7,20 @@ Shapes: B = rows, H = query heads, K = key/value heads, S = tokens, D = head siz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulysses_accel.attention.limits import MAX_ELEMENTS, halves, num_elements
+from ulysses_accel.attention.plan import equal_neighbours
+from ulysses_accel.attention.tiles import document_pieces
 from ulysses_accel.errors import UnsupportedModelError
-from ulysses_accel.sequence import Rows, SequenceDescription
+from ulysses_accel.sequence import Rows, Segment, SequenceDescription
 
 FLASH_CORES = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -38,6 +42,10 @@ class AttentionCall:
     dropout: float = 0.0
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    def for_heads(self, first: int, last: int) -> AttentionCall:
+        """Returns the call for the query heads from `first` up to `last`: sinks are each head's own."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[first:last])
 
 
 Core = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
@@ -129,49 +137,156 @@ def core_attention(
         query: `[B, H, S, D]`.
         key: `[B, K, S, D]`.
         value: `[B, K, S, Dv]`.
-        description: documents and padding of the batch.
+        description: documents, holes and padding of the batch.
         call: scale, causality, dropout, soft cap.
 
     Returns:
         `[B, H, S, Dv]`.
     """
-    core = core_for(implementation)
+    core = partial(bounded, core_for(implementation))
     if description.is_dense or (call.is_causal and description.is_plain_causal):
         return core(query, key, value, call)
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager") and not description.has_holes:
         return _flash_by_document(core, query, key, value, description, call)
-    rows = [
-        _row_by_document(core, q, k, v, segments, call)
-        for q, k, v, segments in zip(query.split(1), key.split(1), value.split(1), description.rows)
-    ]
+    rows = []
+    for row, (q, k, v) in enumerate(zip(query.split(1), key.split(1), value.split(1))):
+        pieces = _pieces(description.rows[row], query.shape[2], description.holes[row] if description.holes else ())
+        rows.append(_by_document(core, (q, k, v), pieces, pieces, call))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _pieces(segments: tuple[tuple[int, int], ...], length: int) -> tuple[list[int], list[bool]]:
-    """Cuts a row into consecutive pieces, documents and the padding between them: their lengths, and which count."""
-    lengths, counted, end = [], [], 0
-    for start, stop in segments:
-        if start > end:
-            lengths.append(start - end)
-            counted.append(False)
-        lengths.append(stop - start)
-        counted.append(True)
-        end = stop
+def core_cross_attention(
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: tuple[Rows, Rows],
+    call: AttentionCall,
+) -> Tensor:
+    """Runs attention of every token of one sequence to every token of another, padding of either left out.
+
+    Args:
+        implementation: name of the core.
+        query: `[B, H, T, D]`.
+        key: `[B, K, S, D]`.
+        value: `[B, K, S, Dv]`.
+        seen: each row's segments without padding, of the queries and of the keys.
+        call: scale, dropout, soft cap; causality is not asked for.
+
+    Returns:
+        `[B, H, T, Dv]`; zeros for padding.
+    """
+    core, call = partial(bounded, core_for(implementation)), replace(call, is_causal=False)
+    lengths = (query.shape[2], key.shape[2])
+    if all(row == ((0, length),) for rows, length in zip(seen, lengths) for row in rows):
+        return core(query, key, value, call)
+    out = []
+    for rows, (queries, keys) in equal_neighbours(list(zip(*seen))):
+        pieces = [_pieces(row, length, joined=True) for row, length in zip((queries, keys), lengths)]
+        out.append(_by_document(core, (query[rows], key[rows], value[rows]), pieces[0], pieces[1], call))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def bounded(
+    core: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: AttentionCall,
+    limit: int = MAX_ELEMENTS,
+    **lengths: Any,
+) -> Tensor:
+    """Runs a core in as many calls as it takes for each to have `limit` elements at most; shapes as in `sdpa`."""
+    parts = halves(query, key) if num_elements(query, key) > limit else ()
+    if not parts:
+        return core(query, key, value, call, **lengths)
+    outs = [
+        bounded(core, query[rows, heads], key[rows, keys], value[rows, keys], call, limit, **lengths)
+        for rows, heads, keys in parts
+    ]
+    return torch.cat(outs, dim=0 if query.shape[0] > 1 else 1)
+
+
+def _pieces(
+    documents: tuple[Segment, ...], length: int, holes: tuple[Segment, ...] = (), joined: bool = False
+) -> tuple[list[int], list[int | None]]:
+    """Cuts a row into consecutive pieces: their lengths, and the document of each, None for padding.
+
+    With `joined` all documents count as one.
+    """
+    lengths: list[int] = []
+    owners: list[int | None] = []
+    end = 0
+    for document, pieces in enumerate(document_pieces(documents, holes)):
+        for start, stop in pieces:
+            if start > end:
+                lengths.append(start - end)
+                owners.append(None)
+            lengths.append(stop - start)
+            owners.append(0 if joined else document)
+            end = stop
     if end < length:
         lengths.append(length - end)
-        counted.append(False)
-    return lengths, counted
+        owners.append(None)
+    return lengths, owners
 
 
-def _row_by_document(
-    core: Core, query: Tensor, key: Tensor, value: Tensor, segments: tuple[tuple[int, int], ...], call: AttentionCall
+def _by_document(
+    core: Core,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    queries: tuple[list[int], list[int | None]],
+    keys: tuple[list[int], list[int | None]],
+    call: AttentionCall,
 ) -> Tensor:
-    """Runs the core on each document of one row, `[1, H, S, D]` -> `[1, H, S, Dv]`."""
-    lengths, counted = _pieces(segments, query.shape[2])
+    """Runs the core on each document of rows that are cut alike, `[B, H, S, D]` -> `[B, H, S, Dv]`."""
     # `split`, not slices: its backward joins all gradients once, a slice's pads each one to the whole row.
-    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), counted)
-    out = [core(q, k, v, call) if counts else q.new_zeros(*q.shape[:3], v.shape[3]) for q, k, v, counts in parts]
-    return torch.cat(out, dim=2)
+    q_parts, k_parts, v_parts = (
+        tensor.split(lengths, dim=2) for tensor, (lengths, _) in zip(tensors, (queries, keys, keys))
+    )
+    out = [part.new_zeros(*part.shape[:3], tensors[2].shape[3]) for part in q_parts]
+    q_places, k_places = _places(queries[1]), _places(keys[1])
+    if q_places.keys().isdisjoint(k_places):
+        nothing: Tensor = _SeesNothing.apply(*tensors)  # type: ignore[no-untyped-call]
+        return nothing
+    for document, places in q_places.items():
+        if document not in k_places:
+            continue
+        q = _joined([q_parts[place] for place in places])
+        k, v = (_joined([parts[place] for place in k_places[document]]) for parts in (k_parts, v_parts))
+        found = core(q, k, v, call).split([queries[0][place] for place in places], dim=2)
+        for place, part in zip(places, found):
+            out[place] = part
+    return _joined(out)
+
+
+class _SeesNothing(torch.autograd.Function):
+    """[B, H, q, D], [B, K, k, D], [B, K, k, Dv] -> zeros [B, H, q, Dv]: attention of padding alone.
+
+    Its gradients are zeros, not absent: ranks must not differ in which parameters have one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_zeros(*tensors[0].shape[:3], tensors[2].shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def _places(owners: list[int | None]) -> dict[int, list[int]]:
+    """Returns the places of each document's pieces."""
+    places: dict[int, list[int]] = {}
+    for place, owner in enumerate(owners):
+        if owner is not None:
+            places.setdefault(owner, []).append(place)
+    return places
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Joins pieces along the sequence, dim 2; one piece is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
 
 
 def _flash_by_document(

@@ -5,14 +5,19 @@ Shapes: R = ranks of the ring, s = S / R tokens on each.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, zip_longest
+from typing import TypeVar
 
-from ulysses_accel.attention.tiles import Tile, tiles
-from ulysses_accel.sequence import Rows, Segment
+from ulysses_accel.attention.tile_joins import joined_tiles
+from ulysses_accel.attention.tiles import RowRule, Tile, check_window, document_pieces, joined, tiles
+from ulysses_accel.sequence import Rows, SequenceDescription
 from ulysses_accel.sequence_layout import Layout, Run, runs
 
 Range = tuple[int, int]
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,11 @@ class RingPlan:
         layout: how tokens are dealt to the ranks.
         rows: each row's documents, in positions of the whole sequence.
         is_causal: whether a query sees only keys up to its own position.
-        window: keys that a query sees, its own included; None for all.
+        window: with causal attention, keys that a query sees, its own included; without, how far away on either side
+            they may be; None for all.
+        holes: each row's padding inside of documents; empty where no row has any.
+        prefixes: for each row and document how many of its first tokens all of its tokens see; empty for none.
+        keys: with cross-attention, the sequence that is read, dealt over the same ring; None for self-attention.
     """
 
     length: int
@@ -36,22 +45,82 @@ class RingPlan:
     rows: Rows
     is_causal: bool
     window: int | None = None
+    holes: Rows = ()
+    prefixes: tuple[tuple[int, ...], ...] = ()
+    keys: SequenceDescription | None = None
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.is_causal)
+
+    @classmethod
+    def of(
+        cls,
+        description: SequenceDescription,
+        rank: int,
+        is_causal: bool,
+        window: int | None = None,
+        keys: SequenceDescription | None = None,
+    ) -> RingPlan:
+        """Returns the plan of one ring rank for a described batch.
+
+        Args:
+            description: of the batch, its layout and ring size included.
+            rank: of the ring.
+            is_causal: as for the plan.
+            window: as for the plan.
+            keys: as for the plan.
+        """
+        return cls(
+            description.sequence_length,
+            description.ring_size,
+            rank,
+            description.layout,
+            description.rows,
+            is_causal,
+            window,
+            description.holes,
+            description.prefixes,
+            keys,
+        )
 
     @property
     def shard_length(self) -> int:
         """Tokens s on one rank."""
         return self.length // self.size
 
+    @property
+    def key_shard_length(self) -> int:
+        """Tokens on one rank of the sequence that is read."""
+        return self.shard_length if self.keys is None else self.keys.sequence_length // self.size
+
     @cached_property
-    def row_groups(self) -> tuple[tuple[slice, tuple[Segment, ...]], ...]:
-        """Rows of the batch that have the same documents and are computed together, with those documents."""
-        if len(set(self.rows)) == 1:
-            return ((slice(0, len(self.rows)), self.rows[0]),)
-        return tuple((slice(row, row + 1), documents) for row, documents in enumerate(self.rows))
+    def row_rules(self) -> tuple[RowRule, ...]:
+        """For each row which of its tokens see which."""
+        seen = (None,) * len(self.rows) if self.keys is None else visible_rows(self.keys)
+        return tuple(
+            RowRule(
+                documents,
+                self.holes[row] if self.holes else (),
+                self.prefixes[row] if self.prefixes else (),
+                seen[row],
+            )
+            for row, documents in enumerate(self.rows)
+        )
+
+    @cached_property
+    def row_groups(self) -> tuple[tuple[slice, RowRule], ...]:
+        """Neighbouring rows of the batch that see alike and are computed together, with their rule."""
+        return equal_neighbours(self.row_rules)
 
     def runs_of(self, rank: int) -> tuple[Run, ...]:
         """Returns the tokens that a rank holds."""
         return runs(self.length, self.size, rank, self.layout)
+
+    def key_runs_of(self, rank: int) -> tuple[Run, ...]:
+        """Returns the tokens that a rank holds of the sequence that is read."""
+        if self.keys is None:
+            return self.runs_of(rank)
+        return runs(self.keys.sequence_length, self.size, rank, self.keys.layout)
 
     def tiles_for(self, source: int) -> tuple[tuple[slice, tuple[Tile, ...]], ...]:
         """Returns this rank's tiles against the keys of rank `source`, for each group of rows."""
@@ -62,27 +131,22 @@ class RingPlan:
         own = self.runs_of(self.rank)
         return tuple(
             tuple(
-                (rows, tiles(own, self.runs_of(source), documents, self.is_causal, self.window))
-                for rows, documents in self.row_groups
+                (rows, joined_tiles(tiles(own, self.key_runs_of(source), rule, self.is_causal, self.window)))
+                for rows, rule in self.row_groups
             )
             for source in range(self.size)
         )
 
     def needed(self, reader: int, source: int) -> tuple[Range, ...]:
-        """Returns the local key ranges of rank `source` that rank `reader` sees, one for each run, empty ones left out.
+        """Returns the local key ranges of rank `source` that rank `reader` sees, in order and apart from each other.
 
         Every rank computes the same answer for any pair, so that both sides of a transfer know its size.
         """
-        found = []
-        for run in self.runs_of(source):
-            spans = [
-                tile.seen_keys
-                for documents in set(self.rows)
-                for tile in tiles(self.runs_of(reader), (run,), documents, self.is_causal, self.window)
-            ]
-            if spans:
-                found.append((min(start for start, _ in spans), max(stop for _, stop in spans)))
-        return tuple(found)
+        return joined(
+            tile.seen_keys
+            for rule in set(self.row_rules)
+            for tile in tiles(self.runs_of(reader), self.key_runs_of(source), rule, self.is_causal, self.window)
+        )
 
     @cached_property
     def incoming(self) -> tuple[tuple[Range, ...], ...]:
@@ -96,8 +160,9 @@ class RingPlan:
 
     @property
     def drops_late_half(self) -> bool:
-        """Whether the second run of a rank is seen only by ranks below it, as in causal zigzag."""
-        return self.layout == "zigzag" and self.is_causal and self.size > 1
+        """Whether the second run of a rank is seen only by ranks below it, as in causal zigzag without prefixes."""
+        has_prefixes = any(any(lengths) for lengths in self.prefixes)
+        return self.layout == "zigzag" and self.is_causal and self.size > 1 and not has_prefixes and self.keys is None
 
     def carries_late_half(self, reader: int, hop: int) -> bool:
         """Whether the keys that reach rank `reader` at hop 1 to R - 1 still hold their second run.
@@ -109,7 +174,28 @@ class RingPlan:
 
     def carried_length(self, reader: int, hop: int) -> int:
         """Tokens that reach rank `reader` at a hop."""
-        return self.shard_length if self.carries_late_half(reader, hop) else self.shard_length // 2
+        return self.key_shard_length if self.carries_late_half(reader, hop) else self.shard_length // 2
+
+
+def visible_rows(description: SequenceDescription) -> Rows:
+    """Returns for each row its tokens that are no padding, in the fewest segments; found once for a batch."""
+    if "visible" not in description.cache:
+        description.cache["visible"] = tuple(
+            joined(piece for pieces in document_pieces(documents, holes) for piece in pieces)
+            for documents, holes in zip_longest(description.rows, description.holes, fillvalue=())
+        )
+    rows: Rows = description.cache["visible"]
+    return rows
+
+
+def equal_neighbours(rules: Sequence[T]) -> tuple[tuple[slice, T], ...]:
+    """Returns the runs of equal neighbours, each as a slice, with what they are."""
+    found, start = [], 0
+    for rule, group in groupby(rules):
+        stop = start + len(list(group))
+        found.append((slice(start, stop), rule))
+        start = stop
+    return tuple(found)
 
 
 def total_length(ranges: tuple[Range, ...]) -> int:

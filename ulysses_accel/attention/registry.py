@@ -2,8 +2,9 @@
 
 Our functions get names of their own in `AttentionInterface` and `AttentionMaskInterface`; nothing there is overwritten.
 A model is pointed at them by private copies of its configs, so models that shared a config with it stay untouched.
-Our mask function returns the batch's `SequenceDescription` in place of a mask: it travels with each layer's arguments,
-so that a checkpoint's recompute sees the batch it belongs to. A forward without a description takes the ordinary path.
+Our mask function returns the batch's description in place of a mask (`DescribedMask`): it travels with each layer's
+arguments, so that a checkpoint's recompute sees the batch it belongs to. A forward without a description takes the
+ordinary path.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ulysses_accel.attention.kernels import AttentionCall, eager
+from ulysses_accel.attention.calls import Roles, attend, ordinary
+from ulysses_accel.attention.mask_patterns import DescribedMask, read_pattern
+from ulysses_accel.attention.structure import encoder_of, transformers_model
 from ulysses_accel.attention.usp import SequenceAttention
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.sequence import SequenceDescription
@@ -34,15 +37,18 @@ class InstalledAttention:
     Args:
         attention: the strategy that its layers call.
         implementation: our name in transformers' registries.
+        roles: what its modules attend for.
         num_calls: attention calls on sharded batches so far.
-        relies_on_context: some layer is not given the mask by its model, and reads the running forward's description.
+        relies_on_context: the layers that are not given the mask by their model, and read the running forward's
+            description.
         originals: each module whose config was replaced, with the config it had.
     """
 
     attention: SequenceAttention
     implementation: str
+    roles: Roles = field(default_factory=Roles)
     num_calls: int = 0
-    relies_on_context: bool = False
+    relies_on_context: WeakSet[nn.Module] = field(default_factory=WeakSet)
     originals: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     def uninstall(self) -> None:
@@ -54,31 +60,14 @@ class InstalledAttention:
         _release(self.implementation)
 
 
-@dataclass(frozen=True)
-class Windowed:
-    """What layers get in place of a mask.
-
-    Args:
-        description: of the batch.
-        window: tokens that a token sees, itself included; None for all.
-    """
-
-    description: SequenceDescription
-    window: int | None
-
-    def __getitem__(self, key: Any) -> Windowed:
-        """Returns itself for slices that keep all of a mask, as models take that may keep the last tokens only."""
-        if all(part in (slice(None), slice(0, None)) for part in (key if isinstance(key, tuple) else (key,))):
-            return self
-        raise UnsupportedModelError(
-            f"the model takes a part [{key}] of its mask, which is not computed on a sharded sequence. "
-            f"Leave logits_to_keep out, or use sp_size=1 and cp_size=1."
-        )
-
-
 _INSTALLED: WeakKeyDictionary[nn.Module, InstalledAttention] = WeakKeyDictionary()
 _ACTIVE: ContextVar[SequenceDescription | None] = ContextVar("ulysses_accel_description", default=None)
 _NUM_USERS: dict[str, int] = {}
+
+
+def active_description() -> SequenceDescription | None:
+    """Returns the description of the sharded forward that is running, None outside of one."""
+    return _ACTIVE.get()
 
 
 @contextmanager
@@ -102,7 +91,11 @@ def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttentio
         The installation; its `uninstall()` restores the model.
     """
     implementation = _acquire(attention.core)
-    installed = InstalledAttention(attention, implementation)
+    inner = transformers_model(model)
+    encoder = encoder_of(inner)
+    inside = frozenset(encoder.modules()) if encoder is not None else None
+    roles = Roles(inside, masks_decide=not getattr(inner, "_supports_sdpa", False))
+    installed = InstalledAttention(attention, implementation, roles)
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -155,14 +148,18 @@ def _mask_function(core: str) -> Callable[..., Any]:
             from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
             return ALL_MASK_ATTENTION_FUNCTIONS.get(core, flash_attention_mask)(*args, **kwargs)
-        if kwargs.get("use_vmap"):
-            raise UnsupportedModelError(
-                "the model lays a mask function of its own over its attention, which is not computed on a sharded "
-                "sequence. Use a model without it, or sp_size=1."
-            )
-        return Windowed(description, kwargs.get("local_size"))
+        return DescribedMask(description, read_pattern(kwargs["mask_function"]), _encoder_keys(description, kwargs))
 
     return mask
+
+
+def _encoder_keys(description: SequenceDescription, asked: dict[str, Any]) -> SequenceDescription | None:
+    """Returns the encoder's sequence that a decoder's mask is asked for, if every rank has all of it."""
+    given, config = asked.get("attention_mask"), asked.get("config")
+    crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    if description.encoder is not None or not crosses or not isinstance(given, Tensor):
+        return None
+    return SequenceDescription.from_document_ids(given.to(torch.long) - 1, 1)
 
 
 def _attention_function(core: str) -> Callable[..., tuple[Tensor, None]]:
@@ -177,16 +174,13 @@ def _attention_function(core: str) -> Callable[..., tuple[Tensor, None]]:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        description = _description_for(module, attention_mask)
-        if description is None:
-            extra = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
-            return _ordinary(core, module, query, key, value, attention_mask, extra)
-        _refuse_extras(module, kwargs)
+        mask = _mask_for(module, attention_mask)
+        extra = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
+        if mask is None:
+            return ordinary(core, module, query, key, value, attention_mask, extra)
         installed = _installation_of(module)
         installed.num_calls += 1
-        causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-        call = AttentionCall(is_causal=causal, scale=scaling, dropout=dropout, softcap=kwargs.get("softcap"))
-        out = installed.attention(query, key, value, description, call, _window(module, attention_mask, kwargs))
+        out = attend(installed.attention, module, (query, key, value), mask, extra, installed.roles)
         # Models view it as [B, S / P, H * D]; without an exchange of heads it is a transposed view.
         return out.contiguous(), None
 
@@ -203,12 +197,12 @@ def _installation_of(module: nn.Module) -> InstalledAttention:
     return installed
 
 
-def _description_for(module: nn.Module, attention_mask: Any) -> SequenceDescription | None:
-    """Returns the description of the batch that this call belongs to, or None for an ordinary batch."""
+def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
+    """Returns what is known of the batch that this call belongs to, or None for an ordinary batch."""
     if isinstance(attention_mask, SequenceDescription):
+        return DescribedMask(attention_mask)
+    if isinstance(attention_mask, DescribedMask):
         return attention_mask
-    if isinstance(attention_mask, Windowed):
-        return attention_mask.description
     description, installed = _ACTIVE.get(), _INSTALLED.get(module)
     if description is not None and attention_mask is not None:
         raise UnsupportedModelError(
@@ -216,66 +210,11 @@ def _description_for(module: nn.Module, attention_mask: Any) -> SequenceDescript
             f"sharded sequence. Use a model without it, or sp_size=1."
         )
     if description is not None and installed is not None:
-        installed.relies_on_context = True
+        installed.relies_on_context.add(module)
     # The task id is -1 outside of a backward pass; inside one this is a checkpoint's recompute.
-    elif installed is not None and installed.relies_on_context and torch._C._current_graph_task_id() != -1:
+    elif installed is not None and module in installed.relies_on_context and torch._C._current_graph_task_id() != -1:
         raise UnsupportedModelError(
             f"{type(module).__name__} is recomputed in the backward pass, but its model does not pass the attention "
             f"mask down to it, so the batch's documents are not known. Switch activation checkpointing off."
         )
-    return description
-
-
-def _window(module: nn.Module, attention_mask: Any, kwargs: dict[str, Any]) -> int | None:
-    """Returns how many tokens a layer sees; models say it by the mask, and most of them to the attention too."""
-    window = attention_mask.window if isinstance(attention_mask, Windowed) else None
-    told = kwargs.get("sliding_window")
-    if told is not None and told != window:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} calls attention with sliding_window={told}, but was given a mask for "
-            f"{'full attention' if window is None else f'a window of {window}'}. Which of them holds is not clear."
-        )
-    return window
-
-
-def _refuse_extras(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuses arguments that change the attention in a way which is not computed here."""
-    for name in ("s_aux", "position_bias", "cache", "head_mask"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} calls attention with {name}, which Ulysses attention does not compute. "
-                f"Use a model or configuration without it, or sp_size=1."
-            )
-
-
-class _CoreView:
-    """A module as its core attention must see it: with the core's name in its config."""
-
-    def __init__(self, module: nn.Module, core: str) -> None:
-        self._module = module
-        self.config = copy.copy(module.config)
-        self.config._attn_implementation_internal = core  # type: ignore[union-attr]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _ordinary(
-    core: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, extra: dict[str, Any]
-) -> tuple[Tensor, None]:
-    """Runs the core on a batch that is not sharded, as transformers would have run it."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if core == "eager":
-        return _ordinary_eager(module, query, key, value, mask, extra)
-    view = module if core == "sdpa" else _CoreView(module, core)
-    result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[core](view, query, key, value, mask, **extra)
-    return result
-
-
-def _ordinary_eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, extra: dict[str, Any]
-) -> tuple[Tensor, None]:
-    """Runs attention with an additive mask; transformers keeps its eager functions out of the registry."""
-    call = AttentionCall(False, extra["scaling"], extra["dropout"], extra.get("softcap"))
-    return eager(query, key, value, call, mask).transpose(1, 2).contiguous(), None
+    return DescribedMask(description) if description is not None else None

@@ -10,41 +10,161 @@ Shapes: B = rows, H / K = query / key-value heads, R = ranks, s = S / R tokens, 
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.attention.blocks import (
-    accumulation_dtype,
-    add_tile,
-    empty_accumulators,
-    kernel_for,
-    merge_tile,
-    tile_views,
+from ulysses_accel.attention.block_kernels import Block, BlockKernel, accumulation_dtype
+from ulysses_accel.attention.blocks import KeyBlock, Total, in_order, key_views, merge_softmax, query_views
+from ulysses_accel.attention.describe import describe
+from ulysses_accel.attention.kernel_choice import kernel_for
+from ulysses_accel.attention.kernels import AttentionCall
+from ulysses_accel.attention.plan import RingPlan
+from ulysses_accel.attention.ring_exchange import (
+    Exchange,
+    GatheredKeys,
+    GradientsHome,
+    Rotation,
+    halves_of,
+    packed,
 )
-from ulysses_accel.attention.plan import RingPlan, total_length
 from ulysses_accel.attention.tiles import Tile
-from ulysses_accel.collectives import all_to_all
 from ulysses_accel.errors import ConfigError, ShapeError
-from ulysses_accel.sequence import Rows, SequenceDescription
+from ulysses_accel.recompute import kept
+from ulysses_accel.sequence import SequenceDescription, next_multiple, pad_sequence_dim
 from ulysses_accel.sequence_layout import Layout
 
-Exchange = Literal["p2p", "all_gather"]
 
+@dataclass(frozen=True)
+class _Ring:
+    """One call's way around the ring: which tiles, with which kernel; the same forward and backward."""
 
-def attend(out: Tensor, lse: Tensor, query: Tensor, keys: Tensor, plan: RingPlan, source: int, scale: float) -> None:
-    """Merges attention to one rank's keys `[2, B, K, k, D]` into `out` `[B, H, s, D]` and `lse` `[B, H, s]`."""
-    kernel = kernel_for(query)
-    for rows, row_tiles in plan.tiles_for(source):
-        for tile in row_tiles:
-            q, k, v = tile_views(tile, query[rows], keys[0, rows], keys[1, rows], is_query=(True, False, False))
-            part, part_lse = kernel.forward(q, k, v, tile.shape != "full", scale)
-            merge_tile(out[rows], lse[rows], tile, part, part_lse)
+    plan: RingPlan
+    group: ProcessGroup | None
+    kernel: BlockKernel
+    scale: float
+    exchange: Exchange
+    seed: int
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to exchange keys with."""
+        return self.group is None or self.plan.size == 1
+
+    def total(self, *likes: Tensor) -> Total:
+        """Returns a sum over tiles of tensors of these shapes."""
+        return Total(likes, accumulation_dtype(likes[0].dtype), self.row_slices)
+
+    @property
+    def row_slices(self) -> list[slice]:
+        """The rows that tiles are computed for together."""
+        return [rows for rows, _ in self.plan.row_groups]
+
+    def tiles_for(self, source: int) -> Iterator[tuple[slice, Tile, Block]]:
+        """Yields the tiles against one rank's keys, each with its rows and what it is computed with."""
+        tiles = [(rows, tile) for rows, row_tiles in self.plan.tiles_for(source) for tile in row_tiles]
+        for number, (rows, tile) in enumerate(tiles):
+            seed = _mixed(self.seed, self.plan.rank, source, number) if self.seed else 0
+            yield rows, tile, Block(tile.shape != "full", self.scale, seed)
+
+    def forward(self, query: Tensor, keys: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Returns output `[B, H, s, D]` and log-sum-exp `[B, H, s]` over all ranks' keys.
+
+        Args:
+            query: `[B, H, s, D]`.
+            keys: this rank's own, as they are saved for the backward pass: `_own_keys`.
+        """
+        likes = (query, query[..., 0])
+        dtype = accumulation_dtype(query.dtype)
+        total = Total(likes, dtype, self.row_slices, merge_softmax, (0.0, -math.inf))
+        for source, blocks in self._blocks(keys):
+            self._attend(total, query, blocks, source)
+        out, lse = total.whole()
+        return out, lse
+
+    def _blocks(self, keys: tuple[Tensor, ...]) -> Iterator[tuple[int, list[KeyBlock]]]:
+        """Yields each rank and what is seen of its keys, this rank's own first."""
+        plan = self.plan
+        if self.group is None or self.is_alone:
+            yield 0, [KeyBlock(0, *keys)]
+        elif self.exchange == "p2p":
+            for hop, message in Rotation(self.group, plan).keys(keys[0]):
+                yield (plan.rank + hop) % plan.size, [KeyBlock(0, *halves_of(message))]
+        else:
+            gathered = GatheredKeys(keys[0], plan, self.group)
+            yield plan.rank, [KeyBlock(0, *halves_of(keys[0]))]
+            for source in _others(plan):
+                yield source, gathered.blocks(source)
+
+    def _attend(self, total: Total, query: Tensor, blocks: list[KeyBlock], source: int) -> None:
+        """Adds attention to one rank's keys to `total`."""
+        for rows, tile, block in self.tiles_for(source):
+            key_block = next(found for found in blocks if found.has(tile))
+            (q,) = query_views(tile, query[rows])
+            k, v = key_views(tile.moved(0, -key_block.start), key_block.key[rows], key_block.value[rows])
+            total.add(rows, tile.q_start, *in_order(tile, *self.kernel.forward(q, k, v, block)))
+
+    def backward(self, saved: _Saved, keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Adds up the gradient of the queries and returns those of this rank's keys and values, `[B, K, k, D]`."""
+        if self.group is None or self.is_alone:
+            return self._gradients(saved, [KeyBlock(0, *keys)], 0)[0].whole()
+        if self.exchange == "p2p":
+            return self._rotate_backward(saved, keys[0], self.group)
+        gathered = GatheredKeys(keys[0], self.plan, self.group)
+        gradients = gathered.room(saved.dtype)
+        for source in _others(self.plan):
+            gathered.put(gradients, source, self._gradients(saved, gathered.blocks(source), source))
+        own = self._own_gradients(saved, keys[0])
+        gathered.send_home(gradients, own)
+        return own
+
+    def _rotate_backward(self, saved: _Saved, keys: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
+        """A block's gradient follows its keys from their first reader on, and comes home from the last one.
+
+        This rank's own keys are last, while the last gradients travel, which are more bytes than the first keys.
+        """
+        rotation = Rotation(group, self.plan)
+        home = GradientsHome(rotation, keys, saved.dtype)
+        self._rotate_others(saved, keys, rotation, home)
+        own = self._own_gradients(saved, keys)
+        home.finish(own)
+        return own
+
+    def _rotate_others(self, saved: _Saved, keys: Tensor, rotation: Rotation, home: GradientsHome) -> None:
+        for hop, message in rotation.keys(keys):
+            if hop > 0:
+                source = (self.plan.rank + hop) % self.plan.size
+                home.pass_on(self._gradients(saved, [KeyBlock(0, *halves_of(message))], source)[0], hop)
+
+    def _own_gradients(self, saved: _Saved, keys: Tensor) -> tuple[Tensor, ...]:
+        """Returns what this rank's own queries find for its keys and values, ready to be added to."""
+        (total,) = self._gradients(saved, [KeyBlock(0, *halves_of(keys))], self.plan.rank)
+        return tuple(tensor.to(saved.dtype) for tensor in total.whole())
+
+    def _gradients(self, saved: _Saved, blocks: list[KeyBlock], source: int) -> list[Total]:
+        """Adds to the gradient of the queries, and returns for each block that of its keys and values."""
+        totals = [self.total(block.key, block.value) for block in blocks]
+        for rows, tile, block in self.tiles_for(source):
+            index = next(i for i, found in enumerate(blocks) if found.has(tile))
+            self._tile_gradients(saved, blocks[index], totals[index], rows, tile, block)
+        return totals
+
+    def _tile_gradients(
+        self, saved: _Saved, keys: KeyBlock, total: Total, rows: slice, tile: Tile, block: Block
+    ) -> None:
+        here = tile.moved(0, -keys.start)
+        own = (saved.grad[rows], saved.query[rows], saved.out[rows], saved.lse[rows])
+        grad, query, out, lse = query_views(tile, *own)
+        key, value = key_views(here, keys.key[rows], keys.value[rows])
+        dq, *dkv = self.kernel.backward(grad, query, key, value, out, lse, block)
+        saved.grad_query.add(rows, tile.q_start, *in_order(tile, dq))
+        total.add(rows, here.seen_keys[0], *in_order(tile, *dkv))
 
 
 @dataclass(frozen=True)
@@ -55,244 +175,69 @@ class _Saved:
     query: Tensor
     out: Tensor
     lse: Tensor
-    grad_query: Tensor
+    grad_query: Total
 
-    def attend_backward(self, keys: Tensor, grad_keys: Tensor, plan: RingPlan, source: int, scale: float) -> None:
-        """Adds the gradients of attention to one rank's keys to `grad_query` and to `grad_keys` `[2, B, K, k, D]`."""
-        kernel = kernel_for(self.query)
-        for rows, row_tiles in plan.tiles_for(source):
-            for tile in row_tiles:
-                self._tile_backward(kernel, rows, tile, keys, grad_keys, scale)
-
-    def _tile_backward(
-        self, kernel: Any, rows: slice, tile: Tile, keys: Tensor, grad_keys: Tensor, scale: float
-    ) -> None:
-        grad, query, key, value, out, lse = tile_views(
-            tile,
-            self.grad[rows],
-            self.query[rows],
-            keys[0, rows],
-            keys[1, rows],
-            self.out[rows],
-            self.lse[rows],
-            is_query=(True, True, False, False, True, True),
-        )
-        dq, dk, dv = kernel.backward(grad, query, key, value, out, lse, tile.shape != "full", scale)
-        add_tile(self.grad_query[rows], tile, dq, is_query=True)
-        add_tile(grad_keys[0, rows], tile, dk, is_query=False)
-        add_tile(grad_keys[1, rows], tile, dv, is_query=False)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What gradients are added up in."""
+        return accumulation_dtype(self.query.dtype)
 
 
-class _Rotation:
-    """The messages of one pass around the ring; all of a hop's go in one batch, in the same order on every rank."""
-
-    def __init__(self, group: ProcessGroup, plan: RingPlan) -> None:
-        self.group, self.plan = group, plan
-        members = dist.get_process_group_ranks(group)
-        self.members = members
-        self.below = members[(plan.rank - 1) % plan.size]
-        self.above = members[(plan.rank + 1) % plan.size]
-
-    def post(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> list[Any]:
-        """Starts sends and receives with global ranks; returns what to wait for."""
-        operations = [dist.P2POp(dist.isend, tensor, peer, self.group) for tensor, peer in sends]
-        operations += [dist.P2POp(dist.irecv, tensor, peer, self.group) for tensor, peer in receives]
-        return dist.batch_isend_irecv(operations) if operations else []
-
-    def keys_for_hop(self, keys: Tensor, hop: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
-        """Returns the sends and receives that bring hop `hop`'s keys `[2, B, K, k, D]`, with `keys` those at hand."""
-        plan = self.plan
-        reader = (plan.rank - 1) % plan.size
-        outgoing = keys[:, :, :, : plan.carried_length(reader, hop)].contiguous()
-        shape = [*keys.shape[:3], plan.carried_length(plan.rank, hop), keys.shape[4]]
-        return [(outgoing, self.below)], [(keys.new_empty(shape), self.above)]
+def _others(plan: RingPlan) -> list[int]:
+    """Returns the other ranks of a ring, from the one above on."""
+    return [(plan.rank + hop) % plan.size for hop in range(1, plan.size)]
 
 
-def _wait(work: list[Any]) -> None:
-    for handle in work:
-        handle.wait()
+def _mixed(*numbers: int) -> int:
+    """Returns a seed of its own for each tuple of numbers: generators on the host tell the low 32 bits alone."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
-def _rotate_forward(
-    query: Tensor, keys: Tensor, plan: RingPlan, group: ProcessGroup, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Runs the p2p forward: `[B, H, s, D]`, `[2, B, K, s, D]` -> output `[B, H, s, D]`, log-sum-exp `[B, H, s]`."""
-    out, lse = empty_accumulators(query, query.shape[3])
-    rotation = _Rotation(group, plan)
-    for hop in range(plan.size):
-        work: list[Any] = []
-        if hop + 1 < plan.size:
-            sends, receives = rotation.keys_for_hop(keys, hop + 1)
-            work = rotation.post(sends, receives)
-        attend(out, lse, query, keys, plan, (plan.rank + hop) % plan.size, scale)
-        _wait(work)
-        if work:
-            keys = receives[0][0]
-    return out, lse
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log-sum-exp, and in its place output, with one more key of no value in every row, score `sinks` `[H]`."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return out.mul_((lse - total).exp_().unsqueeze(-1)), total
 
 
-def _rotate_backward(saved: _Saved, keys: Tensor, plan: RingPlan, group: ProcessGroup, scale: float) -> Tensor:
-    """Runs the p2p backward; returns the gradient of this rank's keys `[2, B, K, s, D]`.
-
-    A block's gradient follows its keys from their first reader on, and comes home from the last one.
-    """
-    rotation = _Rotation(group, plan)
-    own = torch.zeros_like(keys, dtype=saved.grad_query.dtype)
-    home = _GradientsHome(rotation, own)
-    for hop in range(plan.size):
-        sends, receives = rotation.keys_for_hop(keys, hop + 1) if hop + 1 < plan.size else ([], [])
-        work = rotation.post(sends, receives)
-        grad_keys = own if hop == 0 else torch.zeros_like(keys, dtype=own.dtype)
-        saved.attend_backward(keys, grad_keys, plan, (plan.rank + hop) % plan.size, scale)
-        if hop > 0:
-            home.pass_on(grad_keys, hop)
-        _wait(work)
-        if receives:
-            keys = receives[0][0]
-    home.finish()
-    return own
-
-
-class _GradientsHome:
-    """Carries the gradients of travelling keys to the ranks that the keys came from."""
-
-    def __init__(self, rotation: _Rotation, own: Tensor) -> None:
-        self.rotation, self.plan, self.own = rotation, rotation.plan, own
-        self.work: list[Any] = []
-        self.arriving: Tensor | None = None
-        self.late: Tensor | None = None
-
-    def pass_on(self, grad_keys: Tensor, hop: int) -> None:
-        """Adds what earlier readers found to this reader's part `[2, B, K, k, D]` and sends the sum on."""
-        _wait(self.work)
-        if self.arriving is not None:
-            grad_keys[:, :, :, : self.arriving.shape[3]] += self.arriving
-        plan, last = self.plan, hop + 1 == self.plan.size
-        below, above = (plan.rank - 1) % plan.size, (plan.rank + 1) % plan.size
-        # The last reader's neighbour below is home: it gets all that the last reader was brought.
-        length = plan.carried_length(plan.rank, hop) if last else plan.carried_length(below, hop + 1)
-        self.arriving = self._buffer(
-            plan.carried_length(above, hop) if last else plan.carried_length(plan.rank, hop + 1)
-        )
-        sends = [(grad_keys[:, :, :, :length].contiguous(), self.rotation.below)]
-        receives = [(self.arriving, self.rotation.above)]
-        if plan.drops_late_half and not last:
-            self._late_half(grad_keys, hop, sends, receives)
-        self.work = self.rotation.post(sends, receives)
-
-    def _late_half(
-        self, grad_keys: Tensor, hop: int, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
-    ) -> None:
-        """Adds the transfer of a late half's gradient, which ends its way at rank 0, straight to its home."""
-        half = self.plan.shard_length // 2
-        if self.plan.rank == 0:
-            sends.append((grad_keys[:, :, :, half:].contiguous(), self.rotation.members[hop]))
-        elif self.plan.rank == hop:
-            self.late = self._buffer(half)
-            receives.append((self.late, self.rotation.members[0]))
-
-    def _buffer(self, length: int) -> Tensor:
-        return self.own.new_empty([*self.own.shape[:3], length, self.own.shape[4]])
-
-    def finish(self) -> None:
-        """Adds what came home to this rank's gradient."""
-        _wait(self.work)
-        if self.arriving is not None:
-            self.own[:, :, :, : self.arriving.shape[3]] += self.arriving
-        if self.late is not None:
-            self.own[:, :, :, self.plan.shard_length // 2 :] += self.late
-
-
-def _gather_keys(keys: Tensor, plan: RingPlan, group: ProcessGroup) -> list[Tensor]:
-    """Returns for each rank its keys `[2, B, K, s, D]` where this rank sees them; the rest is not filled.
-
-    One collective moves exactly the tokens that are seen.
-    """
-    # [2, B, K, s, D] -> [tokens seen elsewhere, 2, B, K, D]
-    token_major = keys.permute(3, 0, 1, 2, 4)
-    parts = [token_major[start:stop] for ranges in plan.outgoing for start, stop in ranges]
-    send = torch.cat(parts) if parts else token_major[:0]
-    sizes = [total_length(ranges) for ranges in plan.outgoing]
-    received = all_to_all(send.contiguous(), group, sizes, [total_length(ranges) for ranges in plan.incoming])
-    gathered, offset = [], 0
-    for rank, ranges in enumerate(plan.incoming):
-        if rank == plan.rank:
-            gathered.append(keys)
-            continue
-        block = keys.new_empty(keys.shape if ranges else (*keys.shape[:3], 0, keys.shape[4]))
-        for start, stop in ranges:
-            block[:, :, :, start:stop] = received[offset : offset + stop - start].permute(1, 2, 3, 0, 4)
-            offset += stop - start
-        gathered.append(block)
-    return gathered
-
-
-def _scatter_gradients(grads: list[Tensor], plan: RingPlan, group: ProcessGroup) -> Tensor:
-    """Returns the gradient of this rank's keys, from each rank's gradients of all keys: the adjoint of the gather."""
-    own = grads[plan.rank]
-    parts = [
-        grads[rank][:, :, :, start:stop].permute(3, 0, 1, 2, 4)
-        for rank, ranges in enumerate(plan.incoming)
-        for start, stop in ranges
-    ]
-    send = torch.cat(parts) if parts else own.new_empty(0, *own.shape[:3], own.shape[4])
-    sizes = [total_length(ranges) for ranges in plan.incoming]
-    received = all_to_all(send, group, sizes, [total_length(ranges) for ranges in plan.outgoing])
-    offset = 0
-    for ranges in plan.outgoing:
-        for start, stop in ranges:
-            own[:, :, :, start:stop] += received[offset : offset + stop - start].permute(1, 2, 3, 0, 4)
-            offset += stop - start
-    return own
+def _sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Returns the gradient of `sinks` `[H]` from this rank's tokens alone."""
+    weight = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    taken = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
+    return -(weight * taken).sum(dim=(0, 2)).to(sinks.dtype)
 
 
 class _RingAttention(torch.autograd.Function):
-    """[B, H, s, D], [B, K, s, D], [B, K, s, D] -> [B, H, s, D], exact over all ranks' keys."""
+    """[B, H, s, D], [B, K, k, D], [B, K, k, D], [H] -> [B, H, s, D], exact over all ranks' keys."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: RingPlan,
-        group: ProcessGroup,
-        scale: float,
-        exchange: Exchange,
-    ) -> Tensor:
-        ctx.plan, ctx.group, ctx.scale, ctx.exchange = plan, group, scale, exchange
-        keys = torch.stack([key, value])
-        if plan.size == 1:
-            out, lse = empty_accumulators(query, query.shape[3])
-            attend(out, lse, query, keys, plan, 0, scale)
-        elif exchange == "p2p":
-            out, lse = _rotate_forward(query, keys, plan, group, scale)
-        else:
-            out, lse = empty_accumulators(query, query.shape[3])
-            for source, block in enumerate(_gather_keys(keys, plan, group)):
-                attend(out, lse, query, block, plan, source, scale)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, keys, out, lse)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, ring: _Ring) -> Tensor:
+        ctx.ring = ring
+        keys = (key, value) if ring.is_alone else (packed(key, value),)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            out, lse = ring.forward(query, keys)
+            if sinks is not None:
+                out, lse = _with_sinks(out, lse, sinks)
+            return out.to(query.dtype), lse
+
+        out, lse = kept("attention", compute)
+        ctx.save_for_backward(query, out, lse, sinks, *keys)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, out, lse = ctx.saved_tensors
-        total = torch.zeros_like(query, dtype=accumulation_dtype(query.dtype))
-        saved = _Saved(grad.contiguous(), query, out, lse, total)
-        if ctx.plan.size == 1:
-            grad_keys = torch.zeros_like(keys, dtype=total.dtype)
-            saved.attend_backward(keys, grad_keys, ctx.plan, 0, ctx.scale)
-        elif ctx.exchange == "p2p":
-            grad_keys = _rotate_backward(saved, keys, ctx.plan, ctx.group, ctx.scale)
-        else:
-            grads = []
-            for source, block in enumerate(_gather_keys(keys, ctx.plan, ctx.group)):
-                grads.append(torch.zeros_like(block, dtype=total.dtype))
-                saved.attend_backward(block, grads[-1], ctx.plan, source, ctx.scale)
-            grad_keys = _scatter_gradients(grads, ctx.plan, ctx.group)
-        grad_key, grad_value = grad_keys.to(keys.dtype).unbind(0)
-        return total.to(query.dtype), grad_key, grad_value, None, None, None, None
+        query, out, lse, sinks, *keys = ctx.saved_tensors
+        ring: _Ring = ctx.ring
+        saved = _Saved(_dense(grad), query, out, lse, ring.total(query))
+        grads = [tensor.to(query.dtype) for tensor in ring.backward(saved, tuple(keys))]
+        grad_sinks = None if sinks is None else _sinks_gradient(grad, out, lse, sinks)
+        (grad_query,) = saved.grad_query.whole()
+        return grad_query.to(query.dtype), *grads, grad_sinks, None
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Returns a gradient `[B, H, s, D]` as kernels read it: heads or tokens first, nothing expanded."""
+    return grad if grad.transpose(1, 2).is_contiguous() else grad.contiguous()
 
 
 def ring_attention(
@@ -308,37 +253,66 @@ def ring_attention(
     document_ids: Tensor | SequenceDescription | None = None,
     scale: float | None = None,
     head_stride: int | None = None,
+    key_lengths: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    block_kernel: str | None = None,
 ) -> Tensor:
     """Computes exact attention over a sequence whose tokens are laid out over the ranks of a ring.
 
     Args:
-        query: `[B, H, S / R, D]`, this rank's tokens in the order of `layout` (`tiles.runs`).
+        query: `[B, H, S / R, D]`, this rank's tokens in the order of `layout` (`sequence_layout.runs`).
         key: `[B, K, S / R, D]`; K divides H.
         value: `[B, K, S / R, Dv]`, Dv at most D.
         group: the R ranks.
         layout: `contiguous`, `zigzag` or `striped`.
         exchange: `p2p` rotates keys in O(S / R) memory; `all_gather` sends each rank what it sees, in one collective.
         is_causal: whether a token sees only itself and the tokens before it.
-        window: with causal attention, how many tokens one sees, itself included; None for all.
+        window: with causal attention, how many tokens one sees, itself included; without, how far away on either side
+            they may be; None for all.
         document_ids: `[B, S]` of the whole sequence in its own order, equal for the tokens of one document, negative
             for padding; or a `SequenceDescription`. None: each row is one document.
         scale: factor on the scores; 1 / sqrt(D) when None.
         head_stride: with `all_gather`, how many key/value heads are gathered at a time; all when None.
+        key_lengths: `[B]` tokens of each row; those behind are padding.
+        prefix_lengths: `[B]` or `[B, documents]` first tokens of a row's first or of each document that all tokens of
+            the document see.
+        sinks: `[H]` scores of a key of no value that every token sees.
+        softcap: bound of the scores through tanh; None for no bound.
+        dropout: probability of dropping an attention weight.
+        block_kernel: name of the kernel that computes the blocks (`kernel_choice`); chosen when None.
 
     Returns:
         `[B, H, S / R, Dv]`, this rank's tokens; zeros for padding.
 
     Raises:
-        ConfigError: a layout, exchange or window that is not computed.
+        ConfigError: a layout, exchange, window or kernel that there is not.
         ShapeError: shapes that don't fit each other.
+        UnsupportedModelError: the kernel that was asked for does not compute the call.
 
     Source: Ring Attention (arXiv 2310.01889).
     """
-    if exchange not in ("p2p", "all_gather"):
-        raise ConfigError(f"exchange={exchange!r} is not known. Use 'p2p' or 'all_gather'.")
-    rows = _rows(document_ids, query.shape[0], query.shape[2] * group.size())
-    plan = RingPlan(query.shape[2] * group.size(), group.size(), group.rank(), layout, rows, is_causal, window)
-    return attend_in_ring(query, key, value, group, plan, scale=scale, exchange=exchange, head_stride=head_stride)
+    size = group.size()
+    description = describe(
+        document_ids, key_lengths, prefix_lengths, (query.shape[0], query.shape[2] * size), size, size, layout
+    )
+    plan = RingPlan(
+        query.shape[2] * size,
+        size,
+        group.rank(),
+        layout,
+        description.rows,
+        is_causal,
+        window,
+        description.holes,
+        description.prefixes,
+    )
+    call = AttentionCall(is_causal, scale, dropout, softcap, sinks)
+    return attend_in_ring(
+        query, key, value, group, plan, call=call, exchange=exchange, head_stride=head_stride, block_kernel=block_kernel
+    )
 
 
 def attend_in_ring(
@@ -348,44 +322,74 @@ def attend_in_ring(
     group: ProcessGroup | None,
     plan: RingPlan,
     *,
-    scale: float | None,
-    exchange: Exchange,
+    scale: float | None = None,
+    exchange: Exchange = "p2p",
     head_stride: int | None = None,
+    call: AttentionCall | None = None,
+    seed_offset: int = 0,
+    block_kernel: str | None = None,
 ) -> Tensor:
-    """Runs ring attention by a plan that was made once for the batch; see `ring_attention`."""
-    _check_shapes(query, key, value)
+    """Runs ring attention by a plan that was made once for the batch; see `ring_attention`.
+
+    Args:
+        query: `[B, H, s, D]`.
+        key: `[B, K, k, D]`.
+        value: `[B, K, k, Dv]`.
+        group: the R ranks; None for one.
+        plan: of this rank for this batch; says what sees what, causality included.
+        scale: factor on the scores, where `call` has none.
+        exchange: as for `ring_attention`.
+        head_stride: as for `ring_attention`.
+        call: scale, soft cap, dropout and the sinks `[H]` of the heads at hand.
+        seed_offset: number that tells ranks with the same place in different rings apart, for their dropout.
+        block_kernel: as for `ring_attention`.
+
+    Returns:
+        `[B, H, s, Dv]`.
+    """
+    call = call if call is not None else AttentionCall(plan.is_causal)
+    if exchange not in ("p2p", "all_gather"):
+        raise ConfigError(f"exchange={exchange!r} is not known. Use 'p2p' or 'all_gather'.")
+    _check_shapes(query, key, value, plan)
     head_dim, value_dim = query.shape[3], value.shape[3]
-    scale = scale if scale is not None else head_dim**-0.5
-    # The kernels take one head size for all three; zeros behind the values change nothing.
-    value = F.pad(value, (0, head_dim - value_dim))
+    given = call.scale if call.scale is not None else scale
+    # The kernels take one head size for all three, on GPUs a multiple of eight; zeros behind change nothing.
+    width = next_multiple(head_dim, 8) if query.is_cuda else head_dim
+    query, key, value = (pad_sequence_dim(tensor, width, 0.0, dim=3) for tensor in (query, key, value))
+    kernel = kernel_for(query, call.softcap, call.dropout, block_kernel)
+    scale = given if given is not None else head_dim**-0.5
     stride = head_stride if exchange == "all_gather" and head_stride else key.shape[1]
     groups = query.shape[1] // key.shape[1]
-    outs = [
-        _RingAttention.apply(q, k, v, plan, group, scale, exchange)  # type: ignore[no-untyped-call]
-        for q, k, v in zip(query.split(stride * groups, dim=1), key.split(stride, dim=1), value.split(stride, dim=1))
-    ]
+    outs = []
+    for first in range(0, key.shape[1], stride):
+        # Drawn on the host, whose generator activation checkpointing rewinds: the recompute gets the same masks.
+        seed = _mixed(int(torch.randint(2**62, ())), seed_offset) if call.dropout else 0
+        ring = _Ring(plan, group, kernel, scale, exchange, seed)
+        q = _heads(query, first * groups, stride * groups)
+        k, v = (_heads(tensor, first, stride) for tensor in (key, value))
+        sinks = None if call.sinks is None else call.sinks[first * groups :][: q.shape[1]]
+        outs.append(_RingAttention.apply(q, k, v, sinks, ring))  # type: ignore[no-untyped-call]
     out: Tensor = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-    return out[..., :value_dim]
+    return out[..., :value_dim] if value_dim < width else out
 
 
-def _rows(document_ids: Tensor | SequenceDescription | None, batch: int, length: int) -> Rows:
-    if document_ids is None:
-        return (((0, length),),) * batch
-    if isinstance(document_ids, Tensor):
-        document_ids = SequenceDescription.from_document_ids(document_ids, 1)
-    if (document_ids.batch_size, document_ids.sequence_length) != (batch, length):
-        raise ShapeError(
-            f"the documents are of {document_ids.batch_size} rows with {document_ids.sequence_length} tokens, the "
-            f"query of {batch} rows with {length} tokens on all ranks. Describe the whole sequence, each batch anew."
-        )
-    return document_ids.rows
+def _heads(tensor: Tensor, first: int, number: int) -> Tensor:
+    """Returns some heads of `[B, N, s, D]`; all of them as they are, for the gradient of a view is a copy."""
+    return tensor if number >= tensor.shape[1] else tensor[:, first : first + number]
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if key.shape[:3] != value.shape[:3] or query.shape[2:] != key.shape[2:] or value.shape[3] > key.shape[3]:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: RingPlan) -> None:
+    if key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3] or value.shape[3] > key.shape[3]:
         raise ShapeError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in rows, "
-            f"tokens and head size, and value heads be no wider. Cross-attention in a ring is not computed."
+            f"tokens and head size, and value heads be no wider."
+        )
+    lengths, expected = (query.shape[2], key.shape[2]), (plan.shard_length, plan.key_shard_length)
+    if lengths != expected or not query.shape[0] == key.shape[0] == len(plan.rows):
+        raise ShapeError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must have {expected[0]} and {expected[1]} tokens "
+            f"in {len(plan.rows)} rows, as the batch was described. Describe the whole sequence, each batch anew; with "
+            f"cross-attention also the one that is read (key_description)."
         )
     if query.shape[1] % key.shape[1]:
         raise ShapeError(f"{key.shape[1]} key/value heads do not divide {query.shape[1]} query heads.")

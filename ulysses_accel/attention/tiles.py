@@ -1,20 +1,24 @@
 """Which rectangles of scores one rank computes against another rank's keys: pure arithmetic, on the host.
 
-A sequence is laid out over a ring in runs of equally spaced tokens. Between a run of queries and a run of keys, causal
-attention within documents, with or without a window, is a set of tiles without any mask: full rectangles, causal
-squares and (for the far edge of a window) anti-causal squares. Every visible pair of tokens is in exactly one tile.
+A sequence is laid out over a ring in runs of equally spaced tokens. Between a run of queries and a run of keys,
+attention within documents (causal or not, with or without a window, around holes, with prefixes) and between two
+sequences is a set of tiles without any mask: full rectangles, causal squares and (for a window's far edge) anti-causal
+squares. Every visible pair of tokens is in exactly one tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.sequence_layout import Run
 
 Shape = Literal["full", "causal", "anti_causal"]
+Segment = tuple[int, int]
+Edges = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,32 @@ class Tile:
             return rows * columns
         return rows * (rows + 1) // 2 if self.shape == "causal" else rows * (rows - 1) // 2
 
+    def moved(self, queries: int, keys: int) -> Tile:
+        """Returns the same tile that many queries and keys further on."""
+        return Tile(self.q_start + queries, self.q_stop + queries, self.k_start + keys, self.k_stop + keys, self.shape)
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """Which tokens of one row see which.
+
+    Args:
+        documents: (start, stop) token positions; pairs from different documents see nothing of each other.
+        holes: padding inside of documents, likewise.
+        prefixes: for each document how many of its first tokens all of its tokens see; empty where none has any.
+        seen: with cross-attention the other sequence's (start, stop) positions, which all tokens see; None without.
+    """
+
+    documents: tuple[Segment, ...]
+    holes: tuple[Segment, ...] = ()
+    prefixes: tuple[int, ...] = ()
+    seen: tuple[Segment, ...] | None = None
+
 
 def tiles(
     queries: tuple[Run, ...],
     keys: tuple[Run, ...],
-    documents: tuple[tuple[int, int], ...],
+    rule: RowRule | tuple[Segment, ...],
     is_causal: bool,
     window: int | None = None,
 ) -> tuple[Tile, ...]:
@@ -56,46 +81,106 @@ def tiles(
 
     Args:
         queries: runs of the rank that computes.
-        keys: runs of the rank that the keys are from; spaced as the queries.
-        documents: (start, stop) token positions; pairs from different documents see nothing of each other.
+        keys: runs of the rank that the keys are from; spaced as the queries, but for cross-attention.
+        rule: which tokens see which; documents alone for a row without more.
         is_causal: whether a query sees only keys up to its own position.
-        window: with causal attention, how many keys a query sees, its own included; None for all.
+        window: with causal attention, how many keys a query sees, its own included; without, how far away on either
+            side the keys may be; None for all.
 
     Raises:
-        ConfigError: a window without causality.
+        ConfigError: a window that leaves a token nothing to see.
     """
-    if window is not None and not is_causal:
-        raise ConfigError(f"window={window} without causal attention is not computed. Use window=None.")
+    check_window(window, is_causal)
+    if not isinstance(rule, RowRule):
+        rule = RowRule(rule)
+    pieces = document_pieces(rule.documents, rule.holes)
+    if rule.seen is not None:
+        visible = joined(piece for document in pieces for piece in document)
+        pairs = [(q_piece, k_piece) for q_piece in visible for k_piece in rule.seen]
+        return tuple(_rectangle(q, k, *pair) for q in queries for k in keys for pair in pairs if _meet(q, k, *pair))
+    prefixes = rule.prefixes if is_causal and rule.prefixes else (0,) * len(pieces)
     return tuple(
         tile
         for q_run in queries
         for k_run in keys
-        for document in documents
-        for tile in _document_tiles(q_run, k_run, document, is_causal, window)
+        for edges in [_edges(q_run, k_run, is_causal, window)]
+        for (start, _), document, prefix in zip(rule.documents, pieces, prefixes)
+        for tile in _document_tiles(q_run, k_run, document, start + prefix, edges)
     )
 
 
-def _document_tiles(
-    q_run: Run, k_run: Run, document: tuple[int, int], is_causal: bool, window: int | None
-) -> Iterator[Tile]:
-    qa, qb = q_run.indices_of(*document)
-    ka, kb = k_run.indices_of(*document)
-    if qa == qb or ka == kb:
-        return
-    if not is_causal:
-        yield Tile(q_run.offset + qa, q_run.offset + qb, k_run.offset + ka, k_run.offset + kb, "full")
-        return
-    # Query index i sees key index j up to i + newest, and from i + oldest on.
-    newest = (q_run.start - k_run.start) // q_run.step
-    oldest = None if window is None else -(-(q_run.start - k_run.start - window + 1) // q_run.step)
-    for tile in _band(qa, qb, ka, kb, newest, oldest):
-        yield Tile(
-            q_run.offset + tile.q_start,
-            q_run.offset + tile.q_stop,
-            k_run.offset + tile.k_start,
-            k_run.offset + tile.k_stop,
-            tile.shape,
+def check_window(window: int | None, is_causal: bool) -> None:
+    """Raises ConfigError where a window leaves a token nothing to see, not even itself."""
+    if window is not None and window < int(is_causal):
+        raise ConfigError(
+            f"window={window} leaves a token nothing to see. Use {int(is_causal)} or more, or window=None for all."
         )
+
+
+def document_pieces(documents: Sequence[Segment], holes: Sequence[Segment]) -> list[list[Segment]]:
+    """Returns what the holes leave of each document, both in order."""
+    found: list[list[Segment]] = []
+    first = 0
+    for start, stop in documents:
+        while first < len(holes) and holes[first][1] <= start:
+            first += 1
+        pieces, begin, index = [], start, first
+        while index < len(holes) and holes[index][0] < stop:
+            if holes[index][0] > begin:
+                pieces.append((begin, holes[index][0]))
+            begin, index = max(begin, holes[index][1]), index + 1
+        if begin < stop:
+            pieces.append((begin, stop))
+        found.append(pieces)
+    return found
+
+
+def joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Returns the same tokens in the fewest segments, in order."""
+    found: list[Segment] = []
+    for start, stop in sorted(segments):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def _meet(q_run: Run, k_run: Run, queries: Segment, keys: Segment) -> bool:
+    (qa, qb), (ka, kb) = q_run.indices_of(*queries), k_run.indices_of(*keys)
+    return qa < qb and ka < kb
+
+
+def _rectangle(q_run: Run, k_run: Run, queries: Segment, keys: Segment) -> Tile:
+    (qa, qb), (ka, kb) = q_run.indices_of(*queries), k_run.indices_of(*keys)
+    return Tile(q_run.offset + qa, q_run.offset + qb, k_run.offset + ka, k_run.offset + kb, "full")
+
+
+def _edges(q_run: Run, k_run: Run, is_causal: bool, window: int | None) -> Edges:
+    """Returns (newest, oldest): query index i sees key index j from i + oldest to i + newest; None for no edge."""
+    distance, step = q_run.start - k_run.start, q_run.step
+    if is_causal:
+        return distance // step, None if window is None else -(-(distance - window + 1) // step)
+    if window is None:
+        return None, None
+    return (distance + window) // step, -(-(distance - window) // step)
+
+
+def _document_tiles(q_run: Run, k_run: Run, pieces: list[Segment], prefix_stop: int, edges: Edges) -> Iterator[Tile]:
+    """Tiles one document: the keys before `prefix_stop` are seen by all, the rest of them within the edges."""
+    newest, oldest = edges
+    for (q_start, q_stop), (k_start, k_stop) in product(pieces, pieces):
+        queries = (q_start, q_stop)
+        seen_by_all = (k_start, min(k_stop, prefix_stop) if newest is not None else k_stop)
+        if _meet(q_run, k_run, queries, seen_by_all):
+            yield _rectangle(q_run, k_run, queries, seen_by_all)
+        if newest is None:
+            continue
+        qa, qb = q_run.indices_of(*queries)
+        ka, kb = k_run.indices_of(max(k_start, prefix_stop), k_stop)
+        if qa < qb and ka < kb:
+            for tile in _band(qa, qb, ka, kb, newest, oldest):
+                yield tile.moved(q_run.offset, k_run.offset)
 
 
 def _band(qa: int, qb: int, ka: int, kb: int, newest: int, oldest: int | None) -> Iterator[Tile]:

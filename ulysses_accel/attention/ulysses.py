@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from ulysses_accel.attention.heads import HeadSplit
 from ulysses_accel.collectives import all_to_all
 from ulysses_accel.errors import ShapeError
+from ulysses_accel.recompute import kept
 
 Sizes = tuple[int, int, int]
 Counts = tuple[int, int, int]
@@ -39,7 +40,7 @@ class _DealHeads(torch.autograd.Function):
         send = query.new_empty(split.size, length, batch, split.width(0, sizes))
         for part, tensor in zip(message_parts(send, split.counts(0), sizes), (query, key, value)):
             _deal(part, tensor)
-        return all_to_all(send, group).view(split.size * length, batch, -1)
+        return kept("exchange", lambda: (all_to_all(send, group),))[0].view(split.size * length, batch, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,7 +50,7 @@ class _DealHeads(torch.autograd.Function):
         return _collect(q, 1), _collect(k, split.readers), _collect(v, split.readers), None, None, None
 
 
-class _CutHeads(torch.autograd.Function):
+class CutHeads(torch.autograd.Function):
     """[S, B, width] -> views [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; its backward packs one message."""
 
     @staticmethod
@@ -74,7 +75,8 @@ class _HeadToSeq(torch.autograd.Function):
         ctx.group = group
         send = out.permute(2, 0, 1, 3)
         size = group.size()
-        received = all_to_all(send, group).view(size, send.shape[0] // size, *send.shape[1:])
+        (received,) = kept("exchange", lambda: (all_to_all(send, group),))
+        received = received.view(size, send.shape[0] // size, *send.shape[1:])
         # [P, s, B, H/P, Dv] -> [B, s, P, H/P, Dv] -> [B, s, H, Dv]
         return received.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
@@ -103,7 +105,8 @@ class _DealUnevenHeads(torch.autograd.Function):
             for part, tensor, heads in zip(parts, (query, key, value), _heads_of(split, rank)):
                 part.copy_(tensor[:, :, 0, heads].transpose(0, 1))
         own = lengths[group.rank()]
-        return all_to_all(send, group, lengths, [own] * split.size).view(split.size * length, batch, -1)
+        (received,) = kept("exchange", lambda: (all_to_all(send, group, lengths, [own] * split.size),))
+        return received.view(split.size * length, batch, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,8 +134,9 @@ class _UnevenHeadToSeq(torch.autograd.Function):
         unit = length * batch * value_dim
         counts = [split.counts(rank)[0] for rank in range(split.size)]
         send = out.permute(2, 0, 1, 3).flatten()
-        received = all_to_all(send, group, [unit * own] * split.size, [unit * count for count in counts])
-        parts = received.split([unit * count for count in counts])
+        sizes = [unit * count for count in counts]
+        (received,) = kept("exchange", lambda: (all_to_all(send, group, [unit * own] * split.size, sizes),))
+        parts = received.split(sizes)
         # P times [s, B, h, Dv] -> [B, s, H, Dv]
         return torch.cat([part.view(length, batch, -1, value_dim) for part in parts], dim=2).transpose(0, 1)
 
@@ -177,6 +181,24 @@ def _collect(part: Tensor, readers: int) -> Tensor:
     return part.permute(2, 1, 0, 3, 4)
 
 
+def check_exchange(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuses tensors that can't travel as one message.
+
+    Raises:
+        ShapeError: their dtypes, rows, tokens or head sizes differ.
+    """
+    if not (query.dtype == key.dtype == value.dtype):
+        raise ShapeError(
+            f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; they travel as one message. "
+            f"Cast them to one dtype before attention."
+        )
+    if key.shape[:3] != value.shape[:3] or query.shape[::2] != key.shape[::2] or query.shape[3] != key.shape[3]:
+        raise ShapeError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in rows, "
+            f"tokens and head size. Cross-attention and key caches can't be sharded by Ulysses."
+        )
+
+
 def seq_to_head(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Exchanges tokens for heads in one collective.
 
@@ -192,16 +214,7 @@ def seq_to_head(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) 
     Raises:
         ShapeError: there are fewer query heads than ranks, or the tensors don't belong together.
     """
-    if not (query.dtype == key.dtype == value.dtype):
-        raise ShapeError(
-            f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; they travel as one message. "
-            f"Cast them to one dtype before attention."
-        )
-    if key.shape[:3] != value.shape[:3] or query.shape[::2] != key.shape[::2] or query.shape[3] != key.shape[3]:
-        raise ShapeError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in rows, "
-            f"tokens and head size. Cross-attention and key caches can't be sharded by Ulysses."
-        )
+    check_exchange(query, key, value)
     split = HeadSplit(group.size(), query.shape[1], key.shape[1])
     sizes = (query.shape[3], key.shape[3], value.shape[3])
     deal: type[torch.autograd.Function] = _DealHeads if split.is_even else _DealUnevenHeads
@@ -210,7 +223,7 @@ def seq_to_head(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) 
     dealt = [t.transpose(1, 2).unflatten(2, (min(parts, t.shape[1]), -1)) for t in (query, key, value)]
     message = deal.apply(*dealt, group, split, sizes)
     counts = split.counts(group.rank())
-    result: tuple[Tensor, Tensor, Tensor] = _CutHeads.apply(message, counts, sizes)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor, Tensor] = CutHeads.apply(message, counts, sizes)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 import yaml
 
 from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_fields import ATTENTION_CORES, FIELDS, Setting, Source
-from ulysses_accel.config_yaml import PREFIX, SECTION, parse_yaml_layer
+from ulysses_accel.config_fields import ATTENTION_CORES, FIELDS, PARALLELISM, Setting, Source
+from ulysses_accel.config_memory import ALST
+from ulysses_accel.config_yaml import parse_yaml_layer
 from ulysses_accel.errors import ConfigError
 
 T = TypeVar("T")
 _ANSWER = Source("command line", "your answer")
 _ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-offload")
 _PRECISIONS = ("no", "bf16", "fp16")
+_MEMORY: dict[str, dict[str, bool]] = {"none": {}, "alst": ALST}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Answers:
         processes: the number of processes of all machines together.
         engine: one of `ddp`, `fsdp2`, `zero0` to `zero3`, `zero3-offload`.
         precision: `no`, `bf16` or `fp16`.
-        settings: the parallelism settings that the file makes.
+        settings: the settings of parallelism and memory that the file makes.
     """
 
     processes: int
@@ -99,21 +101,38 @@ def ask_all() -> Answers:
     processes = ask("How many processes, all machines together?", "2", _size)
     settings = {"sp_size": ask("How many processes share one sequence?", str(processes), _degree_of(processes))}
     degree = int(settings["sp_size"].value or 1)
+    settings |= _ask_for_ring(degree)
     engine = ask(f"What averages the gradients ({', '.join(_ENGINES)})?", "fsdp2", _one_of("engine", _ENGINES))
     attention = FIELDS["sp_attn_implementation"]
     cores = ", ".join(ATTENTION_CORES)
     settings[attention.name] = ask(f"Which attention ({cores})?", "sdpa", lambda text: attention.settle(text, _ANSWER))
-    length = ask("Tokens of the whole sequence, or 'variable'?", "variable", _length_of(degree))
+    length = ask("Tokens of the whole sequence, or 'variable'?", "variable", _length_of(settings))
     settings["sp_seq_length_is_variable"] = Setting(length.value is None, _ANSWER)
     if length.value is not None:
         settings["sp_seq_length"] = length
     precision = ask(f"Mixed precision ({', '.join(_PRECISIONS)})?", "bf16", _one_of("mixed_precision", _PRECISIONS))
+    saving = ask(f"What saves memory ({', '.join(_MEMORY)})?", "none", _one_of("memory", tuple(_MEMORY)))
+    settings |= {name: Setting(value, _ANSWER) for name, value in _MEMORY[saving].items()}
     if engine == "fsdp2" and processes > degree:
         settings["dp_shard_size"] = Setting(processes // degree, _ANSWER)
     elif processes > degree:
         settings["dp_replicate_size"] = Setting(processes // degree, _ANSWER)
     ParallelismConfig.from_layers(settings).fit_world_size(processes)
     return Answers(processes, engine, precision, settings)
+
+
+def _ask_for_ring(degree: int) -> dict[str, Setting]:
+    """Asks how many of the processes of a sequence form a ring; the others exchange heads."""
+    if degree == 1:
+        return {}
+    question = "How many of them pass keys around a ring (more than there are heads, or many nodes)?"
+    ring = ask(question, "1", _ring_of(degree))
+    if ring == 1:
+        return {}
+    layout = FIELDS["cp_layout"]
+    kinds = "zigzag for causal attention, contiguous, striped"
+    dealt = ask(f"How are its tokens dealt ({kinds})?", "zigzag", lambda text: layout.settle(text, _ANSWER))
+    return {"sp_size": Setting(degree // ring, _ANSWER), "cp_size": Setting(ring, _ANSWER), "cp_layout": dealt}
 
 
 def write(path: Path, answers: Answers) -> None:
@@ -170,9 +189,10 @@ def stock_file(answers: Answers) -> dict[str, Any]:
             "zero3_init_flag": False,
             "deepspeed_multinode_launcher": "standard",
         }
-    # accelerate copies these into its arguments as they are, so the names need the prefix.
-    section = {PREFIX + name: setting.value for name, setting in answers.settings.items()}
-    content[SECTION] = {**section, PREFIX + "sp_backend": FIELDS["sp_backend"].default}
+    # accelerate copies these into its arguments as they are, so the names need the prefix; it refuses other sections.
+    section = {FIELDS[name].key: setting.value for name, setting in answers.settings.items()}
+    backends = ["sp_backend", *(["cp_backend"] if "cp_size" in answers.settings else [])]
+    content[PARALLELISM] = {**section, **{FIELDS[name].key: FIELDS[name].default for name in backends}}
     return content
 
 
@@ -199,14 +219,23 @@ def _degree_of(processes: int) -> Callable[[str], Setting]:
     return parse
 
 
-def _length_of(degree: int) -> Callable[[str], Setting]:
+def _ring_of(degree: int) -> Callable[[str], int]:
+    def parse(answer: str) -> int:
+        ring = FIELDS["cp_size"].settle(answer, _ANSWER).value
+        if not isinstance(ring, int) or degree % ring:
+            raise ConfigError(f"cp_size={answer[:40]} (from your answer) does not divide {degree}. Use a divisor.")
+        return ring
+
+    return parse
+
+
+def _length_of(settings: dict[str, Setting]) -> Callable[[str], Setting]:
     def parse(answer: str) -> Setting:
         text = "None" if answer.lower() in ("variable", "none") else answer
         setting = FIELDS["sp_seq_length"].settle(text, _ANSWER)
         if setting.value is not None:
             fixed = Setting(False, _ANSWER)
-            sizes = {"sp_size": Setting(degree, _ANSWER), "sp_seq_length": setting, "sp_seq_length_is_variable": fixed}
-            ParallelismConfig.from_layers(sizes)
+            ParallelismConfig.from_layers({**settings, "sp_seq_length": setting, "sp_seq_length_is_variable": fixed})
         return setting
 
     return parse

@@ -1,10 +1,10 @@
 """`ulysses-accel launch [accelerate's flags] script ...`: starts the workers and does what the flags say.
 
 The flags are those of `accelerate launch`, and accelerate's own launchers start the workers. The parallelism settings
-take another way than accelerate's: they are resolved and checked here and travel to the workers as
-`PARALLELISM_CONFIG_*`, with `ULYSSES_ACCEL_SOURCES` to say where each came from. Whenever processes share a batch,
-`ACCELERATE_USE_PARALLELISM_CONFIG` is exported too: a script that forgets to pass our config then builds accelerate's
-own, which refuses `sp_backend=ulysses`, so that the degree is never silently ignored.
+take another way than accelerate's: they are resolved and checked here, as are those of memory, and travel to the
+workers as `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*`, with `ULYSSES_ACCEL_SOURCES` to say where each came from.
+Whenever processes share a batch, `ACCELERATE_USE_PARALLELISM_CONFIG` is exported too: a script that forgets to pass our
+config then builds accelerate's own, which refuses `sp_backend=ulysses`, so that the degree is never silently ignored.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ from accelerate.commands import launch as stock
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import patch_environment
 
+from ulysses_accel.cli.stock_file import readable_by_accelerate
 from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_fields import FIELDS
+from ulysses_accel.config_auto import Cluster, is_auto
+from ulysses_accel.config_fields import FIELDS, SECTIONS
 from ulysses_accel.errors import ConfigError, closest
 from ulysses_accel.resolve import (
     STOCK_GATE_VARIABLE,
     command_line_layer,
     environment_layer,
     export_environment,
+    resolve,
     yaml_layer,
 )
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
-_FLAG_PREFIX = "parallelism_config_"
+_FLAG_PREFIXES = tuple(f"{section}_" for section in SECTIONS)
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _OTHER_LAUNCHERS = "Use `accelerate launch`, which starts TPU, SageMaker and Megatron-LM jobs."
 
 
@@ -44,7 +48,7 @@ class LaunchPlan:
 
     Args:
         arguments: accelerate's launch arguments, merged with the YAML file.
-        config: the resolved parallelism settings, fitted to the number of processes.
+        config: the resolved settings, fitted to the number of processes.
         environment: the variables that the workers get on top of this process's.
         engine: what averages the gradients.
         starter: which of accelerate's launchers starts the workers.
@@ -94,8 +98,13 @@ def plan_launch(argv: list[str]) -> LaunchPlan:
     if arguments.config_file is None and Path(default_config_file).is_file():
         arguments.config_file = default_config_file
     file_layer = yaml_layer(arguments.config_file) if arguments.config_file else {}
-    config = ParallelismConfig.from_layers(file_layer, environment_layer(), command_line_layer(flags))
+    layers = (file_layer, environment_layer(), command_line_layer(flags))
+    # Errors in our own section are told before those that accelerate finds in the file.
+    wishes = resolve(*layers)
     file = _load_stock_file(arguments.config_file)
+    config = ParallelismConfig.from_layers(*layers, cluster=_cluster(arguments, file))
+    if is_auto(wishes):
+        notices.append(f"sp_size={config.sp_size}, cp_size={config.cp_size}: {config.source_of('sp_size')}")
     engine = _choose_engine(arguments, file)
     _settle_processes(arguments, config, file, engine, notices)
     cpu_file = file is not None and (file.use_cpu or file.distributed_type == "MULTI_CPU")
@@ -157,17 +166,18 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
         argv: as for `launch`.
 
     Returns:
-        The arguments, and the text of the parallelism flags that were written, by field name.
+        The arguments, and the text of our own flags that were written, by field name.
 
     Raises:
         ConfigError: a flag before the script is unknown.
     """
     parser = stock.launch_command_parser()
     parser.prog = "ulysses-accel launch"
+    _add_our_flags(parser)
     options: set[str] = set()
     for action in parser._actions:
         options.update(option for option in action.option_strings if option.startswith("--"))
-        if action.dest.startswith(_FLAG_PREFIX):
+        if action.dest.startswith(_FLAG_PREFIXES):
             # Our own code checks these: accelerate reads `False` as True and refuses the backends' other names.
             action.type, action.choices = str, None
     arguments, unknown = parser.parse_known_args(argv)
@@ -175,13 +185,30 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
         name = unknown[0].partition("=")[0]
         raise ConfigError(f"unknown flag {name[:100]!r} before the script.{_closest_flag(name[:100], options)}")
     written: set[str] = getattr(arguments, "nondefault", set())
-    flags = {name: getattr(arguments, _FLAG_PREFIX + name) for name in FIELDS if _FLAG_PREFIX + name in written}
+    flags = {name: getattr(arguments, field.key) for name, field in FIELDS.items() if field.key in written}
     return arguments, flags
+
+
+def _add_our_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting that accelerate does not know."""
+    known = {action.dest for action in parser._actions}
+    group = parser.add_argument_group("ulysses-accel Arguments", "Settings that accelerate lacks.")
+    for setting in FIELDS.values():
+        if setting.key not in known:
+            group.add_argument(f"--{setting.key}", default=None, help=f"Defaults to {setting.default}.")
+
+
+def _cluster(arguments: argparse.Namespace, file: Any) -> Cluster:
+    """Returns the ranks of the job as far as flags, file and devices tell, for degrees that are `auto`."""
+    in_file = getattr(file, "num_processes", -1)
+    processes = arguments.num_processes or (in_file if in_file > 0 else 0) or _accelerator_count() or None
+    machines = arguments.num_machines or getattr(file, "num_machines", 1) or 1
+    return Cluster(processes, None if processes is None else max(1, processes // machines))
 
 
 def _closest_flag(name: str, options: set[str]) -> str:
     # The list of all flags would be longer than a screen: only the likely ones are named.
-    if "parallelism" in name:
+    if "parallelism" in name or "memory" in name:
         return closest(name, [field.flag for field in FIELDS.values()])
     suggestion = closest(name, options)
     return suggestion if "Did you mean" in suggestion else " `ulysses-accel launch --help` lists the flags."
@@ -191,7 +218,8 @@ def _load_stock_file(path: str | None) -> Any:
     if path is None:
         return None
     try:
-        return load_config_from_file(path)
+        with readable_by_accelerate(path) as readable:
+            return load_config_from_file(readable)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: accelerate can't use this configuration file: {error}. Correct the file."
@@ -301,10 +329,13 @@ def _merge_stock_arguments(arguments: argparse.Namespace, engine: Engine, on_cpu
         local = max(1, arguments.num_processes // (arguments.num_machines or 1))
         arguments.num_cpu_threads_per_process = max(1, (os.cpu_count() or 1) // local)
     merged: argparse.Namespace
+    path = arguments.config_file
     try:
-        merged, file, precision_from_file = stock._validate_launch_command(arguments)
+        with readable_by_accelerate(path) as arguments.config_file:
+            merged, file, precision_from_file = stock._validate_launch_command(arguments)
     except ValueError as error:
         raise ConfigError(f"accelerate refuses these flags: {error}") from error
+    merged.config_file = path
     fields = list(file.deepspeed_config) if file is not None and hasattr(file, "deepspeed_config") else []
     merged.deepspeed_fields_from_accelerate_config = ",".join(
         [*fields, *(["mixed_precision"] if precision_from_file else [])]
@@ -344,6 +375,10 @@ def _worker_environment(config: ParallelismConfig, engine: Engine, on_cpu: bool,
     environment = export_environment(config.settings, always)
     if wants_config or config.non_data_parallel_size > 1:
         environment[STOCK_GATE_VARIABLE] = "true"
+    memory = config.memory_config
+    if memory is not None and memory.expandable_segments and not any(map(os.environ.get, _ALLOCATOR_VARIABLES)):
+        # The allocator reads this once, before any of our code runs in the worker.
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if on_cpu and engine == "deepspeed":
         # accelerate drops DeepSpeed where it is told to use the CPU: DeepSpeed itself has to choose it.
         environment["DS_ACCELERATOR"] = "cpu"

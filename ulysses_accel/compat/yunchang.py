@@ -102,11 +102,12 @@ class LongContextAttention(nn.Module):
             query: `[B, s, H, D]`, this rank's tokens; U is at most H.
             key: `[B, s, K, D]`; K divides H.
             value: `[B, s, K, Dv]`.
-            dropout_p: probability of dropping an attention weight; only without ring and window.
+            dropout_p: probability of dropping an attention weight, with a mask of its own on each rank.
             softmax_scale: factor on the scores; 1 / sqrt(D) when None.
             causal: whether a token sees only itself and the tokens before it.
-            window_size: (w - 1, 0) lets a token see w tokens up to itself; (-1, -1) all.
-            softcap: bound of the scores through tanh, 0 for none; only without ring and window.
+            window_size: tokens that one sees before and behind itself, (w, 0) or (w, w); -1 for all; with `causal` none
+                behind.
+            softcap: bound of the scores through tanh, 0 for none.
             alibi_slopes: refused.
             deterministic: on a GPU torch's own setting must be on.
             return_attn_probs: refused.

@@ -98,23 +98,25 @@ def check_dims(scatter_idx: int, gather_idx: int, heads_dim: int) -> None:
 _REMEDIES = {
     "alibi_slopes": "Use alibi_slopes=None.",
     "return_attn_probs": "Use return_attn_probs=False: scores are never held whole.",
-    "dropout_p": "Use dropout_p=0.0, or sp_ring_degree=1 without a window.",
-    "softcap": "Use softcap=0.0, or sp_ring_degree=1 without a window.",
     "deterministic": "Call torch.use_deterministic_algorithms(True), which torch's kernels follow.",
 }
 
 
-def _window(window_size: tuple[int, int]) -> int | None:
-    """Returns how many tokens one sees, itself included; None for all."""
-    left, right = window_size
-    if (left, right) == (-1, -1):
-        return None
-    if left < 0 or right != 0:
-        raise UnsupportedModelError(
-            f"window_size={tuple(window_size)} is not computed. Use (w - 1, 0), which lets a token see w tokens up to "
-            f"itself, or (-1, -1)."
-        )
-    return left + 1
+def _mask(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None]:
+    """Returns whether attention is causal and its window as this package counts it; None for no window.
+
+    flash attention lets a query see that many keys to the left and to the right of its own, -1 for all, and none to
+    the right where it is causal.
+    """
+    left, right = window_size[0], 0 if causal else window_size[1]
+    if min(window_size) >= -1 and right == 0:
+        return True, None if left == -1 else left + 1
+    if min(window_size) >= -1 and left == right:
+        return False, None if left == -1 else left
+    raise UnsupportedModelError(
+        f"window_size={tuple(window_size)} with causal={causal} is not computed. Use (w, w), which lets a token see w "
+        f"tokens on either side, (w, 0), which lets it see w tokens before itself, or -1 in place of w for all."
+    )
 
 
 def _refuse(wanted: dict[str, Any], place: str) -> None:
@@ -147,25 +149,17 @@ def attend(
     Raises:
         UnsupportedModelError: an argument asks for what is not computed.
     """
-    window = _window(window_size)
-    ring_size = ring_group.size() if ring_group is not None else 1
-    on_cpu = query.device.type == "cpu"
+    is_causal, window = _mask(causal, window_size)
     _refuse({"alibi_slopes": alibi_slopes, "return_attn_probs": return_attn_probs}, "on a sharded sequence")
-    if ring_size > 1 or window is not None:
-        place = f"on a ring of {ring_size} ranks with window_size={tuple(window_size)}"
-        _refuse({"dropout_p": dropout_p, "softcap": softcap}, place)
-    if not on_cpu and not torch.are_deterministic_algorithms_enabled():
+    if query.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
         _refuse({"deterministic": deterministic}, "by torch's kernels unless torch itself is told")
-    # sdpa has no soft cap; eager has one everywhere, flash only on its devices.
-    core = "sdpa" if softcap == 0.0 else ("eager" if on_cpu else "flash_attention_2")
     out = usp_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         ulysses_group,
         ring_group,
-        # A window without keys behind the query is causal, with or without the flag.
-        is_causal=causal or window is not None,
+        is_causal=is_causal,
         window=window,
         scale=softmax_scale,
         dropout=dropout_p,
@@ -173,6 +167,5 @@ def attend(
         layout=layout,
         # With a window only its halo needs to travel.
         exchange="p2p" if window is None else "all_gather",
-        core=core,
     )
     return out.transpose(1, 2)

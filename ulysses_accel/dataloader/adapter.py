@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ulysses_accel.dataloader.collate import BatchLayout, ShardingCollate
+from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.dataloader.collate import ShardingCollate
 from ulysses_accel.dataloader.epoch import EpochRun, Position
 from ulysses_accel.dataloader.random_state import capture, check_states, keeps_workers
 from ulysses_accel.dataloader.refill import Refiller
@@ -23,6 +24,7 @@ from ulysses_accel.dataloader.state import LoaderState
 from ulysses_accel.errors import BatchError, ConfigError
 from ulysses_accel.sequence import IGNORE_INDEX, mark_shard
 from ulysses_accel.sequence_layout import Layout
+from ulysses_accel.sequence_rules import PLAIN_RULES, RulesSource
 
 _POLICIES = ("error", "drop", "pad")
 
@@ -45,7 +47,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         on_uneven: when ranks run out of batches at different steps: "error" raises on all of them, "drop" stops all at
             the first one's end, "pad" goes on to the last one's end with batches that count no label.
         key_rules: for keys of your own: "shard" (second dim), "replicate", or the number of the dim to shard.
-        sequence_length: pad every batch to this length; None pads to the next multiple of P.
+        sequence_length: pad every batch to this length, an encoder's and a decoder's sequence alike; None pads to the
+            next multiple of P.
         pad_multiple: a further number that the padded length must be a multiple of.
         cpu_group: the same ranks on a backend that moves host tensors; by default `sp_group`.
         ignore_index: the label that doesn't count.
@@ -53,6 +56,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         allow_duplicates: with `same_batch=False`, don't refuse a first batch that is the same on all ranks.
         ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
         ring_layout: how the tokens are dealt over the ring.
+        rules: what the model asks of a batch; a function that tells it is asked at the start of each epoch, so that a
+            loader may be made before its model.
 
     Raises:
         ConfigError: an argument is not legal.
@@ -77,6 +82,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         allow_duplicates: bool = False,
         ring_size: int = 1,
         ring_layout: Layout = "contiguous",
+        rules: RulesSource = PLAIN_RULES,
     ) -> None:
         # Not DataLoader's own constructor: this loader has no dataset and no workers besides the wrapped loader's.
         layout = BatchLayout(
@@ -100,7 +106,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         self.device = None if device is None else torch.device(device)
         self.same_batch, self.on_uneven = same_batch, on_uneven
         self.on_micro_step: Callable[[bool], None] | None = None
-        self._refiller = Refiller(layout, sp_rank, group, same_batch, on_uneven, allow_duplicates)
+        self._refiller = Refiller(layout, sp_rank, group, same_batch, on_uneven, allow_duplicates, rules)
         self._offset = 0
         self._epoch = int(getattr(dl, "iteration", 0))
         self._epoch_was_set = False
@@ -130,7 +136,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         """What makes this rank's batch of samples, so that loaders built from this one's attributes shard too."""
         if self._steps_per_batch > 1:
             return _refuse_rebuild
-        return ShardingCollate(self.dl.collate_fn, self._refiller.layout, self.sp_rank)
+        return ShardingCollate(self.dl.collate_fn, self._refiller.layout, self.sp_rank, self._refiller.rules)
 
     @property
     def _steps_per_batch(self) -> int:
@@ -269,6 +275,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             allow_duplicates=refiller.allow_duplicates,
             ring_size=layout.ring_size,
             ring_layout=layout.ring_layout,
+            rules=refiller.rules,
         )
         skipped._offset = self._offset + num_batches
         skipped._epoch, skipped._epoch_was_set = self._epoch, self._epoch_was_set

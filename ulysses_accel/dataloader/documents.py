@@ -7,86 +7,149 @@ A plain attention mask takes padding out of them. Works on the host: a batch tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ulysses_accel.errors import BatchError
-from ulysses_accel.sequence import Rows, documents_from_lengths, find_documents
+from ulysses_accel.sequence import Rows, documents_from_lengths
 
 CUMULATIVE_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def find_rows(batch: Mapping[str, Any], batch_size: int, length: int) -> tuple[Rows, bool]:
-    """Returns each row's documents, and whether something other than positions told them apart.
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch.
+
+    Args:
+        rows: for each row its documents as (start, stop).
+        holes: for each row the padding inside of its documents as (start, stop); empty where no row has any.
+        marked: whether something other than positions told the documents apart.
+    """
+
+    rows: Rows
+    holes: Rows
+    marked: bool
+
+    def spans(self, length: int) -> Tensor:
+        """Returns `[B, S]` of bool, on the host: whether a token lies in a document, or in a hole of one."""
+        return _covered(self.rows, length)
+
+    def token_mask(self, length: int) -> Tensor:
+        """Returns `[B, S]` of bool, on the host: whether a token is one, rather than padding."""
+        return self.spans(length) & ~_covered(self.holes, length) if self.holes else self.spans(length)
+
+    def starts(self, length: int) -> Tensor:
+        """Returns `[B, S]` of bool, on the host: whether a token is a document's first."""
+        found = torch.zeros(len(self.rows), length, dtype=torch.bool)
+        for row, segments in enumerate(self.rows):
+            found[row, torch.tensor([start for start, _ in segments], dtype=torch.int64)] = True
+        return found
+
+
+def _covered(rows: Rows, length: int) -> Tensor:
+    """Returns `[B, S]` of bool: whether a token lies in one of its row's segments."""
+    change = torch.zeros(len(rows), length + 1, dtype=torch.int64)
+    for row, segments in enumerate(rows):
+        bounds = torch.tensor(segments, dtype=torch.int64).reshape(-1, 2)
+        # The end of one is where the next may start, so both are counted.
+        change[row].scatter_add_(0, bounds[:, 0], torch.ones_like(bounds[:, 0]))
+        change[row].scatter_add_(0, bounds[:, 1], -torch.ones_like(bounds[:, 1]))
+    return change.cumsum(1)[:, :length] > 0
+
+
+def find_rows(batch: Mapping[str, Any], batch_size: int, length: int, prefix: str = "") -> Documents:
+    """Returns the documents of a batch.
+
+    Padding between tokens of one document is a hole in it; between documents, and at the ends, it belongs to none.
 
     Args:
         batch: may hold `cu_seq_lens_q` `[n]`, `seq_idx` `[B, S]`, `attention_mask` `[B, S]`, and `position_ids`
             `[B, S]`, `[1, S]` or `[k, B, S]`.
         batch_size: rows B.
         length: tokens S, before padding.
+        prefix: of the mask's and the positions' names.
 
     Raises:
-        BatchError: a mask that is not `[B, S]` or has holes, or cumulative lengths that don't fit the batch.
+        BatchError: a mask that is not `[B, S]`, or cumulative lengths that don't fit the batch.
     """
-    mask = _mask(batch.get("attention_mask"), batch_size, length)
-    valid = None if mask is None else mask != 0
-    if batch.get("cu_seq_lens_q") is not None:
-        segments = _cumulative(batch["cu_seq_lens_q"], batch_size, length)
-        if valid is None:
-            return (segments,), True
-        ids = torch.full((1, length), -1)
-        for number, (start, stop) in enumerate(segments):
-            ids[0, start:stop] = number
-        return _rows_of_ids(ids, valid), True
-    if isinstance(batch.get("seq_idx"), Tensor):
-        return _rows_of_ids(_as_rows(batch["seq_idx"], "seq_idx", batch_size, length), valid), True
-    if mask is not None and mask.numel() and int(mask.max()) > 1:
-        return _rows_of_ids(mask, valid), True
-    positions = batch.get("position_ids")
+    mask = _mask(batch.get(f"{prefix}attention_mask"), f"{prefix}attention_mask", batch_size, length)
+    valid = torch.ones(batch_size, length, dtype=torch.bool) if mask is None else mask != 0
+    ids = _document_ids(batch, mask, batch_size, length)
+    if ids is not None:
+        return _documents(ids, valid & (ids >= 0), "ids")
+    positions = batch.get(f"{prefix}position_ids")
     if not isinstance(positions, Tensor):
-        positions = torch.arange(length).expand(batch_size, length)
-    rows = _rows_of_positions(positions, valid, batch_size, length)
-    if valid is not None and positions.ndim <= 2:
-        _refuse_holes(rows, _as_rows(positions, "position_ids", batch_size, length))
-    return rows, False
+        return _documents(torch.zeros(batch_size, length, dtype=torch.int64), valid, "ids", marked=False)
+    if positions.ndim == 3 and positions.shape[1:] == (batch_size, length):
+        # Four planes: transformers puts plain text positions first. Three: the first is time, which stands still within
+        # an image and jumps behind it, so that only going down tells a new document.
+        return _documents(positions[0].detach().cpu(), valid, "positions" if positions.shape[0] == 4 else "time")
+    return _documents(_as_rows(positions, f"{prefix}position_ids", batch_size, length), valid, "positions")
 
 
-def _refuse_holes(rows: Rows, positions: Tensor) -> None:
-    """Refuses padding inside of a document: tokens on both sides see each other, which documents can't express."""
-    for row, segments in enumerate(rows):
-        for (_, stop), (start, _) in pairwise(segments):
-            if start > stop and positions[row, start] > positions[row, stop - 1]:
-                raise BatchError(
-                    f"the attention_mask has a hole: row {row} has padding at tokens {stop} to {start - 1}, between "
-                    f"tokens whose positions go on. Move padding to an end of the row, or start the positions over "
-                    f"where another document begins."
-                )
+def _document_ids(batch: Mapping[str, Any], mask: Tensor | None, batch_size: int, length: int) -> Tensor | None:
+    """Returns a number for each token's document, negative for padding; None where the batch has no such numbers."""
+    if batch.get("cu_seq_lens_q") is not None:
+        ids = torch.full((1, length), -1)
+        for number, (start, stop) in enumerate(_cumulative(batch["cu_seq_lens_q"], batch_size, length)):
+            ids[0, start:stop] = number
+        return ids
+    if isinstance(batch.get("seq_idx"), Tensor):
+        return _as_rows(batch["seq_idx"], "seq_idx", batch_size, length)
+    return mask if mask is not None and mask.numel() and int(mask.max()) > 1 else None
 
 
-def restarting_positions(rows: Rows, length: int, device: torch.device) -> Tensor:
-    """Returns positions `[B, S]` that start at 0 in each document; tokens in no document count on."""
-    positions = torch.arange(length).repeat(len(rows), 1)
-    for row, segments in enumerate(rows):
-        for start, stop in segments:
-            positions[row, start:stop] = torch.arange(stop - start)
-    return positions.to(device)
+def _documents(numbers: Tensor, valid: Tensor, kind: str, marked: bool | None = None) -> Documents:
+    found = [_row(own, tokens, kind) for own, tokens in zip(numbers, valid)]
+    holes = tuple(gaps for _, gaps in found)
+    return Documents(
+        tuple(segments for segments, _ in found),
+        holes if any(holes) else (),
+        kind == "ids" if marked is None else marked,
+    )
 
 
-def _mask(mask: Any, batch_size: int, length: int) -> Tensor | None:
+def _row(numbers: Tensor, valid: Tensor, kind: str) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Returns one row's documents and their holes.
+
+    Args:
+        numbers: `[S]`, by which two tokens with nothing but padding between are in one document or not.
+        valid: `[S]` of bool, False for padding.
+        kind: `ids`: equal numbers are one document; `positions`: the next number, or behind padding any greater one;
+            `time`: a number that is not smaller, or behind padding any greater one.
+    """
+    index = valid.nonzero().flatten()
+    if not index.numel():
+        return (), ()
+    left, right = index[:-1], index[1:]
+    before, after, apart = numbers[left], numbers[right], right - left > 1
+    if kind == "ids":
+        new = before != after
+    else:
+        new = torch.where(apart, after <= before, after < before if kind == "time" else after != before + 1)
+    seams = new.nonzero().flatten()
+    starts = torch.cat([index[:1], right[seams]]).tolist()
+    stops = torch.cat([left[seams], index[-1:]]).tolist()
+    gaps = (apart & ~new).nonzero().flatten()
+    holes = zip((left[gaps] + 1).tolist(), right[gaps].tolist())
+    return tuple((start, last + 1) for start, last in zip(starts, stops)), tuple(holes)
+
+
+def _mask(mask: Any, name: str, batch_size: int, length: int) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch_size, length):
         shape = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
         raise BatchError(
-            f"the batch has an attention_mask {shape}, but only a [batch, sequence] mask, here "
+            f"the batch has {'an' if name[0] == 'a' else 'a'} {name} {shape}, but only a [batch, sequence] mask, here "
             f"[{batch_size}, {length}], can be sharded. Tell documents apart by position_ids that start over instead."
         )
     host = mask.detach().cpu()
     if host.is_floating_point() and not bool(((host == 0) | (host == 1)).all()):
-        raise BatchError("the attention_mask has values other than 0 and 1. Give 1 for tokens and 0 for padding.")
+        raise BatchError(f"the {name} has values other than 0 and 1. Give 1 for tokens and 0 for padding.")
     return host.to(torch.int64)
 
 
@@ -112,27 +175,3 @@ def _cumulative(bounds: Any, batch_size: int, length: int) -> tuple[tuple[int, i
             "Use batch size 1 with it, or position_ids that start over in each row."
         )
     return documents_from_lengths([int(value) for value in values], length)
-
-
-def _rows_of_ids(ids: Tensor, valid: Tensor | None) -> Rows:
-    """Runs of one number are documents; a negative number is padding."""
-    index = torch.arange(ids.shape[1]).expand_as(ids)
-    changed = torch.zeros_like(ids, dtype=torch.bool)
-    changed[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    start = torch.cummax(torch.where(changed, index, 0), dim=1).values
-    inside = ids >= 0
-    return find_documents(index - start, inside if valid is None else inside & valid)
-
-
-def _rows_of_positions(positions: Tensor, valid: Tensor | None, batch_size: int, length: int) -> Rows:
-    if positions.ndim == 3 and positions.shape[1:] == (batch_size, length):
-        first = positions[0].detach().cpu()
-        # Four planes: transformers puts plain text positions first. Three: the first is time, which stands still within
-        # an image and jumps behind it, so that only going down tells a new document.
-        if positions.shape[0] == 4:
-            return find_documents(first, valid)
-        down = torch.zeros_like(first)
-        down[:, 1:] = first[:, 1:] < first[:, :-1]
-        ids = down.cumsum(1)
-        return _rows_of_ids(ids, valid)
-    return find_documents(_as_rows(positions, "position_ids", batch_size, length), valid)

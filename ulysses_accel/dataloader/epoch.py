@@ -72,6 +72,7 @@ class EpochRun:
             self._broken = error
 
     def _open(self, start: Position) -> None:
+        self._refiller = self._refiller.resolved()
         if start.inner is not None:
             self._loader.load_state_dict(start.inner)
         else:

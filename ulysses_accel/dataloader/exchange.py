@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -44,22 +45,39 @@ def _kind(whole: WholeBatch, name: str) -> tuple[torch.dtype, int, tuple[int, ..
 
 
 def encode_side(whole: WholeBatch) -> bytes:
-    """Returns what goes with the tensors, as JSON: the documents and the non-tensor entries.
+    """Returns what goes with the tensors, as JSON: the description and the non-tensor entries.
 
     Raises:
         BatchError: an entry is no tensor and nothing that JSON has.
     """
     for name, value in whole.extras.items():
         _check_plain(name, value)
-    description = whole.description
     side = {
         "keys": sorted(whole.tensors, key=key_code),
-        "length": description.sequence_length,
-        "rows": description.rows,
-        "ring": [description.ring_size, description.layout, description.counted_positions],
+        "description": _plain_description(whole.description),
         "extras": whole.extras,
     }
     return json.dumps(side, separators=(",", ":")).encode()
+
+
+def _plain_description(description: SequenceDescription | None) -> dict[str, Any] | None:
+    """Returns a description as JSON has it."""
+    if description is None:
+        return None
+    named = {one.name: getattr(description, one.name) for one in fields(description) if one.compare}
+    return {**named, "encoder": _plain_description(description.encoder)}
+
+
+def _description(plain: Any) -> SequenceDescription | None:
+    """Returns the description that `_plain_description` wrote: JSON has lists where it has tuples."""
+    if plain is None:
+        return None
+    nested = {name: _as_tuple(plain[name]) for name in ("rows", "holes", "prefixes")}
+    return SequenceDescription(**{**plain, **nested, "encoder": _description(plain["encoder"])})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _check_plain(name: str, value: Any) -> None:
@@ -136,7 +154,7 @@ def _all_to_all(outgoing: Sequence[Tensor], sizes: Sequence[int], group: dist.Pr
 
 def _unpack(data: Tensor, header: Header, parts: int) -> dict[str, Any]:
     side = json.loads(bytes(data[data.numel() - header.side_bytes :].tolist()))
-    batch: dict[str, Any] = {}
+    batch: dict[str, Any] = side["extras"]
     start = 0
     for name, entry in zip(side["keys"], header.entries):
         shape = _local_shape(entry, parts)
@@ -144,7 +162,5 @@ def _unpack(data: Tensor, header: Header, parts: int) -> dict[str, Any]:
         # A copy, because a view of another dtype must start at a multiple of its size.
         batch[name] = data[start:stop].clone().view(entry.dtype).reshape(shape)
         start = stop
-    rows = tuple(tuple((first, last) for first, last in row) for row in side["rows"])
-    batch.update(side["extras"])
-    batch[DESCRIPTION_KEY] = SequenceDescription(side["length"], parts, rows, *side["ring"])
+    batch[DESCRIPTION_KEY] = _description(side["description"])
     return batch

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ulysses_accel.consensus import describe_error
-from ulysses_accel.dataloader.collate import BatchLayout, WholeBatch, complete
+from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.dataloader.collate import WholeBatch, complete
 from ulysses_accel.dataloader.exchange import encode_side, entries_of, exchange, keys_text
 from ulysses_accel.dataloader.header import Header, Status, agree_on_batch
+from ulysses_accel.dataloader.labels import token_label_keys
 from ulysses_accel.errors import BatchError
+from ulysses_accel.sequence_rules import PLAIN_RULES, RulesSource, resolve_rules
 
 Draw = Callable[[], tuple[Any, bool]]
 """Returns the next batch of this rank's loader and whether it knows that none follows; raises StopIteration."""
@@ -30,6 +33,7 @@ class Refiller:
         same_batch: all ranks draw the same batch and keep their shards; otherwise each brings its own.
         on_uneven: "error", "drop" or "pad", see `UlyssesSPDataLoaderAdapter`.
         allow_duplicates: whether ranks that should bring their own may all bring the same first batch.
+        rules: what the model asks of a batch, or what will tell it.
     """
 
     layout: BatchLayout
@@ -38,6 +42,11 @@ class Refiller:
     same_batch: bool
     on_uneven: str
     allow_duplicates: bool
+    rules: RulesSource = PLAIN_RULES
+
+    def resolved(self) -> Refiller:
+        """Returns this refiller with its rules known."""
+        return replace(self, rules=resolve_rules(self.rules))
 
     def refill(self, draw: Draw, position: int, first: bool = False) -> tuple[list[dict[str, Any]], bool] | None:
         """Draws a batch, agrees on it, and returns this rank's micro-steps and whether they are the last.
@@ -80,7 +89,7 @@ class Refiller:
         except Exception as error:
             return _Offer.failed(error, position)
         try:
-            whole = complete(batch, self.layout)
+            whole = complete(batch, self.layout, resolve_rules(self.rules))
             side = b"" if self.same_batch else encode_side(whole)
             header = Header(
                 Status.OK, position, is_last, whole.checksum(), side_bytes=len(side), entries=entries_of(whole)
@@ -92,18 +101,16 @@ class Refiller:
     def _exchanged(self, offer: _Offer, headers: list[Header]) -> list[dict[str, Any]]:
         received = exchange(offer.whole, offer.side, headers, self.group)
         template = next(batch for batch in received if batch is not None)
-        if any(batch is None for batch in received) and "shift_labels" not in template:
+        labels = token_label_keys(template, self.layout, resolve_rules(self.rules))
+        if any(batch is None for batch in received) and not labels:
             # All ranks are here: which ranks are out of data, and the keys, were agreed on.
             raise BatchError(
-                "on_uneven='pad' fills the missing batches with ignored labels, but these batches have no labels. "
-                "Use on_uneven='drop', or give every rank the same number of batches."
+                "on_uneven='pad' fills the missing batches with ignored labels, but these batches have no labels of "
+                "tokens. Use on_uneven='drop', or give every rank the same number of batches."
             )
-        return [batch if batch is not None else self._filler(template) for batch in received]
-
-    def _filler(self, template: dict[str, Any]) -> dict[str, Any]:
-        """A micro-step of the template's shape that counts no label."""
-        labels = template["shift_labels"]
-        return {**template, "shift_labels": torch.full_like(labels, self.layout.ignore_index)}
+        # A micro-step of the template's shape that counts no label.
+        filler = {**template, **{key: torch.full_like(template[key], self.layout.ignore_index) for key in labels}}
+        return [batch if batch is not None else filler for batch in received]
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,27 @@ relies on; so stock code sees no sequence parallelism, and can't scale or wrap a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ulysses_accel.attention import Exchange, SequenceAttention, check_model
+from ulysses_accel.attention import SequenceAttention, check_model
 from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.engines.forward import ShardedForward, shard_forward
 from ulysses_accel.engines.loaders import prepare_loader, register_loader_state
+from ulysses_accel.engines.memory import MemoryAttachment
+from ulysses_accel.engines.rules import common_rules
 from ulysses_accel.engines.scheduler import sequence_schedulers, stretch_dummy_scheduler
 from ulysses_accel.engines.state import close_gloo_at_exit, repair_state, start_process_group, wants_fsdp
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.mesh import SequenceGroups, sequence_groups
 from ulysses_accel.mesh import build_mesh as build_axes
+from ulysses_accel.sequence_rules import BatchRules
 
 _WRAPPED = ("prepare", "prepare_model", "prepare_data_loader", "prepare_scheduler", "skip_first_batches")
 
@@ -68,9 +72,11 @@ def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
             f"tp_size={config.tp_size} ({config.source_of('tp_size')}) beside sp_size={config.sp_size} and "
             f"cp_size={config.cp_size}: tensor parallelism is not combined with either yet. Use tp_size=1."
         )
-    if config.sequence_parallel_size == 1:
-        return None
-    return Attachment(config, accelerator, sequence_groups(config.get_device_mesh()))
+    is_shared = config.sequence_parallel_size > 1
+    attachment = Attachment(config, accelerator, sequence_groups(config.get_device_mesh())) if is_shared else None
+    if config.memory_config is not None and config.memory_config.is_active:
+        MemoryAttachment(config.memory_config, accelerator)
+    return attachment
 
 
 class Attachment:
@@ -87,6 +93,8 @@ class Attachment:
         self.accelerator = accelerator
         self.groups = groups
         self.forwards: list[tuple[nn.Module, ShardedForward]] = []
+        # The models of the prepare call that is running, whose loaders make batches for them.
+        self._together: tuple[nn.Module, ...] = ()
         self._stock = {name: getattr(accelerator, name) for name in _WRAPPED}
         for name in _WRAPPED:
             setattr(accelerator, name, getattr(self, name))
@@ -108,8 +116,12 @@ class Attachment:
                 self._shard_model(obj)
             stretch_dummy_scheduler(obj, self.groups.size)
         register_loader_state(self.accelerator)
-        with self._as_data_parallel(bool(any(isinstance(obj, DataLoader) for obj in args))):
-            result = self._stock["prepare"](*args, device_placement=device_placement)
+        self._together = tuple(obj for obj in args if isinstance(obj, nn.Module))
+        try:
+            with self._as_data_parallel(bool(any(isinstance(obj, DataLoader) for obj in args))):
+                result = self._stock["prepare"](*args, device_placement=device_placement)
+        finally:
+            self._together = ()
         if len(args) > 1:
             return sequence_schedulers(self.accelerator, tuple(result), self.groups.data_parallel_size)
         return sequence_schedulers(self.accelerator, (result,), self.groups.data_parallel_size)[0]
@@ -123,7 +135,19 @@ class Attachment:
 
     def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
         """Stands in for `Accelerator.prepare_data_loader`: sharded over data parallel ranks, then over the sequence."""
-        return prepare_loader(self.accelerator, data_loader, self.config, self.groups, device_placement)
+        rules = partial(self.batch_rules, self._together)
+        return prepare_loader(self.accelerator, data_loader, self.config, self.groups, device_placement, rules)
+
+    def batch_rules(self, models: Sequence[nn.Module] = ()) -> BatchRules:
+        """Returns what models ask of a batch.
+
+        Args:
+            models: that a loader was prepared with; all prepared ones when it came alone.
+
+        Raises:
+            ConfigError: two of them ask for different batches.
+        """
+        return common_rules(models or [model for model, _ in self.forwards])
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """Stands in for `Accelerator.prepare_scheduler`: steps once for each batch of the optimizer step."""
@@ -142,12 +166,19 @@ class Attachment:
             return
         if getattr(model, "_is_accelerate_prepared", False):
             return
-        core = self.config.sp_handler.sp_attn_implementation
+        ring, handler = self.config.cp_handler, self.config.sp_handler
+        core = handler.sp_attn_implementation
         sizes = ((name, getattr(self.config, name)) for name in ("sp_size", "cp_size"))
         sources = ", ".join(f"{name}={size} (from {self.config.source_of(name)})" for name, size in sizes if size > 1)
-        check_model(model, self.config.sp_size, core, sources)
-        exchange: Exchange = "all_gather" if self._gathers_keys() else "p2p"
-        attention = SequenceAttention(self.groups.sp_group, self.groups.cp_group, core, exchange)
+        check_model(model, self.config.sp_size, sources)
+        attention = SequenceAttention(
+            self.groups.sp_group,
+            self.groups.cp_group,
+            core,
+            ring.exchange,
+            head_stride=ring.head_stride,
+            head_chunks=handler.sp_head_chunks,
+        )
         forward = shard_forward(
             model,
             attention,
@@ -156,10 +187,6 @@ class Attachment:
             lambda: int(self.accelerator.gradient_accumulation_steps),
         )
         self.forwards.append((model, forward))
-
-    def _gathers_keys(self) -> bool:
-        """Whether the ring gathers keys at once; accelerate's names are `allgather` and, for rotation, `alltoall`."""
-        return getattr(self.config.cp_handler, "cp_comm_strategy", "alltoall") == "allgather"
 
     @contextmanager
     def _as_data_parallel(self, has_loader: bool) -> Iterator[None]:

@@ -6,7 +6,6 @@ without one the model does what it always did, with its own mask.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,9 +23,50 @@ from ulysses_accel.attention import (
     install,
     transformers_model,
 )
-from ulysses_accel.errors import BatchError, UnsupportedModelError
-from ulysses_accel.loss import aggregate_loss, shared_scalar
-from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription, is_marked_shard
+from ulysses_accel.attention.labels import LossUse, read_loss
+from ulysses_accel.attention.position_checks import rotary_modules
+from ulysses_accel.attention.positions import PositionSource, own_counts, position_sources
+from ulysses_accel.attention.structure import encoder_of, reads_tokens
+from ulysses_accel.attention.syntax import parameters, takes_keywords
+from ulysses_accel.engines.batch_checks import check_batch, refuse_undescribed_shard
+from ulysses_accel.engines.canary import Canary
+from ulysses_accel.engines.positions import hook_counts, hook_positions, longest_position
+from ulysses_accel.engines.recompute import describe_checkpoints, restore_checkpoints
+from ulysses_accel.engines.rotary import hook_rotary
+from ulysses_accel.engines.whole_encoder import hook_whole_encoder
+from ulysses_accel.loss import aggregate_loss, mean_as_share, shared_scalar
+from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What a sharded forward must know of its model.
+
+    Args:
+        loss: how it uses labels; None where it computes no loss.
+        positions: where the positions of its sequences come in.
+        is_encoder_decoder: whether the described sequence is a decoder's.
+        has_whole_encoder: whether every rank has all of an encoder's input, which is not made of tokens.
+        takes_use_cache: whether its forward can be told to keep no keys.
+    """
+
+    loss: LossUse | None
+    positions: tuple[PositionSource, ...]
+    is_encoder_decoder: bool
+    has_whole_encoder: bool
+    takes_use_cache: bool
+
+    @classmethod
+    def of(cls, model: Any) -> ModelTraits:
+        """Returns the traits of a transformers model that passed `check_model`."""
+        used, encoder = read_loss(model), encoder_of(model)
+        return cls(
+            loss=used if isinstance(used, LossUse) else None,
+            positions=tuple(position_sources(model)),
+            is_encoder_decoder=encoder is not None,
+            has_whole_encoder=encoder is not None and not reads_tokens(encoder),
+            takes_use_cache="use_cache" in parameters(model) or takes_keywords(model),
+        )
 
 
 @dataclass
@@ -35,9 +75,10 @@ class _Running:
 
     description: SequenceDescription | None
     context: AbstractContextManager[None]
-    shift_labels: Tensor | None
-    num_items_in_batch: Tensor | int | None
-    calls_before: int
+    counts_before: tuple[int, int]
+    labels: Tensor | None = None
+    num_items_in_batch: Tensor | int | None = None
+    positions: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,26 +86,28 @@ class ShardedForward:
     """The hooks on one model, and the way to take them off.
 
     Args:
+        model: that the hooks are on.
         attention: the model's installed attention.
         group: the ranks that share each sequence.
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
-        has_loss: whether the model computes a loss from labels.
+        traits: of the model.
+        canary: tells whether all attention comes to us.
         handles: the hooks.
         running: forwards between their two hooks, the innermost last.
         warned: whether the user was told of a whole batch in training.
-        counts_from_mask: the module that takes positions from the attention mask where none are given, if there is one.
     """
 
+    model: nn.Module
     attention: InstalledAttention
     group: ProcessGroup
     world_group: ProcessGroup
     num_steps: Callable[[], int]
-    has_loss: bool
+    traits: ModelTraits
+    canary: Canary
     handles: list[Any] = field(default_factory=list)
     running: list[_Running] = field(default_factory=list)
     warned: bool = False
-    counts_from_mask: str | None = None
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepares the arguments of a sharded forward; leaves those of an ordinary one alone."""
@@ -73,31 +116,17 @@ class ShardedForward:
         # Ordinary forwards get a context too: one inside of a sharded forward must not see that batch.
         context = describe_forward(description)
         context.__enter__()
-        self.running.append(
-            _Running(
-                description=description,
-                context=context,
-                shift_labels=kwargs.get("shift_labels"),
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-                calls_before=self.attention.num_calls,
-            )
-        )
+        running = _Running(description, context, self.canary.counts())
+        self.running.append(running)
         # Refused only now: `after` runs for a forward that raises too, and takes off what was put up here.
         if description is None:
-            _refuse_undescribed_shard(args, kwargs)
+            refuse_undescribed_shard(args, kwargs)
             self._warn_of_whole_batch(model, kwargs)
             return args, kwargs
-        _check_batch(description, args, kwargs)
-        self._refuse_counted_positions(description)
-        return args, self._sharded_arguments(kwargs)
-
-    def _refuse_counted_positions(self, description: SequenceDescription) -> None:
-        """Refuses positions that the loader made up, where the model would have made up others."""
-        if self.counts_from_mask and description.counted_positions and description.is_padded_left:
-            raise BatchError(
-                f"the batch is padded on the left and has no position_ids, which {self.counts_from_mask} would count "
-                f"from the first real token on. Put position_ids into the batch, or pad on the right."
-            )
+        keys = tuple(source.key for source in self.traits.positions)
+        check_batch(description, args, kwargs, keys, self.traits.is_encoder_decoder)
+        describe_checkpoints(self.model)
+        return args, self._sharded_arguments(kwargs, running)
 
     def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Says once that training goes on without sharding: most likely a loader that was not prepared."""
@@ -110,16 +139,35 @@ class ShardedForward:
             stacklevel=2,
         )
 
-    def _sharded_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _sharded_arguments(self, kwargs: dict[str, Any], running: _Running) -> dict[str, Any]:
         # Padding is part of the description; a shard's mask would be taken for the whole sequence's.
-        kwargs.pop("attention_mask", None)
-        kwargs["use_cache"] = False
-        if not self.has_loss:
-            kwargs.pop("shift_labels", None)
-        elif kwargs.get("shift_labels") is not None:
-            # transformers computes a loss only when it is given labels; beside shift_labels it does not use them.
-            kwargs["labels"] = kwargs["shift_labels"]
+        kwargs.pop("decoder_attention_mask", None)
+        if not self.traits.has_whole_encoder:
+            kwargs.pop("attention_mask", None)
+        if self.traits.takes_use_cache:
+            kwargs["use_cache"] = False
+        for source in self.traits.positions:
+            running.positions[source.key] = kwargs[source.key]
+            if not source.is_argument:
+                del kwargs[source.key]
+        self._use_labels(kwargs, running)
         return kwargs
+
+    def _use_labels(self, kwargs: dict[str, Any], running: _Running) -> None:
+        """Gives the model the labels that its loss is to use, and keeps them to count."""
+        loss = self.traits.loss
+        running.num_items_in_batch = kwargs.get("num_items_in_batch")
+        shifted = kwargs.get("shift_labels")
+        if loss is None:
+            kwargs.pop("shift_labels", None)
+            return
+        if loss.labels == "same_token":
+            running.labels = kwargs.get("labels")
+        elif shifted is not None:
+            # transformers computes a loss only when it is given labels; beside shift_labels it does not use them.
+            running.labels = kwargs["labels"] = shifted
+        if not loss.divides_by_items:
+            kwargs.pop("num_items_in_batch", None)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Replaces the shard's loss by the whole batch's; runs also when the forward raised, with no output."""
@@ -127,22 +175,20 @@ class ShardedForward:
         running.context.__exit__(None, None, None)
         if running.description is None or output is None:
             return None
-        if self.attention.num_calls == running.calls_before:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} computed a sharded batch without one attention call through "
-                f"'{self.attention.implementation}': its tokens have only seen their own shard. Something replaced the "
-                f"model's attention after prepare; prepare the model last."
-            )
+        self.canary.check(model, running.counts_before)
         return self._aggregate(running, output)
 
     def _aggregate(self, running: _Running, output: Any) -> Any:
         """Returns `output` with its loss aggregated; the loss is the first entry of a tuple."""
-        if running.shift_labels is None or not self.has_loss:
+        used = self.traits.loss
+        if running.labels is None or used is None:
             return None
         loss = output[0] if isinstance(output, tuple) else output.loss
         num_items = running.num_items_in_batch
         group = self.group if num_items is None else self.world_group
-        loss = aggregate_loss(loss, running.shift_labels, group, num_items_in_batch=num_items)
+        if num_items is not None and not used.divides_by_items:
+            loss = mean_as_share(loss, running.labels, num_items)
+        loss = aggregate_loss(loss, running.labels, group, num_items_in_batch=num_items)
         loss = shared_scalar(loss, group)
         if num_items is not None:
             # The engine divides each micro-step's loss by their number, which num_items_in_batch has in it already.
@@ -152,11 +198,23 @@ class ShardedForward:
         output["loss"] = loss
         return output
 
+    def current_positions(self, key: str) -> Tensor | None:
+        """Returns the running forward's positions `[B, S / P]`, None outside of a sharded one."""
+        return self.running[-1].positions.get(key) if self.running else None
+
+    def longest(self, module: nn.Module) -> int | None:
+        """Returns the longest position of a module's sequence, None outside of a sharded forward."""
+        description = self.running[-1].description if self.running else None
+        if description is None:
+            return None
+        return longest_position(description, module in (self.attention.roles.encoder or ()))
+
     def uninstall(self) -> None:
         """Takes the hooks off the model and restores its attention."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        restore_checkpoints(self.model)
         self.attention.uninstall()
 
 
@@ -179,51 +237,22 @@ def shard_forward(
     Returns:
         The installation; its `uninstall()` restores the model.
     """
-    has_loss = "labels" in inspect.signature(type(transformers_model(model)).forward).parameters
-    sharded = ShardedForward(install(model, attention), group, world_group, num_steps, has_loss)
-    sharded.counts_from_mask = next((name for name, part in model.named_modules() if _counts_from_mask(part)), None)
+    inner = transformers_model(model)
+    traits, counts = ModelTraits.of(inner), own_counts(inner)
+    installed = install(model, attention)
+    canary = Canary(model, installed)
+    sharded = ShardedForward(model, installed, group, world_group, num_steps, traits, canary)
     sharded.handles = [
+        *canary.handles,
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
         model.register_forward_hook(sharded.after, with_kwargs=True, always_call=True),
+        *hook_counts(counts, attention),
     ]
+    for source in traits.positions:
+        sharded.handles += hook_positions(source, sharded.current_positions) if not source.is_argument else []
+    encoder = encoder_of(inner)
+    if encoder is not None and traits.has_whole_encoder:
+        sharded.handles += hook_whole_encoder(encoder)
+    # Behind those that give a module its positions.
+    sharded.handles += hook_rotary(rotary_modules(inner), sharded.longest)
     return sharded
-
-
-def _refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses a shard that lost its description: attention would silently stay within the shard.
-
-    Data loaders mark the shards that they yield; whole batches carry no mark, and `labels` instead of `shift_labels`.
-    """
-    found = ["tokens" for value in args[:1] if is_marked_shard(value)]
-    found += [name for name in ("input_ids", "inputs_embeds", "position_ids") if is_marked_shard(kwargs.get(name))]
-    found += ["shift_labels"] if kwargs.get("shift_labels") is not None else []
-    if found:
-        raise BatchError(
-            f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's tokens would only see "
-            f"their own shard. Pass the batch as the data loader gave it: model(**batch). For a batch that is whole on "
-            f"this rank, pass labels and not shift_labels."
-        )
-
-
-def _counts_from_mask(module: nn.Module) -> bool:
-    """True for position embeddings that are given the attention mask."""
-    return isinstance(module, nn.Embedding) and "attention_mask" in inspect.signature(type(module).forward).parameters
-
-
-def _check_batch(description: SequenceDescription, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses arguments that are not this rank's shard of the described batch."""
-    if args:
-        raise BatchError(
-            f"a sharded batch was passed with {len(args)} positional arguments. Pass all of it by name: model(**batch)."
-        )
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    expected = (description.batch_size, description.shard_length)
-    found = None if tokens is None else tuple(tokens.shape[:2])
-    if found != expected:
-        raise BatchError(
-            f"the batch has {found} rows and tokens on this rank, its sequence_description says {expected} "
-            f"({description.sequence_length} tokens over {description.num_shards} ranks). "
-            f"Pass the batch as the data loader gave it."
-        )
-    if kwargs.get("position_ids") is None:
-        raise BatchError("the sharded batch has no position_ids. Pass the batch as the data loader gave it: **batch.")

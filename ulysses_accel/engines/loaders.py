@@ -19,10 +19,7 @@ from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter
 from ulysses_accel.errors import CheckpointError
 from ulysses_accel.mesh import SequenceGroups
-from ulysses_accel.sequence_layout import Layout
-
-# Causal work is even and half-dropping saves a quarter of the bytes; bidirectional attention is as good in any layout.
-RING_LAYOUT: Layout = "zigzag"
+from ulysses_accel.sequence_rules import PLAIN_RULES, RulesSource
 
 
 def prepare_loader(
@@ -31,15 +28,17 @@ def prepare_loader(
     config: ParallelismConfig,
     groups: SequenceGroups,
     device_placement: bool | None = None,
+    rules: RulesSource = PLAIN_RULES,
 ) -> UlyssesSPDataLoaderAdapter:
     """Returns the loader that yields this rank's shards; one that was prepared before is returned as it is.
 
     Args:
         accelerator: the attached accelerator, in whose list the loader is kept.
         data_loader: a torch DataLoader over a map or iterable dataset.
-        config: fixed sequence length, if any.
+        config: fixed sequence length, if any, and the ring's layout.
         groups: this rank's place in the mesh.
         device_placement: whether batches go to the accelerator's device; its own setting when None.
+        rules: what the prepared models ask of a batch, or what tells it once they are prepared.
     """
     if getattr(data_loader, "_is_accelerate_prepared", False):
         if not any(known is data_loader for known in accelerator._dataloaders):
@@ -57,7 +56,8 @@ def prepare_loader(
         sequence_length=None if handler.sp_seq_length_is_variable else handler.sp_seq_length,
         cpu_group=groups.cpu_group,
         ring_size=config.cp_size,
-        ring_layout=RING_LAYOUT,
+        ring_layout=config.cp_handler.layout,
+        rules=rules,
     )
     accelerator._dataloaders.append(adapter)
     return adapter

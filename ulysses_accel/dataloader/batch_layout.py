@@ -1,0 +1,78 @@
+"""How batches are padded and cut: what the user or the engine chose, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ulysses_accel.errors import BatchError, ConfigError
+from ulysses_accel.sequence import IGNORE_INDEX, next_multiple
+from ulysses_accel.sequence_layout import Layout, multiple_of
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How batches are padded and cut.
+
+    Args:
+        num_shards: ranks P that share a sequence.
+        sequence_length: the fixed length that every batch is padded to; None lets it vary. With an encoder and a
+            decoder both are padded to it.
+        pad_multiple: a further number that the padded length must be a multiple of.
+        key_rules: for keys of your own, "shard" (second dim), "replicate", or the number of the dim to shard.
+        ignore_index: the label that doesn't count.
+        pad_token_id: pads `input_ids`.
+        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
+        ring_layout: how the tokens are dealt over the ring.
+
+    Raises:
+        ConfigError: a value is not legal.
+    """
+
+    num_shards: int
+    sequence_length: int | None = None
+    pad_multiple: int | None = None
+    key_rules: Mapping[str, str | int] = field(default_factory=dict)
+    ignore_index: int = IGNORE_INDEX
+    pad_token_id: int = 0
+    ring_size: int = 1
+    ring_layout: Layout = "contiguous"
+
+    def __post_init__(self) -> None:
+        if self.num_shards < 1:
+            raise ConfigError(f"sp_world_size={self.num_shards} is not a number of ranks. Use 1 or more.")
+        if self.pad_multiple is not None and self.pad_multiple < 1:
+            raise ConfigError(f"pad_multiple={self.pad_multiple} is not a number of tokens. Use 1 or more, or None.")
+        fixed = self.sequence_length
+        if fixed is not None and (fixed < 1 or fixed % self.multiple):
+            raise ConfigError(
+                f"sequence_length={fixed} is not a multiple of {self.multiple} (sp_world_size={self.num_shards}, "
+                f"pad_multiple={self.pad_multiple}). Use {next_multiple(max(fixed, 1), self.multiple)}."
+            )
+        for key, rule in self.key_rules.items():
+            if rule not in ("shard", "replicate") and (not isinstance(rule, int) or isinstance(rule, bool)):
+                raise ConfigError(
+                    f"key_rules[{key!r}]={rule!r} is no rule. Use 'shard', 'replicate' or a dim's number."
+                )
+
+    @property
+    def multiple(self) -> int:
+        """What the padded length is a multiple of."""
+        dealt = multiple_of(self.ring_size, self.ring_layout, self.num_shards // self.ring_size)
+        return math.lcm(dealt, self.pad_multiple or 1)
+
+    def padded_length(self, length: int) -> int:
+        """Returns the tokens of a batch of `length` after padding.
+
+        Raises:
+            BatchError: the batch is longer than the fixed length.
+        """
+        if self.sequence_length is None:
+            return next_multiple(length, self.multiple)
+        if length > self.sequence_length:
+            raise BatchError(
+                f"the batch has {length} tokens in a row, but sequence_length={self.sequence_length} is fixed. "
+                "Truncate in the collate function, raise sequence_length, or let it vary (None)."
+            )
+        return self.sequence_length

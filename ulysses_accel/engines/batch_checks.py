@@ -1,0 +1,104 @@
+"""Checks that what a sharded forward is given is this rank's shard of the batch that its description describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ulysses_accel.errors import BatchError
+from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription, is_marked_shard
+
+# What models merge into the embeddings of their tokens, by placeholders that a shard has only some of.
+_MERGED = (
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "flattened_patches",
+    "image_embeds",
+    "input_features",
+    "input_values",
+    "audio_values",
+    "audio_embeds",
+    "input_audio_embeds",
+)
+_AS_GIVEN = "Pass the batch as the data loader gave it"
+
+
+def refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a shard that lost its description: attention would silently stay within the shard.
+
+    Data loaders mark the shards that they yield; whole batches carry no mark, and `labels` instead of `shift_labels`.
+    """
+    names = ("input_ids", "inputs_embeds", "position_ids", "decoder_input_ids", "decoder_position_ids", "labels")
+    found = ["tokens" for value in args[:1] if is_marked_shard(value)]
+    found += [name for name in names if is_marked_shard(kwargs.get(name))]
+    found += ["shift_labels"] if kwargs.get("shift_labels") is not None else []
+    if found:
+        raise BatchError(
+            f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's tokens would only see "
+            f"their own shard. {_AS_GIVEN}: model(**batch). For a batch that is whole on this rank, pass labels "
+            f"and not shift_labels."
+        )
+
+
+def check_batch(
+    description: SequenceDescription,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    position_keys: tuple[str, ...],
+    is_encoder_decoder: bool,
+) -> None:
+    """Refuses arguments that are not this rank's shard of the described batch.
+
+    Args:
+        description: of the batch.
+        args: positional arguments of the forward; there must be none.
+        kwargs: all others.
+        position_keys: the positions that the model is to be given.
+        is_encoder_decoder: whether the described sequence is a decoder's.
+
+    Raises:
+        BatchError: with what is wrong.
+    """
+    if args:
+        raise BatchError(
+            f"a sharded batch was passed with {len(args)} positional arguments. Pass all of it by name: model(**batch)."
+        )
+    if is_encoder_decoder:
+        _check_tokens(description, kwargs, "decoder_")
+        if description.encoder is not None and description.encoder.num_shards > 1:
+            _check_tokens(description.encoder, kwargs, "")
+    else:
+        _check_tokens(description, kwargs, "")
+        if kwargs.get("encoder_hidden_states") is not None:
+            raise BatchError(
+                "the sharded batch has encoder_hidden_states, but the model is no encoder-decoder whose encoder is "
+                "known. Use a transformers encoder-decoder model, or sp_size=1 and cp_size=1."
+            )
+    for key in position_keys:
+        if kwargs.get(key) is None:
+            raise BatchError(f"the sharded batch has no {key}. {_AS_GIVEN}: **batch.")
+    _refuse_merged(description.encoder if is_encoder_decoder else description, kwargs)
+
+
+def _check_tokens(description: SequenceDescription, kwargs: dict[str, Any], prefix: str) -> None:
+    ids, embeds = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    expected = (description.batch_size, description.shard_length)
+    found = None if tokens is None else tuple(tokens.shape[:2])
+    if found != expected:
+        raise BatchError(
+            f"the batch has {found} rows and tokens on this rank, its {DESCRIPTION_KEY} says {expected} "
+            f"({description.sequence_length} {prefix.rstrip('_')}{' ' if prefix else ''}tokens over "
+            f"{description.num_shards} ranks). {_AS_GIVEN}."
+        )
+
+
+def _refuse_merged(description: SequenceDescription | None, kwargs: dict[str, Any]) -> None:
+    """Refuses images and sound beside sharded tokens."""
+    found = [name for name in _MERGED if kwargs.get(name) is not None]
+    if found and description is not None and description.num_shards > 1:
+        raise BatchError(
+            f"the batch has {', '.join(found)} beside sharded tokens: the model would merge them into a shard's "
+            f"placeholders, which are not all of them. Merge them before (inputs_embeds), train on text alone, or use "
+            f"sp_size=1 and cp_size=1."
+        )

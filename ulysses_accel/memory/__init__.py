@@ -1,0 +1,23 @@
+"""Blocks, losses and layers that hold less: each is usable alone, on any transformers model."""
+
+from ulysses_accel.memory.log_probs import token_log_probs
+from ulysses_accel.memory.tiled_loss import tiled_cross_entropy
+from ulysses_accel.memory.tiled_loss_model import TiledLoss, tile_loss
+from ulysses_accel.memory.tiled_mlp import InstalledTiles, find_tileable, tile_mlp, tile_mlps
+from ulysses_accel.memory.tiled_norm import tile_norm, tile_norms
+from ulysses_accel.memory.track import AllocationTracker, track_allocations
+
+__all__ = [
+    "AllocationTracker",
+    "InstalledTiles",
+    "TiledLoss",
+    "find_tileable",
+    "tile_loss",
+    "tile_mlp",
+    "tile_mlps",
+    "tile_norm",
+    "tile_norms",
+    "tiled_cross_entropy",
+    "token_log_probs",
+    "track_allocations",
+]
