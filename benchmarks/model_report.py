@@ -84,8 +84,9 @@ def publish_models(rows: Rows, *, write: bool) -> None:
         return
     (FOLDER / "results").mkdir(exist_ok=True)
     kept = [{"name": name, "verdict": overall(row)[0], **row} for name, row in rows.items()]
-    text = json.dumps({"versions": versions(), "rows": kept}, indent=1)
-    (FOLDER / "results" / "models-cpu.json").write_text(text + "\n")
+    listed = ",\n".join(json.dumps(row) for row in kept)
+    text = f'{{"versions": {json.dumps(versions())}, "rows": [\n{listed}\n]}}\n'
+    (FOLDER / "results" / "models-cpu.json").write_text(text)
     update_readme("models", f"{counts}\n\nEach row: `docs/models.md`. Measured with {taken}.\n")
     DOCUMENT.parent.mkdir(exist_ok=True)
     DOCUMENT.write_text(document(counts, table(_HEADINGS, lines), taken))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
 
 torch.set_num_threads(1)
 
@@ -16,6 +17,9 @@ torch.set_num_threads(1)
 def _no_leaks() -> Iterator[None]:
     before = dict(os.environ)
     yield
+    # accelerate keeps its state in the process, which forked ranks of later tests would inherit.
+    if AcceleratorState._shared_state or PartialState._shared_state:
+        AcceleratorState._reset_state(True)
     after = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
     before.pop("PYTEST_CURRENT_TEST", None)
     leaked = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}

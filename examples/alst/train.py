@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 train.py --sp-size 8 --model MODEL --data TEXTS/ --sequence-length 131072
 
 `main` is the whole job. What sequence parallelism adds to an ordinary accelerate script is one argument of
-`Accelerator`. `data.py` makes rows of tokens out of documents; `job.py` writes metrics and checkpoints.
+`Accelerator`, and `--memory alst` all that the paper on Arctic Long Sequence Training saves memory with. `data.py`
+makes rows of tokens out of documents; `job.py` writes metrics and checkpoints.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from transformers import (
     get_scheduler,
 )
 
-from ulysses_accel import ParallelismConfig
+from ulysses_accel import MemoryConfig, ParallelismConfig
 
 
 def main() -> None:
     args = parse_args()
-    parallelism = ParallelismConfig(sp_size=args.sp_size)
+    memory = MemoryConfig.alst() if args.memory == "alst" else None
+    parallelism = ParallelismConfig(sp_size=args.sp_size, memory_config=memory)
     accelerator = Accelerator(
         parallelism_config=parallelism,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -160,6 +162,12 @@ def parse_args() -> argparse.Namespace:
     length.add_argument("--epochs", type=int, default=1, help="passes over the data, where --steps is not given")
     add("--packed", action=argparse.BooleanOptionalAction, default=True, help="documents share rows, or one per row")
     add("--gradient-checkpointing", action="store_true")
+    add(
+        "--memory",
+        choices=["none", "alst"],
+        default="none",
+        help="alst: tiles, checkpoints on the host, bf16 reduction",
+    )
     add("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     add("--eval-documents", type=int, default=8, help="documents held out; a row's length of each is evaluated")
     add("--save-every", type=int, default=0, help="steps between checkpoints; one is always written at the end")

@@ -107,3 +107,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(folder: Path, shared: Path)
     ]
     assert summary(interrupted)["held_out_before"] == summary(shared)["held_out_before"]
     assert summary(interrupted)["held_out_after"] == summary(shared)["held_out_after"]
+
+
+def test_saving_memory_changes_nothing_but_the_rounding_of_reduced_gradients(folder: Path, shared: Path) -> None:
+    saving = train(folder, "alst", 2, 2, "--memory", "alst")
+    assert summary(saving)["held_out_before"] == pytest.approx(summary(shared)["held_out_before"], abs=1e-5)
+    first, *_, last = (pytest.approx(step["loss"], rel=2e-2) for step in records(shared))
+    assert (records(saving)[0]["loss"], records(saving)[-1]["loss"]) == (first, last)
+    # bfloat16 has 8 bits: a norm of many rounded terms is off by far less than one of them, 2^-9.
+    assert records(saving)[0]["grad_norm"] == pytest.approx(records(shared)[0]["grad_norm"], rel=2**-9)

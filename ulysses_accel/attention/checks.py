@@ -117,7 +117,8 @@ def _routing(model: Any) -> Iterator[Finding]:
 def _bidirectional_decoder(model: Any) -> Iterator[Finding]:
     """Yields a finding where a decoder's attention to itself can't be told from the one to its encoder."""
     encoder = encoder_of(model)
-    if encoder is None:
+    # Of models that are older than sdpa the masks tell, whatever their modules say.
+    if encoder is None or not getattr(model, "_supports_sdpa", False):
         return
     inside = set(encoder.modules())
     decoding = [(name, module) for name, module in attending(model) if module not in inside]

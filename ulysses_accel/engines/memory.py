@@ -9,7 +9,8 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ulysses_accel.config_memory import MemoryConfig
@@ -66,10 +67,11 @@ class MemoryAttachment:
         """Makes DDP send bfloat16; a hook that the user gave stays."""
         if not self.config.bf16_gradient_reduction or not isinstance(prepared, DistributedDataParallel):
             return
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
         if not prepared._comm_hooks:
-            prepared.register_comm_hook(None, bf16_compress_hook)
+            # A lambda has no annotations: DDP compares them, which are texts here, with its own classes.
+            prepared.register_comm_hook(
+                prepared.process_group, lambda group, bucket: _average_in_bfloat16(group, bucket)
+            )
 
     def uninstall(self) -> None:
         """Restores the accelerator's methods and every model that was prepared."""
@@ -80,6 +82,19 @@ class MemoryAttachment:
             delattr(self.accelerator, name)
         vars(self.accelerator).update(self._replaced)
         del self.accelerator.memory
+
+
+def _average_in_bfloat16(group: dist.ProcessGroup, bucket: Any) -> Any:
+    """A communication hook of DDP: averages a bucket of gradients that travel in bfloat16, on any backend."""
+    narrow = bucket.buffer().to(torch.bfloat16).div_(group.size())
+    work = dist.all_reduce(narrow, group=group, async_op=True)
+    assert work is not None
+
+    def widen(done: Any) -> Tensor:
+        buffer: Tensor = bucket.buffer()
+        return buffer.copy_(done.value()[0])
+
+    return work.get_future().then(widen)
 
 
 def _expand_segments() -> None:
