@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from ulysses_accel.errors import UlyssesAccelError
 from ulysses_accel.memory.host_slab import Arrival, HostSlab, Mover, Slot, TensorShape
 
 
-class Source:
+class Source(Protocol):
     """A tensor that is kept somewhere."""
 
     def fetch(self) -> None:
-        """Starts to bring it back."""
+        """Starts to bring it back, where it is not on the device."""
+        return
 
     def load(self) -> Tensor:
         """Returns it, without gradient."""
-        raise NotImplementedError
+        ...
 
 
 class OnDevice(Source):
