@@ -73,6 +73,7 @@ def longest(features: tuple[str, ...], scale: Scale, save: Save) -> Row:
 
 
 def _try_length(features: tuple[str, ...], scale: Scale, tokens: int) -> Row:
+    training = None
     try:
         training = Training(scale, layers=2, tokens=tokens, features=features)
         with measured(scale) as row:
@@ -80,6 +81,11 @@ def _try_length(features: tuple[str, ...], scale: Scale, tokens: int) -> Row:
         return {**row, "loss": loss, "host_bytes": training.host_bytes}
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = str(error).strip().splitlines()[0][:160]
+    finally:
+        if training is not None:
+            training.close()
+        # What failed is freed below.
+        training = None
     # Outside of the handler, which holds the frames of what failed.
     if scale.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu_scale import Scale
 from benchmarks.memory_models import FEATURES, Installed
-from ulysses_accel.attention.registry import describe_forward, install
+from ulysses_accel.attention.registry import InstalledAttention, describe_forward, install
 from ulysses_accel.attention.usp import SequenceAttention
 from ulysses_accel.memory.tiled_loss_model import tile_loss
 from ulysses_accel.sequence import SequenceDescription
@@ -51,6 +51,7 @@ class Training:
         torch.manual_seed(0)
         self.scale, self.has_head = scale, head
         self.has_attention = OUR_ATTENTION in features
+        self.attention: InstalledAttention | None = None
         if LIGER in features:
             _apply_liger()
         with torch.device(scale.device):
@@ -62,9 +63,14 @@ class Training:
                 if head:
                     tile_loss(self.model, tile_tokens=scale.loss_tile)
             elif name == OUR_ATTENTION:
-                install(self.model, SequenceAttention(None))
+                self.attention = install(self.model, SequenceAttention(None))
             elif name != LIGER:
                 FEATURES[name](self.model, self.installed)
+
+    def close(self) -> None:
+        """Takes our attention out of transformers' registry."""
+        if self.attention is not None:
+            self.attention.uninstall()
 
     @property
     def host_bytes(self) -> int:

@@ -44,7 +44,9 @@ def test_every_set_of_features_computes_the_same() -> None:
     found = {}
     for name, features in FEATURE_SETS.items():
         if "liger" not in features and "DeepSpeed TiledMLP" not in features:
-            found[name] = Training(SCALE, layers=2, tokens=96, features=features).step(96)
+            training = Training(SCALE, layers=2, tokens=96, features=features)
+            found[name] = training.step(96)
+            training.close()
     expected = torch.tensor(found.pop("transformers device"))
     assert len(found) >= 5
     for name, values in found.items():

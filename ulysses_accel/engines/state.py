@@ -36,7 +36,7 @@ def start_process_group(device_type: str) -> None:
     dist.init_process_group("gloo")
 
 
-_REST_SECONDS = 0.2
+_REST_SECONDS = 0.5
 
 
 def close_gloo_at_exit() -> None:
