@@ -31,11 +31,13 @@ SIZES = {
     "deepspeed_zero3_sp2": (1, 2, 2),
     "fsdp2_dp2_sp4": (2, 4, 8),
     "fsdp2_sp2": (1, 2, 2),
+    "fsdp2_tp2_sp4": (1, 4, 8),
     "fsdp2_usp_cp2_sp4": (1, 4, 8),
     "multinode_fsdp2_sp8": (2, 8, 16),
     "ring_zigzag": (1, 1, 2),
 }
 RINGS = {"fsdp2_usp_cp2_sp4": 2, "ring_zigzag": 2}
+TENSORS = {"fsdp2_tp2_sp4": 2}
 MACHINE = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
 
 
@@ -72,6 +74,7 @@ def test_our_launcher_and_our_config_read_it(file: Path) -> None:
         config.fit_world_size(processes)
         assert (config.data_parallel_size, config.sp_size) == (data, degree)
         assert (config.cp_size, config.cp_backend) == (RINGS.get(file.stem, 1), "ring")
+        assert config.tp_size == TENSORS.get(file.stem, 1)
         assert (config.cp_handler.layout, config.cp_handler.exchange) == ("zigzag", "p2p")
         name = "cp_size" if file.stem in RINGS else "sp_size"
         assert str(config.source_of(name)).startswith(f"{file}:")
@@ -84,7 +87,8 @@ def test_stock_accelerate_takes_it_with_a_size_flag(file: Path, monkeypatch: pyt
     if file.stem in ("ddp_sp8", "deepspeed_zero3_offload_sp8") or file.stem.startswith("alst_"):
         data = processes // 2  # nobody sets data parallelism there: what the smaller degree leaves is derived
     ring = RINGS.get(file.stem, 1)
-    flags = ["--config_file", str(file), *_machine(file), "--num_processes", str(data * 2 * ring)]
+    world_size = data * 2 * ring * TENSORS.get(file.stem, 1)
+    flags = ["--config_file", str(file), *_machine(file), "--num_processes", str(world_size)]
     flags += ["--parallelism-config-sp-size", "2", "--main_process_port", "29517"]
     arguments, defaults, _ = stock._validate_launch_command(
         stock.launch_command_parser().parse_args([*flags, "train.py"])
@@ -99,7 +103,7 @@ def test_stock_accelerate_takes_it_with_a_size_flag(file: Path, monkeypatch: pyt
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     config = ParallelismConfig()
-    config.fit_world_size(data * 2 * ring)
+    config.fit_world_size(world_size)
     assert (config.sp_size, config.data_parallel_size, config.sp_backend) == (2, data, "ulysses")
     # accelerate exports a strategy that nobody chose.
     assert (config.cp_size, config.cp_backend, config.cp_handler.exchange) == (ring, "ring", "p2p")

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -32,13 +33,16 @@ from ulysses_accel.config_handlers import (
     ring_values,
 )
 from ulysses_accel.config_memory import MemoryConfig, dict_layer, settle_memory
+from ulysses_accel.config_mode import settle_mode
+from ulysses_accel.config_schema import BatchSchema
 from ulysses_accel.errors import ConfigError, MeshError, closest
 from ulysses_accel.resolve import Layer, argument_layer, environment_layer, resolve, yaml_layer
 from ulysses_accel.sequence_layout import multiple_of
 
 _ATTACH_POINT = "ulysses_accel.engines.accelerate"
 _CONSTRUCTOR = Source("constructor")
-_OWN_FIELDS = (*(f"{axis}_size" for axis in AXES), "cp_backend", "sp_backend")
+_WORDS = ("cp_backend", "sp_backend", "batch_schema", "sequence_parallelism_mode")
+_OWN_FIELDS = (*(f"{axis}_size" for axis in AXES), "ep_size", *_WORDS)
 _HANDLERS = ("tp_handler", "cp_handler", "sp_handler", "memory_config")
 _NOBODY = ("default", "launcher")
 
@@ -55,7 +59,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     Args:
         dp_replicate_size: copies of the parameters that see different batches.
         dp_shard_size: processes that see different batches and share one copy of the parameters.
-        tp_size: tensor parallel processes.
+        tp_size: tensor parallel processes, over which the sequence is sharded too where the weights are not.
         cp_size: ring attention degree; `"auto"`: chosen, as for `sp_size`.
         cp_backend: `ring`; `torch` is read as `ring`.
         sp_size: Ulysses degree; `"auto"` chooses it, and a ring degree that nobody set, for the processes that the
@@ -65,6 +69,14 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         cp_handler: a `RingAttentionConfig`, or accelerate's `TorchContextParallelConfig`.
         sp_handler: a `DeepSpeedSequenceParallelConfig`, ours or accelerate's.
         memory_config: what saves memory; `None` where nobody set anything about it.
+        ep_size: processes that the experts of each layer are dealt to; no axis of its own: neighbours on the others.
+        batch_schema: how tensors of a batch are cut, by key: the number of their sequence dim, `"shard"` (the second),
+            `"replicate"` (none), or a function `f(tensor, description, rank)` that is given the whole tensor as the
+            collate function returned it, the batch's `SequenceDescription` and this process's rank in its sequence
+            group, and returns what this rank's model gets. In a file or the environment: `my_key=replicate, other=2`.
+            Known keys need none.
+        sequence_parallelism_mode: ColossalAI's word: `split_gather` (over tp_size), `all_to_all` (Ulysses) or
+            `ring_attn` (of degree sp_size or cp_size); see `config_mode.settle_mode`. `None` goes by the sizes.
         model: for `"auto"`, a transformers model, its config or its name; the setting `sp_auto_heads` ("32/8") where
             there is none.
 
@@ -83,6 +95,9 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     cp_handler: RingAttentionConfig = None  # type: ignore[assignment]
     sp_handler: DeepSpeedSequenceParallelConfig = None  # type: ignore[assignment]
     memory_config: MemoryConfig | None = None
+    ep_size: int = None  # type: ignore[assignment]
+    batch_schema: Any = None
+    sequence_parallelism_mode: str | None = None
     model: InitVar[Any] = None
 
     def __post_init__(self, model: Any) -> None:
@@ -208,6 +223,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         check_handler("memory_config", memory_config, MemoryConfig)
         handlers = (handler_layer(handler) for handler in (cp_handler, sp_handler, memory_config))
         self._settings = resolve(*layers, *handlers)
+        self._settings.update(settle_mode(self._settings))
         if is_auto(self._settings):
             self._settings.update(settle_degrees(self._settings, model, cluster or Cluster.from_environment()))
         for name in _OWN_FIELDS:
@@ -220,12 +236,14 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
 
     def _check_sequence_length(self) -> None:
         handler, layout = self.sp_handler, self.cp_handler.layout
-        multiple = multiple_of(self.cp_size, layout, self.sp_size)
+        # Tensor parallel ranks cut each rank's shard once more.
+        multiple = math.lcm(multiple_of(self.cp_size, layout, self.sp_size), self.non_data_parallel_size)
         if handler.sp_seq_length_is_variable or handler.sp_seq_length is None or handler.sp_seq_length % multiple == 0:
             return
         below = handler.sp_seq_length // multiple * multiple
         lengths = f"{below} or {below + multiple}" if below else f"{multiple}"
         dealt = "" if self.cp_size == 1 else f", dealt {layout}, so must be a multiple of {multiple}"
+        dealt += "" if self.tp_size == 1 else f", times tp_size={self.tp_size}"
         raise ConfigError(
             f"sp_seq_length={handler.sp_seq_length} ({self._settings['sp_seq_length'].source}) is not divisible by "
             f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {self.sequence_parallel_size} (sp_size: "
@@ -354,6 +372,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that `from_dict` turns into an equal config."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _OWN_FIELDS}
+        values["batch_schema"] = BatchSchema(self.batch_schema).plain if self.batch_schema is not None else None
         for name in _HANDLERS:
             handler = getattr(self, name)
             values[name] = None if handler is None else dataclasses.asdict(handler)

@@ -15,6 +15,7 @@ class MeshAxes:
     cp_size: int
     sp_size: int
     tp_size: int
+    _tp_hidden: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -55,6 +56,11 @@ class MeshAxes:
         """
         return False
 
+    @property
+    def tp_enabled(self) -> bool:
+        """True where `tp_size` is above 1; false while stock code prepares a model that is cut already."""
+        return self.tp_size > 1 and not self._tp_hidden
+
     def _active(self, *axes: str) -> list[str]:
         sizes = self.sizes
         return [axis for axis in AXES if axis in axes and sizes[axis] > 1]
@@ -82,7 +88,10 @@ class MeshAxes:
     @property
     def fsdp_dim_names(self) -> list[str]:
         """The mesh axes that FSDP2 takes; only axes that exist in the mesh."""
-        return self._active("dp_replicate") + (["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])
+        # The mesh has the joint axis always, of one rank where there is nothing but replicas and tensor parallelism.
+        return self._active("dp_replicate") + (
+            ["dp_shard_cp"] if self.dp_shard_cp_dim_names or self.tp_size > 1 else []
+        )
 
     @property
     def active_mesh_dims(self) -> list[str]:

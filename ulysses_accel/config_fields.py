@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
 
+from ulysses_accel.config_schema import BatchSchema
 from ulysses_accel.errors import ConfigError
 
 Value: TypeAlias = "int | str | bool | None"
@@ -30,6 +31,8 @@ MEMORY = "memory_config"
 SECTIONS = (PARALLELISM, MEMORY)
 # accelerate's words for how keys travel around the ring, and ours.
 EXCHANGES = {"alltoall": "p2p", "allgather": "all_gather"}
+# How a sequence is shared, in ColossalAI's words.
+SEQUENCE_MODES = ("split_gather", "all_to_all", "ring_attn")
 ATTENTION_CORES = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager")
 TRUSTED_KERNEL_ORGANIZATIONS = ("kernels-community",)
 
@@ -235,6 +238,16 @@ def _count(unit: str, least: int = 1) -> Callable[[object], Value]:
     return parse
 
 
+def _schema(raw: object) -> Value:
+    if _is_unset(raw):
+        return None
+    try:
+        # No number or word like all other values; it is only passed on, and written as text.
+        return cast(Value, BatchSchema(raw))
+    except ValueError as error:
+        raise _IllegalError(str(error)) from None
+
+
 def _limit(unit: str, unset: str) -> Callable[[object], Value]:
     def parse(raw: object) -> Value:
         number = None if _is_unset(raw) else _whole(raw)
@@ -268,6 +281,10 @@ def _choice(words: dict[str, str]) -> Callable[[object], Value]:
     return parse
 
 
+def _mode(raw: object) -> Value:
+    return None if _is_unset(raw) else _choice({word: word for word in SEQUENCE_MODES})(raw)
+
+
 def _attention(raw: object) -> Value:
     name = raw.strip() if isinstance(raw, str) else ""
     kernel = _HUB_KERNEL.fullmatch(name)
@@ -289,6 +306,7 @@ def _attention(raw: object) -> Value:
 def _fields() -> dict[str, Field]:
     sizes = [Field(f"{axis}_size", 1, _size_or_auto if axis in ("cp", "sp") else _size) for axis in AXES]
     rest = [
+        Field("ep_size", 1, _size),
         Field("sp_backend", "ulysses", _choice({"ulysses": "ulysses", "deepspeed": "ulysses"})),
         Field("cp_backend", "ring", _choice({"ring": "ring", "torch": "ring"})),
         Field("cp_layout", "zigzag", _choice({word: word for word in ("zigzag", "contiguous", "striped")})),
@@ -300,6 +318,8 @@ def _fields() -> dict[str, Field]:
         Field("sp_attn_implementation", "sdpa", _attention),
         Field("sp_head_chunks", 1, _chunks),
         Field("sp_auto_heads", None, _heads),
+        Field("batch_schema", None, _schema),
+        Field("sequence_parallelism_mode", None, _mode),
     ]
     return {field.name: field for field in (*sizes, *rest)}
 

@@ -62,7 +62,7 @@ class _SharedScalar(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

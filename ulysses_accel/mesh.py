@@ -83,13 +83,37 @@ def joint_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
     return mesh[tuple(axis for axis in JOINT_AXES[name] if axis in names)]._flatten(name)
 
 
-def _backend_override() -> dict[int | str, Any] | None:
-    """Names gloo by its device on the `sp` axis.
+def build_expert_mesh(ep_size: int, device_type: str) -> DeviceMesh:
+    """Builds the mesh that experts are dealt over, beside the mesh of `build_mesh`; every rank must call it.
+
+    Args:
+        ep_size: ranks that share the experts of each layer; neighbours, so that tokens travel the shortest ways.
+        device_type: torch's name of the device, `cuda` or `cpu`.
+
+    Returns:
+        A mesh with the axes `ep_replicate`, whose ranks have the same experts, and `ep`.
+
+    Raises:
+        MeshError: the size does not divide the number of processes.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size % ep_size:
+        raise MeshError(
+            f"ep_size={ep_size} does not divide {world_size} launched processes. Use one of "
+            f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}."
+        )
+    shape, names = (world_size // ep_size, ep_size), ("ep_replicate", "ep")
+    override = _backend_override("ep")
+    return init_device_mesh(device_type, shape, mesh_dim_names=names, backend_override=override)
+
+
+def _backend_override(axis: str = "sp") -> dict[int | str, Any] | None:
+    """Names gloo by its device on an axis.
 
     torch's own differentiable all-gather takes a scatter path on groups called "gloo" that only works where global
     rank 0 is a member; under the name "cpu:gloo" it takes the all-to-all path, which works on every group.
     """
-    return {"sp": "cpu:gloo"} if dist.get_backend() == "gloo" else None
+    return {axis: "cpu:gloo"} if dist.get_backend() == "gloo" else None
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,19 @@ class BatchRules:
             encoder's positions and a decoder's.
         decoder_inputs: makes `decoder_input_ids` `[B, T]` of `labels` `[B, T]`, as the model's own forward would;
             None for models without an encoder.
+        merges: images or sound are merged into whole tokens, whose embeddings are cut behind that; a batch with any
+            keeps the keys whole that this takes.
+        is_causal: whether all of the model's layers see each token's document up to itself (True) or all of it (False),
+            which is what a 4-D mask may say too; None where windows, chunks or both kinds of layers let no such mask be
+            read.
     """
 
     labels: Literal["next_token", "same_token", "whole"] = "next_token"
     counts_mask: bool = False
     padding_idx: int | None = None
     decoder_inputs: Callable[[Tensor], Tensor] | None = None
+    merges: bool = False
+    is_causal: bool | None = True
 
 
 RulesSource = BatchRules | Callable[[], BatchRules]

@@ -264,7 +264,7 @@ def test_labels_of_whole_samples_need_a_rule() -> None:
         ({"input_ids": IDS, "inputs_embeds": torch.ones(1, 4, 2)}, "differ in batch or sequence"),
         ({"input_ids": IDS[:, :0]}, "the batch is empty: 1 rows of 0 tokens"),
         ({"input_ids": IDS[:0]}, "the batch is empty: 0 rows of 5 tokens"),
-        ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 5, 5)}, r"attention_mask of shape \[1, 1, 5, 5\]"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 5, 5)}, "4-D 'attention_mask' has values that change"),
         ({"input_ids": IDS, "attention_mask": {"full": IDS}}, "attention_mask that is a dict"),
         ({"input_ids": IDS, "position_ids": torch.ones(1, 4)}, r"'position_ids' has shape \[1, 4\]"),
         ({"input_ids": IDS, "position_ids": torch.ones(3, 5)}, r"'position_ids' has shape \[3, 5\]"),

@@ -129,18 +129,6 @@ def test_a_layer_that_attends_elsewhere_is_told() -> None:
         assert found["hooks left"] == "0"
 
 
-def with_images() -> str:
-    accelerator = Engine("ddp").accelerator(sp_size=2)
-    batch = {**make_batch("qwen2_vl", "plain"), "pixel_values": torch.zeros(4, 8), "image_grid_thw": torch.ones(1, 3)}
-    model, batches = accelerator.prepare(build("qwen2_vl"), loader(batch))
-    return error_of(model, **next(iter(batches)))
-
-
-def test_images_beside_sharded_tokens_are_refused() -> None:
-    for message in run_ranks(with_images, 2, init=False):
-        assert message.startswith("BatchError: the batch has pixel_values beside sharded tokens")
-
-
 def expected_losses(
     name: str, kinds: tuple[str, ...], weights: list[float], in_double: bool = True
 ) -> tuple[list[float], dict[str, Tensor]]:

@@ -7,23 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
-    BertConfig,
-    BertForSequenceClassification,
     BigBirdPegasusConfig,
     BloomConfig,
+    ElectraConfig,
+    ElectraForPreTraining,
     EsmConfig,
     FNetConfig,
     JambaConfig,
     LlamaConfig,
-    LlamaForSequenceClassification,
     MambaConfig,
     Qwen3NextConfig,
     T5Config,
@@ -34,7 +31,6 @@ from tests.engines.jobs import batches_of, documents, error_of
 from tests.parity.jobs import Engine
 from tests.parity.models import build
 from tests.ranks import run_ranks
-from ulysses_accel import ParallelismConfig
 from ulysses_accel.sequence import DESCRIPTION_KEY
 
 SIZES: dict[str, Any] = {
@@ -131,13 +127,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: AutoModelForSeq2SeqLM.from_config(BartConfig(**ENCODER_DECODER, decoder_layerdrop=0.1)),
         "leaves layers out by chance (layerdrop=0.1)",
     ),
-    "BertForSequenceClassification": (
-        lambda: BertForSequenceClassification(BertConfig(**UNGROUPED)),
-        "is not one mean over tokens",
-    ),
-    "LlamaForSequenceClassification": (
-        lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)),
-        "its loss is ForSequenceClassification",
+    "ElectraForPreTraining": (
+        lambda: ElectraForPreTraining(ElectraConfig(**UNGROUPED)),
+        "its loss (BCEWithLogitsLoss) is not one mean over tokens",
     ),
     "EsmForMaskedLM": (
         lambda: AutoModelForMaskedLM.from_config(EsmConfig(**UNGROUPED, token_dropout=True, mask_token_id=4)),
@@ -187,17 +179,6 @@ def test_more_ranks_than_heads_are_refused(refused: list[dict[str, Any]]) -> Non
     for rank in refused:
         assert "sp_size=2 is more than num_attention_heads=1" in rank["heads"]
         assert "Use sp_size=1 at most" in rank["heads"]
-
-
-def with_tensor_parallelism() -> str:
-    AcceleratorState._reset_state(True)
-    return error_of(Accelerator, cpu=True, parallelism_config=ParallelismConfig(sp_size=2, tp_size=2))
-
-
-def test_tensor_parallelism_beside_it_is_refused() -> None:
-    for message in run_ranks(with_tensor_parallelism, 4, init=False):
-        assert message.startswith("ConfigError: tp_size=2 (constructor) beside sp_size=2")
-        assert "Use tp_size=1." in message
 
 
 def replaced_attention() -> str:

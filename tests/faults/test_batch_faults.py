@@ -331,7 +331,7 @@ def test_all_ranks_fail_alike() -> None:
     expect_refused(
         lambda rank: from_list([{**batch(0), "attention_mask": torch.ones(1, 1, 8, 8)}]),
         "BatchError",
-        "ranks [0, 1] failed to produce a batch: BatchError: the batch has an attention_mask of shape [1, 1, 8, 8]",
+        "ranks [0, 1] failed to produce a batch: BatchError: the 4-D 'attention_mask' has values that change scores",
         same_batch=True,
     )
 

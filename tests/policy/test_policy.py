@@ -30,7 +30,7 @@ LAYERS = (
     ("errors",),
     ("config", "resolve", "sequence", "planning"),
     ("mesh", "consensus", "collectives", "recompute"),
-    ("loss", "attention", "dataloader", "memory"),
+    ("loss", "pooling", "attention", "dataloader", "memory"),
     ("engines",),
     ("compat", "cli"),
 )
@@ -38,7 +38,9 @@ LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 STRANGERS = {frozenset({"attention", "dataloader"})}
 # A stock Accelerator hands itself to the config; the config hands it on to the layer that drives accelerate.
 UPWARD_BY_DESIGN = {("config", "ulysses_accel.engines.accelerate")}
-WITHOUT_FRAMEWORKS = {"errors", "resolve", "sequence", "consensus", "collectives", "recompute", "planning", "loss"}
+WITHOUT_FRAMEWORKS = {
+    *("errors", "resolve", "sequence", "consensus", "collectives", "recompute", "planning", "loss", "pooling"),
+}
 FRAMEWORKS = {"accelerate", "deepspeed", "transformers"}
 PROCESS_GROUP_MAKERS = {"new_group", "new_subgroups", "init_device_mesh", "DeviceMesh"}
 

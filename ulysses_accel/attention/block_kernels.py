@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ulysses_accel.attention.alibi import Alibi
 from ulysses_accel.attention.limits import MAX_ELEMENTS, halves, num_elements
 
 
@@ -23,11 +24,13 @@ class Block:
         is_causal: whether query i of the square sees only keys 0 to i.
         scale: factor on the scores.
         seed: of the dropout mask, the same forward and backward; not used without dropout.
+        alibi: biases by distance; None for none.
     """
 
     is_causal: bool
     scale: float
     seed: int = 0
+    alibi: Alibi | None = None
 
 
 class BlockKernel(Protocol):
@@ -82,7 +85,7 @@ class BoundedKernel:
         out, lse = query.new_empty(0), query.new_empty(0)
         for number, (rows, heads, key_heads) in enumerate(parts):
             part = self.forward(
-                query[rows, heads], key[rows, key_heads], value[rows, key_heads], block_part(block, number)
+                query[rows, heads], key[rows, key_heads], value[rows, key_heads], block_part(block, number, heads)
             )
             if number == 0:
                 out, lse = (t.new_empty(*query.shape[:2], *t.shape[2:]) for t in part)
@@ -99,15 +102,16 @@ class BoundedKernel:
         totals = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
         for number, (rows, heads, key_heads) in enumerate(parts):
             q, k = (rows, heads), (rows, key_heads)
-            part = self.backward(grad[q], query[q], key[k], value[k], out[q], lse[q], block_part(block, number))
+            part = self.backward(grad[q], query[q], key[k], value[k], out[q], lse[q], block_part(block, number, heads))
             for total, place, found in zip(totals, (q, k, k), part):
                 total[place] += found
         return totals[0], totals[1], totals[2]
 
 
-def block_part(block: Block, number: int) -> Block:
-    """Returns what a part of a block is computed with: parts have dropout masks of their own."""
-    return Block(block.is_causal, block.scale, (2 * block.seed + number) % 2**62)
+def block_part(block: Block, number: int, heads: slice) -> Block:
+    """Returns what a part of a block is computed with: parts have dropout masks and biases of their own."""
+    alibi = None if block.alibi is None else block.alibi.for_heads(heads)
+    return Block(block.is_causal, block.scale, (2 * block.seed + number) % 2**62, alibi)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

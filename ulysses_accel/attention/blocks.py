@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulysses_accel.attention.alibi import Alibi
 from ulysses_accel.attention.tiles import Segment, Tile, joined
 
 Tensors = tuple[Tensor, ...]
@@ -46,6 +47,13 @@ def key_views(tile: Tile, *tensors: Tensor) -> Tensors:
     start, stop = tile.seen_keys
     views = tuple(tensor[:, :, start:stop] for tensor in tensors)
     return tuple(view.flip(2) for view in views) if tile.shape == "anti_causal" else views
+
+
+def alibi_of(slopes: Tensor, tile: Tile, places: Tensors) -> Alibi:
+    """Returns a tile's biases, from slopes `[H]` and the places of all queries `[s]` and keys `[s]` at hand."""
+    queries, keys = places
+    (own,), (others,) = query_views(tile, queries[None, None]), key_views(tile, keys[None, None])
+    return Alibi(slopes, own[0, 0], others[0, 0])
 
 
 def in_order(tile: Tile, *parts: Tensor) -> Tensors:

@@ -76,6 +76,7 @@ def attend(
         dropout=extra["dropout"],
         softcap=extra.get("softcap"),
         sinks=sinks.flatten() if sinks is not None else None,
+        alibi_slopes=extra.get("alibi_slopes"),
     )
     description = mask.description
     query, key, value = heads
@@ -166,7 +167,13 @@ def ordinary(
     """Runs the core on a batch that is not sharded, as transformers would have run it; shapes as in `attend`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if is_keeping() and mask is None and query.shape[2] == key.shape[2]:
+    has_alibi = extra.get("alibi_slopes") is not None
+    if has_alibi and (mask is not None or query.shape[2] != key.shape[2]):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} calls attention with alibi_slopes on a batch that is whole on this rank, with a "
+            f"mask or a cache, which is not computed. Leave them out, or add the biases to the mask."
+        )
+    if (has_alibi or is_keeping()) and mask is None and query.shape[2] == key.shape[2]:
         return _ordinary_kept(core, module, query, key, value, extra), None
     unknown_to_sdpa = extra.get("softcap") is not None or extra.get("s_aux") is not None
     if core == "eager" or (core == "sdpa" and unknown_to_sdpa):
@@ -183,7 +190,8 @@ def _ordinary_kept(
     told = extra["is_causal"] if extra["is_causal"] is not None else bool(getattr(module, "is_causal", True))
     sinks = extra.get("s_aux")
     flat_sinks = sinks.flatten() if sinks is not None else None
-    call = AttentionCall(told, extra["scaling"], extra["dropout"], extra.get("softcap"), flat_sinks)
+    slopes = extra.get("alibi_slopes")
+    call = AttentionCall(told, extra["scaling"], extra["dropout"], extra.get("softcap"), flat_sinks, slopes)
     return SequenceAttention(None, core=core)(query, key, value, _whole(query), call).contiguous()
 
 

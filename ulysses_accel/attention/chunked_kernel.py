@@ -1,4 +1,4 @@
-"""The block kernel in plain torch: every dtype and device, soft caps and dropout, with few scores at a time."""
+"""The block kernel in plain torch: every dtype and device, soft caps, ALiBi, dropout, with few scores at a time."""
 
 from __future__ import annotations
 
@@ -85,6 +85,8 @@ class ChunkedKernel:
             bounded = torch.tanh(scores / self.softcap)
             slope = 1 - bounded.square()
             scores = bounded.mul_(self.softcap)
+        if block.alibi is not None:
+            scores.add_(block.alibi.bias(chunk, scores.dtype))
         if block.is_causal:
             places = torch.arange(key.shape[2], device=key.device)
             later = places[None, :] > places[chunk, None]

@@ -28,10 +28,11 @@ class _Kind:
     max_head_size: int = 256
     has_softcap: bool = False
     has_dropout: bool = False
+    has_alibi: bool = False
     package: str | None = None
     by_name_only: bool = False
 
-    def misfit(self, query: Tensor, softcap: float | None, dropout: float) -> str | None:
+    def misfit(self, query: Tensor, softcap: float | None, dropout: float, alibi: bool) -> str | None:
         """Returns why the kernel does not compute a call; None when it does."""
         device = query.device
         if self.device not in (None, device.type):
@@ -42,6 +43,8 @@ class _Kind:
             return f"takes head sizes to {self.max_head_size}, not {query.shape[3]}"
         if (softcap is not None and not self.has_softcap) or (dropout and not self.has_dropout):
             return f"does not compute softcap={softcap}, dropout={dropout}"
+        if alibi and not self.has_alibi:
+            return "does not compute alibi_slopes"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < self.capability:
             return f"needs a GPU of compute capability {self.capability[0]}.{self.capability[1]}"
         if self.package is not None and not is_installed(self.package):
@@ -72,7 +75,16 @@ _KINDS = {
         package="flash_attn_interface",
         by_name_only=True,
     ),
-    "chunked": _Kind(ChunkedKernel, None, _ALL, (0, 0), max_head_size=_ANY_SIZE, has_softcap=True, has_dropout=True),
+    "chunked": _Kind(
+        ChunkedKernel,
+        None,
+        _ALL,
+        (0, 0),
+        max_head_size=_ANY_SIZE,
+        has_softcap=True,
+        has_dropout=True,
+        has_alibi=True,
+    ),
 }
 
 
@@ -85,7 +97,11 @@ def is_installed(package: str) -> bool:
 
 
 def kernel_for(
-    query: Tensor, softcap: float | None = None, dropout: float = 0.0, name: str | None = None
+    query: Tensor,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    name: str | None = None,
+    alibi: bool = False,
 ) -> BlockKernel:
     """Returns the block kernel of a call.
 
@@ -94,6 +110,7 @@ def kernel_for(
         softcap: bound of the scores through tanh; None for no bound.
         dropout: probability of dropping an attention weight.
         name: of the kernel to take; the first that can compute the call when None.
+        alibi: whether the scores get biases by distance.
 
     Raises:
         ConfigError: there is no kernel of that name.
@@ -104,7 +121,7 @@ def kernel_for(
     names = [name] if name is not None else [key for key, kind in _KINDS.items() if not kind.by_name_only]
     for candidate in names:
         kind = _KINDS[candidate]
-        reason = kind.misfit(query, softcap, dropout)
+        reason = kind.misfit(query, softcap, dropout, alibi)
         if reason is None:
             return BoundedKernel(kind.make(softcap, dropout))
     raise UnsupportedModelError(f"block_kernel={names[-1]!r} {reason}. Leave block_kernel out to have one chosen.")

@@ -1,4 +1,4 @@
-"""Finds out how a model's loss uses labels: its own token's or the next one's, counted by whom, or not by tokens."""
+"""Finds out how a model's loss uses labels: its token's, the next one's or its sample's, and counted by whom."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ulysses_accel.attention.findings import Finding
+from ulysses_accel.attention.sample_heads import ANSWERS, first_token_modules, read_sample_head
 from ulysses_accel.attention.syntax import (
     assignments,
     calls_of,
@@ -23,6 +24,8 @@ from ulysses_accel.attention.syntax import (
 )
 
 _OUTSIDE = "Compute the loss from its logits, outside of the model, or use sp_size=1 and cp_size=1."
+# What some models are given beside the labels of tokens.
+_SAMPLE_LABELS = ("next_sentence_label", "sentence_order_label")
 _OTHER_LOSSES = ("MSELoss", "BCEWithLogitsLoss", "CTCLoss", "L1Loss", "KLDivLoss")
 
 
@@ -31,12 +34,24 @@ class LossUse:
     """How a model computes its loss from labels.
 
     Args:
-        labels: as in `BatchRules`: whether a token's label is the next token's or its own.
+        labels: as in `BatchRules`: whether a token's label is the next token's or its own, or they are the sample's.
         divides_by_items: whether it takes `num_items_in_batch` and divides the sum by it; otherwise it is a mean.
+        needs: the arguments that it is made of; beside the `labels` of tokens one of samples, whose mean it adds.
     """
 
-    labels: Literal["next_token", "same_token"]
+    labels: Literal["next_token", "same_token", "whole"]
     divides_by_items: bool
+    needs: tuple[str, ...] = ("labels",)
+
+    @property
+    def is_of_both(self) -> bool:
+        """Whether it is a mean over tokens and one over samples, added."""
+        return self.labels != "whole" and len(self.needs) > 1
+
+    @property
+    def is_of_samples(self) -> bool:
+        """Whether some of it is a loss of whole samples."""
+        return self.labels == "whole" or self.is_of_both
 
 
 def read_loss(model: Any) -> LossUse | list[Finding] | None:
@@ -45,6 +60,11 @@ def read_loss(model: Any) -> LossUse | list[Finding] | None:
     Args:
         model: a transformers model.
     """
+    head = read_sample_head(model)
+    if head is not None:
+        return LossUse("whole", False, ANSWERS if head.answers else ("labels",))
+    if set(ANSWERS) <= set(parameters(model)):
+        return [Finding("loss", "forward", "it looks for answers in a way that is not known.", _OUTSIDE)]
     if "labels" not in parameters(model):
         return None
     forward = forward_of(model)
@@ -137,20 +157,45 @@ def _gives_unshifted(model: nn.Module, forward: ast.FunctionDef, given: ast.expr
 
 def _by_cross_entropy(model: Any, forward: ast.FunctionDef) -> LossUse | Finding:
     """Reads a loss that the forward computes with torch's own cross entropy, of logits and labels as they are."""
-    calls = [
+    every = [
         node for node in ast.walk(forward) if isinstance(node, ast.Call) and _is_cross_entropy(node, forward, model)
     ]
+    pooled = {name: call for call in every for name in _SAMPLE_LABELS if mentions(call, name)}
+    calls = [call for call in every if call not in pooled.values()]
     others = [name for name in _OTHER_LOSSES if any(name in text_of(node.func) for node in _calls(forward))]
-    if len(calls) != 1 or others:
-        found = ", ".join([*others, *(text_of(call) for call in calls)]) or "none that is known"
+    added = _are_added(forward, every) and bool(first_token_modules(model))
+    if len(calls) != 1 or others or (pooled and not added):
+        found = ", ".join([*others, *(text_of(call) for call in every)]) or "none that is known"
         return Finding("loss", "forward", f"its loss ({found}) is not one mean over tokens.")
     (call,) = calls
-    logits = call.args[0] if call.args else keyword(call, "input")
-    labels = call.args[1] if len(call.args) > 1 else keyword(call, "target")
+    logits, labels = _given(call)
     whole = logits is not None and labels is not None and mentions(labels, "labels")
     if not whole or _is_cut(logits, forward, model) or not _is_by_token(logits, model):
         return Finding("loss", "forward", f"its loss ({text_of(call)}) is not one of each token.", _OUTSIDE)
-    return LossUse("same_token", False)
+    return LossUse("same_token", False, ("labels", *pooled))
+
+
+def _given(call: ast.Call) -> tuple[ast.expr | None, ast.expr | None]:
+    """Returns the logits and the labels of a call of cross entropy."""
+    logits = call.args[0] if call.args else keyword(call, "input")
+    return logits, call.args[1] if len(call.args) > 1 else keyword(call, "target")
+
+
+def _are_added(forward: ast.FunctionDef, calls: list[ast.Call]) -> bool:
+    """Whether two losses are added as they are, and nothing else is made of them."""
+    stored = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]
+    names = {ast.unparse(node.targets[0]) for node in stored if any(node.value is call for call in calls)}
+    uses = [
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load)
+    ]
+    sums = [
+        {ast.unparse(node.left), ast.unparse(node.right)}
+        for node in ast.walk(forward)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
+    ]
+    return len(names) == len(uses) == len(calls) == 2 and names in sums
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:

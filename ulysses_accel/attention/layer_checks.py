@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ulysses_accel.attention.findings import Finding
+from ulysses_accel.attention.routers import FLAG, read_router_loss
 from ulysses_accel.attention.structure import attends_by_itself, sharded_parts, text_config
 from ulysses_accel.attention.syntax import (
     assignments,
@@ -117,14 +118,9 @@ def _is_model(module: nn.Module) -> bool:
 def check_statistics(model: Any) -> Iterator[Finding]:
     """Yields what a model computes of all tokens together, or draws for each rank anew."""
     config = text_config(model)
-    if getattr(config, "output_router_logits", False):
-        yield Finding(
-            "statistics",
-            "config",
-            "its router loss is a statistic of the whole sequence (output_router_logits=True), which a shard does not "
-            "know.",
-            "Set output_router_logits=False.",
-        )
+    router = read_router_loss(model) if getattr(config, FLAG, False) else None
+    if isinstance(router, Finding):
+        yield router
     for name, module in sharded_parts(model):
         if getattr(module, "token_dropout", False) and "token_dropout" in _conditions(module):
             yield Finding(

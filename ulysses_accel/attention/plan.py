@@ -11,6 +11,9 @@ from functools import cached_property
 from itertools import groupby, zip_longest
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from ulysses_accel.attention.tile_joins import joined_tiles
 from ulysses_accel.attention.tiles import RowRule, Tile, check_window, document_pieces, joined, tiles
 from ulysses_accel.sequence import Rows, SequenceDescription
@@ -121,6 +124,14 @@ class RingPlan:
         if self.keys is None:
             return self.runs_of(rank)
         return runs(self.keys.sequence_length, self.size, rank, self.keys.layout)
+
+    def places(self, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the places `[S / R]` in the sequence of this rank's tokens and of those of rank `source`."""
+        own, others = (
+            torch.cat([torch.arange(run.start, run.start + run.count * run.step, run.step) for run in found])
+            for found in (self.runs_of(self.rank), self.runs_of(source))
+        )
+        return own.to(device), others.to(device)
 
     def tiles_for(self, source: int) -> tuple[tuple[slice, tuple[Tile, ...]], ...]:
         """Returns this rank's tiles against the keys of rank `source`, for each group of rows."""

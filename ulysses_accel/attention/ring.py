@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ulysses_accel.attention.alibi import check_slopes
 from ulysses_accel.attention.block_kernels import Block, BlockKernel, accumulation_dtype
-from ulysses_accel.attention.blocks import KeyBlock, Total, in_order, key_views, merge_softmax, query_views
+from ulysses_accel.attention.blocks import KeyBlock, Total, alibi_of, in_order, key_views, merge_softmax, query_views
 from ulysses_accel.attention.describe import describe
 from ulysses_accel.attention.kernel_choice import kernel_for
 from ulysses_accel.attention.kernels import AttentionCall
@@ -34,6 +35,7 @@ from ulysses_accel.attention.ring_exchange import (
     halves_of,
     packed,
 )
+from ulysses_accel.attention.sinks import sinks_gradient, with_sinks
 from ulysses_accel.attention.tiles import Tile
 from ulysses_accel.errors import ConfigError, ShapeError
 from ulysses_accel.recompute import kept
@@ -51,6 +53,7 @@ class _Ring:
     scale: float
     exchange: Exchange
     seed: int
+    slopes: Tensor | None
 
     @property
     def is_alone(self) -> bool:
@@ -69,9 +72,12 @@ class _Ring:
     def tiles_for(self, source: int) -> Iterator[tuple[slice, Tile, Block]]:
         """Yields the tiles against one rank's keys, each with its rows and what it is computed with."""
         tiles = [(rows, tile) for rows, row_tiles in self.plan.tiles_for(source) for tile in row_tiles]
+        slopes = self.slopes
+        places = None if slopes is None else self.plan.places(source, slopes.device)
         for number, (rows, tile) in enumerate(tiles):
             seed = _mixed(self.seed, self.plan.rank, source, number) if self.seed else 0
-            yield rows, tile, Block(tile.shape != "full", self.scale, seed)
+            alibi = None if slopes is None or places is None else alibi_of(slopes, tile, places)
+            yield rows, tile, Block(tile.shape != "full", self.scale, seed, alibi)
 
     def forward(self, query: Tensor, keys: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Returns output `[B, H, s, D]` and log-sum-exp `[B, H, s]` over all ranks' keys.
@@ -193,19 +199,6 @@ def _mixed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns log-sum-exp, and in its place output, with one more key of no value in every row, score `sinks` `[H]`."""
-    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    return out.mul_((lse - total).exp_().unsqueeze(-1)), total
-
-
-def _sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Returns the gradient of `sinks` `[H]` from this rank's tokens alone."""
-    weight = (sinks.to(lse.dtype)[:, None] - lse).exp()
-    taken = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
-    return -(weight * taken).sum(dim=(0, 2)).to(sinks.dtype)
-
-
 class _RingAttention(torch.autograd.Function):
     """[B, H, s, D], [B, K, k, D], [B, K, k, D], [H] -> [B, H, s, D], exact over all ranks' keys."""
 
@@ -217,7 +210,7 @@ class _RingAttention(torch.autograd.Function):
         def compute() -> tuple[Tensor, Tensor]:
             out, lse = ring.forward(query, keys)
             if sinks is not None:
-                out, lse = _with_sinks(out, lse, sinks)
+                out, lse = with_sinks(out, lse, sinks)
             return out.to(query.dtype), lse
 
         out, lse = kept("attention", compute)
@@ -230,7 +223,7 @@ class _RingAttention(torch.autograd.Function):
         ring: _Ring = ctx.ring
         saved = _Saved(_dense(grad), query, out, lse, ring.total(query))
         grads = [tensor.to(query.dtype) for tensor in ring.backward(saved, tuple(keys))]
-        grad_sinks = None if sinks is None else _sinks_gradient(grad, out, lse, sinks)
+        grad_sinks = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
         (grad_query,) = saved.grad_query.whole()
         return grad_query.to(query.dtype), *grads, grad_sinks, None
 
@@ -259,6 +252,7 @@ def ring_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     block_kernel: str | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Computes exact attention over a sequence whose tokens are laid out over the ranks of a ring.
 
@@ -283,6 +277,7 @@ def ring_attention(
         softcap: bound of the scores through tanh; None for no bound.
         dropout: probability of dropping an attention weight.
         block_kernel: name of the kernel that computes the blocks (`kernel_choice`); chosen when None.
+        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the key; constants.
 
     Returns:
         `[B, H, S / R, Dv]`, this rank's tokens; zeros for padding.
@@ -309,7 +304,7 @@ def ring_attention(
         description.holes,
         description.prefixes,
     )
-    call = AttentionCall(is_causal, scale, dropout, softcap, sinks)
+    call = AttentionCall(is_causal, scale, dropout, softcap, sinks, alibi_slopes)
     return attend_in_ring(
         query, key, value, group, plan, call=call, exchange=exchange, head_stride=head_stride, block_kernel=block_kernel
     )
@@ -340,7 +335,7 @@ def attend_in_ring(
         scale: factor on the scores, where `call` has none.
         exchange: as for `ring_attention`.
         head_stride: as for `ring_attention`.
-        call: scale, soft cap, dropout and the sinks `[H]` of the heads at hand.
+        call: scale, soft cap, dropout, and sinks and slopes `[H]` of the heads at hand.
         seed_offset: number that tells ranks with the same place in different rings apart, for their dropout.
         block_kernel: as for `ring_attention`.
 
@@ -351,12 +346,14 @@ def attend_in_ring(
     if exchange not in ("p2p", "all_gather"):
         raise ConfigError(f"exchange={exchange!r} is not known. Use 'p2p' or 'all_gather'.")
     _check_shapes(query, key, value, plan)
+    if call.alibi_slopes is not None:
+        check_slopes(call.alibi_slopes, query.shape[1])
     head_dim, value_dim = query.shape[3], value.shape[3]
     given = call.scale if call.scale is not None else scale
     # The kernels take one head size for all three, on GPUs a multiple of eight; zeros behind change nothing.
     width = next_multiple(head_dim, 8) if query.is_cuda else head_dim
     query, key, value = (pad_sequence_dim(tensor, width, 0.0, dim=3) for tensor in (query, key, value))
-    kernel = kernel_for(query, call.softcap, call.dropout, block_kernel)
+    kernel = kernel_for(query, call.softcap, call.dropout, block_kernel, call.alibi_slopes is not None)
     scale = given if given is not None else head_dim**-0.5
     stride = head_stride if exchange == "all_gather" and head_stride else key.shape[1]
     groups = query.shape[1] // key.shape[1]
@@ -364,11 +361,12 @@ def attend_in_ring(
     for first in range(0, key.shape[1], stride):
         # Drawn on the host, whose generator activation checkpointing rewinds: the recompute gets the same masks.
         seed = _mixed(int(torch.randint(2**62, ())), seed_offset) if call.dropout else 0
-        ring = _Ring(plan, group, kernel, scale, exchange, seed)
+        own = call.for_heads(first * groups, (first + stride) * groups)
+        slopes = None if own.alibi_slopes is None else own.alibi_slopes.to(query.device)
+        ring = _Ring(plan, group, kernel, scale, exchange, seed, slopes)
         q = _heads(query, first * groups, stride * groups)
         k, v = (_heads(tensor, first, stride) for tensor in (key, value))
-        sinks = None if call.sinks is None else call.sinks[first * groups :][: q.shape[1]]
-        outs.append(_RingAttention.apply(q, k, v, sinks, ring))  # type: ignore[no-untyped-call]
+        outs.append(_RingAttention.apply(q, k, v, own.sinks, ring))  # type: ignore[no-untyped-call]
     out: Tensor = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     return out[..., :value_dim] if value_dim < width else out
 

@@ -22,8 +22,9 @@ def transformers_model(model: nn.Module) -> Any:
         UnsupportedModelError: there is none.
     """
     for module in model.modules():
+        # Of the class: adapter libraries' models hand on every attribute of the one inside of them.
         if hasattr(getattr(module, "config", None), "_attn_implementation_internal") and hasattr(
-            module, "_can_set_attn_implementation"
+            type(module), "_can_set_attn_implementation"
         ):
             return module
     raise UnsupportedModelError(

@@ -117,10 +117,16 @@ def _own_value(node: ast.expr, module: nn.Module) -> tuple[bool, Any]:
     return False, None
 
 
+@cache
+def _names_interface(forward: ast.FunctionDef) -> bool:
+    """Whether it is worth looking at each module of a class; most route no attention."""
+    return "ALL_ATTENTION_FUNCTIONS" in ast.unparse(forward)
+
+
 def attention_calls(module: nn.Module) -> list[ast.Call]:
     """Returns the calls of transformers' attention functions in a module's forward; none where it routes none."""
     forward = forward_of(module)
-    if forward is None:
+    if forward is None or not _names_interface(forward):
         return []
     interfaces = {
         name for name, value in assignments(forward, module) if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ulysses_accel.attention.alibi import check_slopes
 from ulysses_accel.attention.cross import check_lengths, encoder_of, local_description, sequences_to_heads
 from ulysses_accel.attention.describe import describe
 from ulysses_accel.attention.head_chunks import attend_in_chunks, chunks_of
@@ -85,7 +86,7 @@ class SequenceAttention:
             key: `[B, K, S / P, D]`; with cross-attention the tokens that this rank has of `description.encoder`.
             value: `[B, K, S / P, Dv]`.
             description: the whole batch's documents and layout.
-            call: scale, causality, dropout, soft cap, sinks of all heads.
+            call: scale, causality, dropout, soft cap, sinks and ALiBi slopes of all heads.
             window: with causal attention, how many tokens one sees, itself included; without, how far away on either
                 side they may be; None for all.
             crosses: whether every token sees every token of `description.encoder`, whatever `call` says of causality.
@@ -97,6 +98,8 @@ class SequenceAttention:
             # As the fused kernels do it, but before the exchange, so that the narrow dtype travels.
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if call.alibi_slopes is not None:
+            check_slopes(call.alibi_slopes, query.shape[1])
         if crosses:
             return self._cross(query, key, value, description, call, window)
         group = self.ulysses_group
@@ -154,6 +157,8 @@ class SequenceAttention:
         """Runs cross-attention, `[B, H, T / P, D]` -> `[B, T / P, H, Dv]`; see `__call__`."""
         if window is not None:
             raise ConfigError(f"window={window} with cross-attention is not computed. Use window=None.")
+        if call.alibi_slopes is not None:
+            raise ConfigError("alibi_slopes with cross-attention are not computed. Use alibi_slopes=None.")
         encoder = encoder_of(description, key)
         check_lengths(query, key, description, encoder)
         call, group = replace(call, is_causal=False), self.ulysses_group
@@ -188,7 +193,8 @@ class SequenceAttention:
 
     def _core_computes(self, call: AttentionCall) -> bool:
         """Whether the core has all that a call asks for; the block kernels have, and give what a checkpoint keeps."""
-        return call.sinks is None and (call.softcap is None or self.core != "sdpa") and not is_keeping()
+        is_plain = call.sinks is None and call.alibi_slopes is None
+        return is_plain and (call.softcap is None or self.core != "sdpa") and not is_keeping()
 
     def _by_blocks(
         self,
@@ -255,6 +261,7 @@ def usp_attention(
     sinks: Tensor | None = None,
     key_description: SequenceDescription | None = None,
     head_chunks: int = 1,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Computes exact attention over a sequence spread over a ring whose every place is a Ulysses group.
 
@@ -283,6 +290,7 @@ def usp_attention(
             Of one shard where every rank has all of it. None for self-attention.
         head_chunks: in how many parts a Ulysses rank's heads are exchanged and attended to, one after another; memory
             shrinks by it, result and bytes stay.
+        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the key; constants.
 
     Returns:
         `[B, H, S / P, Dv]`, this rank's tokens.
@@ -298,7 +306,7 @@ def usp_attention(
     description = describe(document_ids, key_lengths, prefix_lengths, shape, num_shards, attention.ring_size, layout)
     if key_description is not None and description.encoder is not key_description:
         description = replace(description, encoder=key_description, cache={})
-    call = AttentionCall(is_causal, scale, dropout, softcap, sinks)
+    call = AttentionCall(is_causal, scale, dropout, softcap, sinks, alibi_slopes)
     crosses = key_description is not None
     return attention(query, key, value, description, call, window, crosses=crosses).transpose(1, 2)
 
@@ -321,6 +329,7 @@ def ulysses_attention(
     sinks: Tensor | None = None,
     key_description: SequenceDescription | None = None,
     head_chunks: int = 1,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Computes exact attention over a sequence whose tokens are spread over the ranks of `group`.
 
@@ -342,6 +351,7 @@ def ulysses_attention(
         sinks: as for `usp_attention`.
         key_description: as for `usp_attention`.
         head_chunks: as for `usp_attention`.
+        alibi_slopes: as for `usp_attention`.
 
     Returns:
         `[B, H, S / P, Dv]`, this rank's tokens.
@@ -369,4 +379,5 @@ def ulysses_attention(
         sinks=sinks,
         key_description=key_description,
         head_chunks=head_chunks,
+        alibi_slopes=alibi_slopes,
     )

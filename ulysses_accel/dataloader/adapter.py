@@ -7,7 +7,7 @@ rank's shard. Its constructor is that of DeepSpeed's class of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.dataloader.batch_layout import BatchLayout, KeyRules
 from ulysses_accel.dataloader.collate import ShardingCollate
 from ulysses_accel.dataloader.epoch import EpochRun, Position
 from ulysses_accel.dataloader.random_state import capture, check_states, keeps_workers
@@ -46,7 +46,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             micro-steps, `len` is P times the loader's.
         on_uneven: when ranks run out of batches at different steps: "error" raises on all of them, "drop" stops all at
             the first one's end, "pad" goes on to the last one's end with batches that count no label.
-        key_rules: for keys of your own: "shard" (second dim), "replicate", or the number of the dim to shard.
+        key_rules: for keys of your own: "shard" (second dim), "replicate", the number of the dim to shard, or, with
+            `same_batch`, a function that cuts (`batch_layout.KeyFunction`).
         sequence_length: pad every batch to this length, an encoder's and a decoder's sequence alike; None pads to the
             next multiple of P.
         pad_multiple: a further number that the padded length must be a multiple of.
@@ -73,7 +74,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         *,
         same_batch: bool = False,
         on_uneven: str = "error",
-        key_rules: Mapping[str, str | int] | None = None,
+        key_rules: KeyRules | None = None,
         sequence_length: int | None = None,
         pad_multiple: int | None = None,
         cpu_group: dist.ProcessGroup | None = None,
@@ -95,6 +96,11 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             ring_size,
             ring_layout,
         )
+        if not same_batch and any(map(callable, layout.key_rules.values())):
+            raise ConfigError(
+                "key_rules has a function, which cuts for its own rank only, but with same_batch=False each rank cuts "
+                "for all. Use same_batch=True, or 'shard', 'replicate' or a dim's number."
+            )
         group = _checked_group(cpu_group or sp_group, sp_rank, sp_world_size)
         if on_uneven not in _POLICIES or (on_uneven == "pad" and same_batch):
             raise ConfigError(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ulysses_accel.errors import BatchError, ConfigError
-from ulysses_accel.sequence import IGNORE_INDEX, next_multiple
+from ulysses_accel.sequence import IGNORE_INDEX, SequenceDescription, next_multiple
 from ulysses_accel.sequence_layout import Layout, multiple_of
+
+KeyFunction = Callable[[Tensor, SequenceDescription, int], Tensor]
+"""Takes a key's whole tensor as the collate function gave it, the batch's description (padded length, ranks, layout)
+and this process's rank in the sequence group; returns what this rank's model gets."""
+
+KeyRules = Mapping[str, str | int | KeyFunction]
+# Others are made of these: positions, documents, shifted labels.
+_CUT_HERE = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels"})
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,8 @@ class BatchLayout:
         sequence_length: the fixed length that every batch is padded to; None lets it vary. With an encoder and a
             decoder both are padded to it.
         pad_multiple: a further number that the padded length must be a multiple of.
-        key_rules: for keys of your own, "shard" (second dim), "replicate", or the number of the dim to shard.
+        key_rules: for keys of your own, "shard" (second dim), "replicate", the number of the dim to shard, or a
+            function that cuts, see `KeyFunction`.
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
         ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
@@ -33,7 +44,7 @@ class BatchLayout:
     num_shards: int
     sequence_length: int | None = None
     pad_multiple: int | None = None
-    key_rules: Mapping[str, str | int] = field(default_factory=dict)
+    key_rules: KeyRules = field(default_factory=dict)
     ignore_index: int = IGNORE_INDEX
     pad_token_id: int = 0
     ring_size: int = 1
@@ -51,9 +62,15 @@ class BatchLayout:
                 f"pad_multiple={self.pad_multiple}). Use {next_multiple(max(fixed, 1), self.multiple)}."
             )
         for key, rule in self.key_rules.items():
-            if rule not in ("shard", "replicate") and (not isinstance(rule, int) or isinstance(rule, bool)):
+            is_dim = isinstance(rule, int) and not isinstance(rule, bool)
+            if rule not in ("shard", "replicate") and not is_dim and not callable(rule):
                 raise ConfigError(
-                    f"key_rules[{key!r}]={rule!r} is no rule. Use 'shard', 'replicate' or a dim's number."
+                    f"key_rules[{key!r}]={rule!r} is no rule. Use 'shard', 'replicate', a dim's number or a function."
+                )
+            if callable(rule) and key.removeprefix("decoder_") in _CUT_HERE:
+                raise ConfigError(
+                    f"key_rules[{key!r}] is a function, but positions, documents and labels are made of '{key}' before "
+                    f"the cut. Give a function for keys of your own only."
                 )
 
     @property

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.dataloader.batch_layout import BatchLayout, KeyFunction
 from ulysses_accel.dataloader.documents import CUMULATIVE_KEYS, Documents, find_rows
-from ulysses_accel.dataloader.keys import DECODER, pad_tensor, sequence_dim, token_size
+from ulysses_accel.dataloader.keys import pad_tensor, sequence_dim, token_size
 from ulysses_accel.dataloader.labels import are_whole, place_labels
+from ulysses_accel.dataloader.masks import with_plain_mask
 from ulysses_accel.dataloader.pairs import packed_pair_error, split_pair
 from ulysses_accel.dataloader.positions import Positions, given_positions, made_positions
 from ulysses_accel.dataloader.prefixes import PREFIX_KEY, find_prefixes
+from ulysses_accel.dataloader.schema import DECODER, MERGED_KEYS, known
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription, shard
 from ulysses_accel.sequence_layout import ring_order
@@ -36,33 +38,50 @@ class WholeBatch:
         dims: for each tensor its sequence dim, None when every rank gets all of it.
         extras: everything that is no tensor.
         description: of the whole sequence; of the decoder's, with the encoder's in it, where there are both.
+        made: what the user's functions have made of some tensors, for one rank.
     """
 
     tensors: dict[str, Tensor]
     dims: dict[str, int | None]
     extras: dict[str, Any]
     description: SequenceDescription
+    made: dict[str, Tensor] = field(default_factory=dict)
 
     def shard(self, rank: int) -> dict[str, Tensor]:
         """Returns one rank's part of every tensor, as views."""
         parts = self.description.num_shards
-        return {
+        cut = {
             name: tensor if (dim := self.dims[name]) is None else shard(tensor, parts, rank, dim)
             for name, tensor in self.tensors.items()
         }
+        return {**cut, **self.made}
+
+    def with_functions(self, layout: BatchLayout, rank: int) -> WholeBatch:
+        """Returns the batch with one rank's part of the tensors that the user's own functions cut.
+
+        Args:
+            layout: has the functions.
+            rank: of this process in its sequence group.
+
+        Raises:
+            BatchError: a function returned no tensor.
+        """
+        functions = {name: rule for name, rule in layout.key_rules.items() if callable(rule) and name in self.tensors}
+        made = {name: _own_part(name, rule, self, rank) for name, rule in functions.items()}
+        return replace(self, made=made) if made else self
 
     def local_batch(self, rank: int) -> dict[str, Any]:
         """Returns what one rank's model gets: its shards, the non-tensors, and the description."""
         return {**self.extras, **self.shard(rank), DESCRIPTION_KEY: self.description}
 
     def checksum(self) -> int:
-        """Returns crc32 of the description and all integer sequence tensors, which tells if two ranks drew the same."""
+        """Returns crc32 of the description and all integer tensors, which tells if two ranks drew the same batch."""
         value = zlib.crc32(repr(self.description).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             exact = not tensor.is_floating_point() and not tensor.is_complex()
             tokens = name.removeprefix(DECODER) == "inputs_embeds"
-            if self.dims[name] is not None and (exact or (tokens and self._lacks_ids(name))):
+            if exact or (tokens and self._lacks_ids(name)):
                 value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
         return value
 
@@ -89,7 +108,7 @@ class ShardingCollate:
     def __call__(self, samples: Any) -> dict[str, Any]:
         """Returns the local batch of the samples."""
         whole = complete(self.collate_fn(samples), self.layout, resolve_rules(self.rules))
-        batch = whole.local_batch(self.rank)
+        batch = whole.with_functions(self.layout, self.rank).local_batch(self.rank)
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
@@ -106,6 +125,7 @@ def complete(batch: Any, layout: BatchLayout, rules: BatchRules = PLAIN_RULES) -
         BatchError: the batch can't be sharded; the message says why and what to change.
     """
     tensors, extras = _split(batch)
+    tensors = with_plain_mask(tensors, rules)
     prefix_lengths = {**extras, **tensors}.get(PREFIX_KEY)
     tensors.pop(PREFIX_KEY, None)
     if rules.decoder_inputs is None:
@@ -174,7 +194,7 @@ def _complete_sequence(
     batch_size, length = token_size(tensors, prefix)
     padded = layout.padded_length(length)
     documents = find_rows({**extras, **tensors}, batch_size, length, prefix)
-    positions = _positions(tensors, documents, rules, prefix)
+    positions, positions_are_given = _positions(tensors, documents, rules, prefix), f"{prefix}position_ids" in tensors
     tensors = {name: tensor for name, tensor in tensors.items() if name not in CUMULATIVE_KEYS}
     tensors[f"{prefix}position_ids"] = positions.ids
     place_labels(tensors, documents, (batch_size, length), layout, rules)
@@ -186,6 +206,8 @@ def _complete_sequence(
     whole = {name: pad_tensor(name, tensor, dims[name], padded, layout) for name, tensor in tensors.items()}
     if dims[f"{prefix}position_ids"] is not None:
         whole[f"{prefix}position_ids"] = positions.padded(padded)
+    if rules.merges and any(name in tensors for name in MERGED_KEYS):
+        dims.update(dict.fromkeys(_whole_beside_merged(tensors, positions_are_given)))
     description = SequenceDescription(
         padded,
         layout.num_shards,
@@ -196,6 +218,24 @@ def _complete_sequence(
         longest_position=positions.longest,
     )
     return WholeBatch(_in_ring_order(whole, dims, description), dims, {}, description)
+
+
+def _whole_beside_merged(tensors: Mapping[str, Tensor], positions_are_given: bool) -> list[str]:
+    """Returns the keys whose tensors every rank needs whole (and padded) to merge images or sound into its tokens.
+
+    Positions that nobody gave are cut all the same: they are for decoders whose model makes none.
+    """
+    found = [name for name in tensors if (key := known(name)) is not None and key.merged_whole]
+    return [name for name in found if name != "position_ids" or positions_are_given]
+
+
+def _own_part(name: str, function: KeyFunction, whole: WholeBatch, rank: int) -> Tensor:
+    part = function(whole.tensors[name], whole.description, rank)
+    if not isinstance(part, Tensor):
+        raise BatchError(
+            f"the function of key_rules[{name!r}] returned a {type(part).__name__}. Return this rank's tensor."
+        )
+    return part
 
 
 def _positions(tensors: Mapping[str, Tensor], documents: Documents, rules: BatchRules, prefix: str) -> Positions:

@@ -1,6 +1,6 @@
 """What a batch's key says about its tensor: which dim is the sequence, if any, and what pads it.
 
-An encoder-decoder batch names its decoder's tensors like the encoder's, with `decoder_` in front.
+The configuration's rule comes first, then the table of known keys, then the shape.
 """
 
 from __future__ import annotations
@@ -10,48 +10,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.dataloader.schema import known
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence import pad_sequence_dim
 
-DECODER = "decoder_"
-
-# The ecosystem's known keys whose second dim is the sequence, and what their padding is.
-_SEQUENCE_PADS: dict[str, float] = {
-    "inputs_embeds": 0,
-    "attention_mask": 0,
-    "token_type_ids": 0,
-    "mm_token_type_ids": 0,
-    "special_tokens_mask": 1,
-    "assistant_masks": 0,
-    "completion_mask": 0,
-    "loss_mask": 0,
-    "loss_weights": 0,
-    "seq_idx": -1,
-}
-_TOKENS = "input_ids"
-_LABELS = ("labels", "shift_labels")
-# Known keys that belong to the whole sample, whatever their sizes.
-_REPLICATED_KEYS = frozenset(
-    {
-        "pixel_values",
-        "pixel_values_videos",
-        "pixel_attention_mask",
-        "pixel_mask",
-        "image_grid_thw",
-        "video_grid_thw",
-        "image_sizes",
-        "second_per_grid_ts",
-        "video_second_per_grid",
-        "aspect_ratio_ids",
-        "aspect_ratio_mask",
-        "input_features",
-        "input_features_mask",
-        "input_values",
-        "feature_attention_mask",
-        "audio_feature_lengths",
-        "num_items_in_batch",
-    }
-)
+_WHERE = "In a ParallelismConfig key_rules is batch_schema."
 
 
 def token_size(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[int, int]:
@@ -91,12 +54,11 @@ def token_size(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[int, in
 
 def is_known(name: str) -> bool:
     """Returns whether a key's meaning is known, so that its shape need not tell."""
-    base = name.removeprefix(DECODER)
-    return base in _SEQUENCE_PADS or base in (_TOKENS, "position_ids", *_LABELS) or base in _REPLICATED_KEYS
+    return known(name) is not None
 
 
 def sequence_dim(name: str, tensor: Tensor, batch_size: int, length: int, layout: BatchLayout) -> int | None:
-    """Returns the dim of a tensor that is the sequence, None when every rank gets the whole tensor.
+    """Returns the dim of a tensor that is the sequence, None when it is not cut along one.
 
     Args:
         name: the batch's key.
@@ -108,22 +70,23 @@ def sequence_dim(name: str, tensor: Tensor, batch_size: int, length: int, layout
     Raises:
         BatchError: the tensor's shape contradicts the rule, or there is none and the shape doesn't tell.
     """
-    rule, base = layout.key_rules.get(name), name.removeprefix(DECODER)
-    if rule == "replicate" or (rule is None and base in _REPLICATED_KEYS):
-        return None
+    rule, key = layout.key_rules.get(name), known(name)
     if rule is not None:
-        dim = 1 if rule == "shard" else int(rule)
-        source = f"key_rules[{name!r}]={rule!r}"
-    elif base == "position_ids":
-        dim, source = -1, f"{name} has the sequence last"
-    elif is_known(name):
-        dim, source = 1, "a key known to be [batch, sequence, ...]"
-    else:
+        if rule == "replicate" or callable(rule):
+            return None
+        dim, source = 1 if rule == "shard" else int(rule), f"key_rules[{name!r}]={rule!r}"
+    elif key is None:
         return _guess(name, tensor, batch_size, length)
+    elif key.dim is None or (key.or_sample and tuple(tensor.shape) == (batch_size,)):
+        return None
+    else:
+        dim = key.dim
+        source = f"{name} has the sequence last" if dim == -1 else "a key known to be [batch, sequence, ...]"
     if not -tensor.ndim <= dim < tensor.ndim or tensor.shape[dim] != length:
         raise BatchError(
             f"'{name}' has shape {list(tensor.shape)}, where dim {dim} should be the {length} tokens of the sequence "
-            f"({source}). Correct the shape, or set key_rules={{{name!r}: 'replicate'}} or the right dim's number."
+            f"({source}). Correct the shape, or set key_rules={{{name!r}: 'replicate'}} or the right dim's number. "
+            f"{_WHERE}"
         )
     return dim % tensor.ndim
 
@@ -139,7 +102,7 @@ def _guess(name: str, tensor: Tensor, batch_size: int, length: int) -> int | Non
         return 1
     raise BatchError(
         f"'{name}' of shape {list(shape)} may or may not follow the {length} tokens of the sequence. Say which: "
-        f"key_rules={{{name!r}: 'shard'}} for the second dim, 'replicate' for none, or the dim's number."
+        f"key_rules={{{name!r}: 'shard'}} for the second dim, 'replicate' for none, or the dim's number. {_WHERE}"
     )
 
 
@@ -155,6 +118,10 @@ def pad_tensor(name: str, tensor: Tensor, dim: int | None, length: int, layout: 
     """
     if dim is None:
         return tensor
-    base = name.removeprefix(DECODER)
-    known = {_TOKENS: layout.pad_token_id, **dict.fromkeys(_LABELS, layout.ignore_index), **_SEQUENCE_PADS}
-    return pad_sequence_dim(tensor, length, known.get(base, 0), dim)
+    key = known(name)
+    pad = 0 if key is None else key.pad
+    if pad == "token":
+        pad = layout.pad_token_id
+    elif pad == "label":
+        pad = layout.ignore_index
+    return pad_sequence_dim(tensor, length, pad, dim)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.dataloader.documents import CUMULATIVE_KEYS
-from ulysses_accel.dataloader.keys import DECODER, is_known, token_size
+from ulysses_accel.dataloader.keys import is_known, token_size
+from ulysses_accel.dataloader.schema import DECODER
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence_rules import BatchRules
 
@@ -103,7 +104,12 @@ def _is_decoders(
         return False
     rule = layout.key_rules.get(name)
     dim = rule if isinstance(rule, int) else 1
-    return rule != "replicate" and -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == decoder_length
+    return (
+        rule != "replicate"
+        and not callable(rule)
+        and -tensor.ndim <= dim < tensor.ndim
+        and tensor.shape[dim] == decoder_length
+    )
 
 
 def _beside_whole_encoder(tensors: dict[str, Tensor], decoder_length: int, layout: BatchLayout) -> Pair:

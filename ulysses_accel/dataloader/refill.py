@@ -89,7 +89,8 @@ class Refiller:
         except Exception as error:
             return _Offer.failed(error, position)
         try:
-            whole = complete(batch, self.layout, resolve_rules(self.rules))
+            # Here, before the agreement, because a user's function may fail on one rank.
+            whole = complete(batch, self.layout, resolve_rules(self.rules)).with_functions(self.layout, self.rank)
             side = b"" if self.same_batch else encode_side(whole)
             header = Header(
                 Status.OK, position, is_last, whole.checksum(), side_bytes=len(side), entries=entries_of(whole)

@@ -15,22 +15,35 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from ulysses_accel.attention import SequenceAttention, check_model
 from ulysses_accel.config import ParallelismConfig
+from ulysses_accel.engines.adapters import refuse_virtual_tokens
+from ulysses_accel.engines.expert_parallel_attach import ExpertAttachment
 from ulysses_accel.engines.forward import ShardedForward, shard_forward
 from ulysses_accel.engines.loaders import prepare_loader, register_loader_state
 from ulysses_accel.engines.memory import MemoryAttachment
+from ulysses_accel.engines.metrics import gather_for_metrics
 from ulysses_accel.engines.rules import common_rules
 from ulysses_accel.engines.scheduler import sequence_schedulers, stretch_dummy_scheduler
 from ulysses_accel.engines.state import close_gloo_at_exit, repair_state, start_process_group, wants_fsdp
+from ulysses_accel.engines.tensor_parallel import TensorParallel, check_engine, fully_sharded
+from ulysses_accel.engines.trainer import attach_calling_trainer
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.mesh import SequenceGroups, sequence_groups
 from ulysses_accel.mesh import build_mesh as build_axes
 from ulysses_accel.sequence_rules import BatchRules
 
-_WRAPPED = ("prepare", "prepare_model", "prepare_data_loader", "prepare_scheduler", "skip_first_batches")
+_WRAPPED = (
+    "prepare",
+    "prepare_model",
+    "prepare_data_loader",
+    "prepare_scheduler",
+    "skip_first_batches",
+    "gather_for_metrics",
+)
 
 
 def build_mesh(config: ParallelismConfig, device_type: str) -> Any:
@@ -64,16 +77,17 @@ def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
         The attachment, or None where no sequence is shared between ranks.
 
     Raises:
-        ConfigError: a size that no engine computes yet.
+        ConfigError: an engine or a setting that does not go with the sizes.
     """
     repair_state(accelerator)
-    if config.tp_size > 1 and config.sequence_parallel_size > 1:
-        raise ConfigError(
-            f"tp_size={config.tp_size} ({config.source_of('tp_size')}) beside sp_size={config.sp_size} and "
-            f"cp_size={config.cp_size}: tensor parallelism is not combined with either yet. Use tp_size=1."
-        )
-    is_shared = config.sequence_parallel_size > 1
+    if config.tp_size > 1:
+        check_engine(config, accelerator)
+    is_shared = config.sequence_parallel_size * config.tp_size > 1
     attachment = Attachment(config, accelerator, sequence_groups(config.get_device_mesh())) if is_shared else None
+    if attachment is not None:
+        attach_calling_trainer(attachment)
+    if config.ep_size > 1:
+        ExpertAttachment(config, accelerator)
     if config.memory_config is not None and config.memory_config.is_active:
         MemoryAttachment(config.memory_config, accelerator)
     return attachment
@@ -92,6 +106,9 @@ class Attachment:
         self.config = config
         self.accelerator = accelerator
         self.groups = groups
+        self.tensor_parallel: TensorParallel | None = None
+        if config.tp_size > 1:
+            self.tensor_parallel = TensorParallel(config, groups.mesh, accelerator)
         self.forwards: list[tuple[nn.Module, ShardedForward]] = []
         # The models of the prepare call that is running, whose loaders make batches for them.
         self._together: tuple[nn.Module, ...] = ()
@@ -100,11 +117,22 @@ class Attachment:
             setattr(accelerator, name, getattr(self, name))
         accelerator.sequence_parallel = self
 
+    @property
+    def group(self) -> ProcessGroup:
+        """The ranks that share each sequence, for `gather_sequence`, `pool_sequence` and `aggregate_loss`."""
+        return self.groups.group
+
+    def micro_steps(self) -> int:
+        """Returns by how many the engine divides each micro-step's loss; a Trainer divides by itself."""
+        return int(self.accelerator.gradient_accumulation_steps)
+
     def uninstall(self) -> None:
         """Restores the accelerator's own methods and every model that was prepared."""
         for _, forward in self.forwards:
             forward.uninstall()
         self.forwards.clear()
+        if self.tensor_parallel is not None:
+            self.tensor_parallel.uninstall()
         for name in _WRAPPED:
             delattr(self.accelerator, name)
         del self.accelerator.sequence_parallel
@@ -115,6 +143,8 @@ class Attachment:
             if isinstance(obj, nn.Module):
                 self._shard_model(obj)
             stretch_dummy_scheduler(obj, self.groups.size)
+        if self.tensor_parallel is not None:
+            self.tensor_parallel.update(args)
         register_loader_state(self.accelerator)
         self._together = tuple(obj for obj in args if isinstance(obj, nn.Module))
         try:
@@ -122,6 +152,9 @@ class Attachment:
                 result = self._stock["prepare"](*args, device_placement=device_placement)
         finally:
             self._together = ()
+        if self.tensor_parallel is not None:
+            # Replicas get parameters of their own.
+            self.tensor_parallel.update(args)
         if len(args) > 1:
             return sequence_schedulers(self.accelerator, tuple(result), self.groups.data_parallel_size)
         return sequence_schedulers(self.accelerator, (result,), self.groups.data_parallel_size)[0]
@@ -130,6 +163,8 @@ class Attachment:
         """Stands in for `Accelerator.prepare_model`."""
         self._shard_model(model)
         with self._as_data_parallel(True):
+            if self.tensor_parallel is not None:
+                return self.tensor_parallel.prepare_model(self._stock["prepare_model"], model, *args, **kwargs)
             prepared: nn.Module = self._stock["prepare_model"](model, *args, **kwargs)
         return prepared
 
@@ -160,6 +195,12 @@ class Attachment:
             return dataloader.skip_first_batches(num_batches)
         return self._stock["skip_first_batches"](dataloader, num_batches)
 
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Stands in for `Accelerator.gather_for_metrics`: each sample comes once, from its data parallel rank."""
+        if use_gather_object:
+            raise ConfigError("gather_for_metrics(use_gather_object=True) sends pickles. Use use_gather_object=False.")
+        return gather_for_metrics(self.accelerator, self._stock["gather_for_metrics"], self.groups, input_data)
+
     def _shard_model(self, model: nn.Module) -> None:
         """Installs the sharded forward into a model, once."""
         if any(known is model or model in known.modules() for known, _ in self.forwards):
@@ -168,9 +209,12 @@ class Attachment:
             return
         ring, handler = self.config.cp_handler, self.config.sp_handler
         core = handler.sp_attn_implementation
-        sizes = ((name, getattr(self.config, name)) for name in ("sp_size", "cp_size"))
+        sizes = ((name, getattr(self.config, name)) for name in ("sp_size", "cp_size", "tp_size"))
         sources = ", ".join(f"{name}={size} (from {self.config.source_of(name)})" for name, size in sizes if size > 1)
+        refuse_virtual_tokens(model)
         check_model(model, self.config.sp_size, sources)
+        if self.tensor_parallel is not None:
+            self.tensor_parallel.distribute(model)
         attention = SequenceAttention(
             self.groups.sp_group,
             self.groups.cp_group,
@@ -184,7 +228,7 @@ class Attachment:
             attention,
             self.groups.group,
             self.groups.world_group,
-            lambda: int(self.accelerator.gradient_accumulation_steps),
+            lambda: self.micro_steps(),
         )
         self.forwards.append((model, forward))
 
@@ -200,7 +244,8 @@ class Attachment:
             # Stock code refuses a model without its loader; the number only serves DeepSpeed's own log lines.
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         if self.accelerator.is_fsdp2:
-            yield
+            with fully_sharded(self.config, self.accelerator):
+                yield
             return
         config, state.parallelism_config = state.parallelism_config, None
         try:

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ulysses_accel.errors import BatchError
+from ulysses_accel.dataloader.schema import MERGED_KEYS
+from ulysses_accel.engines.merged import Merging, is_merged
+from ulysses_accel.errors import BatchError, UnsupportedModelError
 from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription, is_marked_shard
 
-# What models merge into the embeddings of their tokens, by placeholders that a shard has only some of.
-_MERGED = (
-    "pixel_values",
-    "pixel_values_videos",
-    "pixel_values_images",
-    "flattened_patches",
-    "image_embeds",
-    "input_features",
-    "input_values",
-    "audio_values",
-    "audio_embeds",
-    "input_audio_embeds",
-)
 _AS_GIVEN = "Pass the batch as the data loader gave it"
 
 
@@ -46,6 +35,7 @@ def check_batch(
     kwargs: dict[str, Any],
     position_keys: tuple[str, ...],
     is_encoder_decoder: bool,
+    merging: Merging | None = None,
 ) -> None:
     """Refuses arguments that are not this rank's shard of the described batch.
 
@@ -55,9 +45,11 @@ def check_batch(
         kwargs: all others.
         position_keys: the positions that the model is to be given.
         is_encoder_decoder: whether the described sequence is a decoder's.
+        merging: where the model merges images or sound into whole tokens.
 
     Raises:
         BatchError: with what is wrong.
+        UnsupportedModelError: the batch asks the model for attention that is not computed on shards.
     """
     if args:
         raise BatchError(
@@ -68,7 +60,7 @@ def check_batch(
         if description.encoder is not None and description.encoder.num_shards > 1:
             _check_tokens(description.encoder, kwargs, "")
     else:
-        _check_tokens(description, kwargs, "")
+        _check_tokens(description, kwargs, "", is_whole=is_merged(merging, kwargs))
         if kwargs.get("encoder_hidden_states") is not None:
             raise BatchError(
                 "the sharded batch has encoder_hidden_states, but the model is no encoder-decoder whose encoder is "
@@ -77,28 +69,44 @@ def check_batch(
     for key in position_keys:
         if kwargs.get(key) is None:
             raise BatchError(f"the sharded batch has no {key}. {_AS_GIVEN}: **batch.")
-    _refuse_merged(description.encoder if is_encoder_decoder else description, kwargs)
+    if merging is not None and merging.has_blocks:
+        _refuse_blocks(kwargs)
+    if not is_merged(merging, kwargs):
+        _refuse_merged(description.encoder if is_encoder_decoder else description, kwargs)
 
 
-def _check_tokens(description: SequenceDescription, kwargs: dict[str, Any], prefix: str) -> None:
+def _check_tokens(
+    description: SequenceDescription, kwargs: dict[str, Any], prefix: str, is_whole: bool = False
+) -> None:
     ids, embeds = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}inputs_embeds")
     tokens = ids if ids is not None else embeds
-    expected = (description.batch_size, description.shard_length)
+    expected = (description.batch_size, description.sequence_length if is_whole else description.shard_length)
     found = None if tokens is None else tuple(tokens.shape[:2])
     if found != expected:
         raise BatchError(
             f"the batch has {found} rows and tokens on this rank, its {DESCRIPTION_KEY} says {expected} "
             f"({description.sequence_length} {prefix.rstrip('_')}{' ' if prefix else ''}tokens over "
-            f"{description.num_shards} ranks). {_AS_GIVEN}."
+            f"{description.num_shards} ranks{', whole beside images or sound' if is_whole else ''}). {_AS_GIVEN}."
         )
 
 
 def _refuse_merged(description: SequenceDescription | None, kwargs: dict[str, Any]) -> None:
     """Refuses images and sound beside sharded tokens."""
-    found = [name for name in _MERGED if kwargs.get(name) is not None]
+    found = [name for name in MERGED_KEYS if kwargs.get(name) is not None]
     if found and description is not None and description.num_shards > 1:
         raise BatchError(
             f"the batch has {', '.join(found)} beside sharded tokens: the model would merge them into a shard's "
-            f"placeholders, which are not all of them. Merge them before (inputs_embeds), train on text alone, or use "
-            f"sp_size=1 and cp_size=1."
+            f"placeholders, which are not all of them, and where it merges is not known. Merge them before "
+            f"(inputs_embeds), train on text alone, or use sp_size=1 and cp_size=1."
+        )
+
+
+def _refuse_blocks(kwargs: dict[str, Any]) -> None:
+    """Refuses what marks the tokens of images for a model that lets these see each other in both directions."""
+    found = [name for name in ("token_type_ids", "mm_token_type_ids") if kwargs.get(name) is not None]
+    if found:
+        raise UnsupportedModelError(
+            f"by the batch's {', '.join(found)} the model lets tokens of one image or prompt see each other in both "
+            f"directions, which is not computed on a sharded sequence. Leave {', '.join(found)} out, so that each "
+            f"token sees those before it, or use sp_size=1 and cp_size=1."
         )

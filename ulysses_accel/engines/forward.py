@@ -26,14 +26,24 @@ from ulysses_accel.attention import (
 from ulysses_accel.attention.labels import LossUse, read_loss
 from ulysses_accel.attention.position_checks import rotary_modules
 from ulysses_accel.attention.positions import PositionSource, own_counts, position_sources
+from ulysses_accel.attention.sample_heads import first_token_modules, read_sample_head
 from ulysses_accel.attention.structure import encoder_of, reads_tokens
 from ulysses_accel.attention.syntax import parameters, takes_keywords
 from ulysses_accel.engines.batch_checks import check_batch, refuse_undescribed_shard
 from ulysses_accel.engines.canary import Canary
+from ulysses_accel.engines.merged import MergedBatch, Merging, begin_merged, hook_merged, merging_of
 from ulysses_accel.engines.positions import hook_counts, hook_positions, longest_position
 from ulysses_accel.engines.recompute import describe_checkpoints, restore_checkpoints
 from ulysses_accel.engines.rotary import hook_rotary
+from ulysses_accel.engines.router_loss import (
+    RouterLosses,
+    RouterRecord,
+    first_tensor,
+    put_router_loss,
+    router_losses,
+)
 from ulysses_accel.engines.whole_encoder import hook_whole_encoder
+from ulysses_accel.engines.whole_heads import WholeHead, hook_first_tokens, mean_of_samples
 from ulysses_accel.loss import aggregate_loss, mean_as_share, shared_scalar
 from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
 
@@ -48,6 +58,7 @@ class ModelTraits:
         is_encoder_decoder: whether the described sequence is a decoder's.
         has_whole_encoder: whether every rank has all of an encoder's input, which is not made of tokens.
         takes_use_cache: whether its forward can be told to keep no keys.
+        merging: where it merges images or sound into whole tokens; None where it doesn't.
     """
 
     loss: LossUse | None
@@ -55,6 +66,7 @@ class ModelTraits:
     is_encoder_decoder: bool
     has_whole_encoder: bool
     takes_use_cache: bool
+    merging: Merging | None = None
 
     @classmethod
     def of(cls, model: Any) -> ModelTraits:
@@ -66,6 +78,7 @@ class ModelTraits:
             is_encoder_decoder=encoder is not None,
             has_whole_encoder=encoder is not None and not reads_tokens(encoder),
             takes_use_cache="use_cache" in parameters(model) or takes_keywords(model),
+            merging=merging_of(model),
         )
 
 
@@ -77,8 +90,11 @@ class _Running:
     context: AbstractContextManager[None]
     counts_before: tuple[int, int]
     labels: Tensor | None = None
+    has_loss: bool = False
     num_items_in_batch: Tensor | int | None = None
+    router: RouterRecord | None = None
     positions: dict[str, Tensor] = field(default_factory=dict)
+    merged: MergedBatch | None = None
 
 
 @dataclass
@@ -93,6 +109,7 @@ class ShardedForward:
         num_steps: returns the micro-steps that the engine divides a loss by.
         traits: of the model.
         canary: tells whether all attention comes to us.
+        routers: the model's router loss.
         handles: the hooks.
         running: forwards between their two hooks, the innermost last.
         warned: whether the user was told of a whole batch in training.
@@ -105,6 +122,7 @@ class ShardedForward:
     num_steps: Callable[[], int]
     traits: ModelTraits
     canary: Canary
+    routers: RouterLosses
     handles: list[Any] = field(default_factory=list)
     running: list[_Running] = field(default_factory=list)
     warned: bool = False
@@ -124,9 +142,10 @@ class ShardedForward:
             self._warn_of_whole_batch(model, kwargs)
             return args, kwargs
         keys = tuple(source.key for source in self.traits.positions)
-        check_batch(description, args, kwargs, keys, self.traits.is_encoder_decoder)
+        check_batch(description, args, kwargs, keys, self.traits.is_encoder_decoder, self.traits.merging)
         describe_checkpoints(self.model)
-        return args, self._sharded_arguments(kwargs, running)
+        running.merged, whole = begin_merged(self.traits.merging, description, kwargs)
+        return args, {**self._sharded_arguments(kwargs, running), **whole}
 
     def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Says once that training goes on without sharding: most likely a loader that was not prepared."""
@@ -151,6 +170,7 @@ class ShardedForward:
             if not source.is_argument:
                 del kwargs[source.key]
         self._use_labels(kwargs, running)
+        running.router = self.routers.begin(kwargs)
         return kwargs
 
     def _use_labels(self, kwargs: dict[str, Any], running: _Running) -> None:
@@ -161,17 +181,21 @@ class ShardedForward:
         if loss is None:
             kwargs.pop("shift_labels", None)
             return
-        if loss.labels == "same_token":
+        if loss.labels != "next_token":
             running.labels = kwargs.get("labels")
         elif shifted is not None:
             # transformers computes a loss only when it is given labels; beside shift_labels it does not use them.
             running.labels = kwargs["labels"] = shifted
+        running.has_loss = loss.labels == "whole" or running.labels is not None
+        running.has_loss &= all(kwargs.get(name) is not None for name in loss.needs)
         if not loss.divides_by_items:
             kwargs.pop("num_items_in_batch", None)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Replaces the shard's loss by the whole batch's; runs also when the forward raised, with no output."""
         running = self.running.pop()
+        if running.router is not None:
+            running.router.close()
         running.context.__exit__(None, None, None)
         if running.description is None or output is None:
             return None
@@ -180,27 +204,47 @@ class ShardedForward:
 
     def _aggregate(self, running: _Running, output: Any) -> Any:
         """Returns `output` with its loss aggregated; the loss is the first entry of a tuple."""
-        used = self.traits.loss
-        if running.labels is None or used is None:
-            return None
-        loss = output[0] if isinstance(output, tuple) else output.loss
-        num_items = running.num_items_in_batch
-        group = self.group if num_items is None else self.world_group
-        if num_items is not None and not used.divides_by_items:
-            loss = mean_as_share(loss, running.labels, num_items)
-        loss = aggregate_loss(loss, running.labels, group, num_items_in_batch=num_items)
-        loss = shared_scalar(loss, group)
-        if num_items is not None:
-            # The engine divides each micro-step's loss by their number, which num_items_in_batch has in it already.
-            loss = loss * self.num_steps()
-        if isinstance(output, tuple):
-            return (loss, *output[1:])
-        output["loss"] = loss
+        used, router, loss = self.traits.loss, running.router, None
+        router_loss = None if router is None else router.loss(first_tensor(output))
+        # Asked for log-probabilities, a model computes no loss.
+        if used is not None and running.has_loss and (isinstance(output, tuple) or output.loss is not None):
+            added = None if router is None or router_loss is None else router.coefficient * router_loss
+            loss = output[0] if isinstance(output, tuple) else output.loss
+            loss = self._aggregated(loss, running, used, added)
+            output = _with_loss(output, loss)
+        if router is not None and router_loss is not None:
+            output = put_router_loss(output, router_loss, router, 0 if loss is None else 1)
         return output
+
+    def _aggregated(self, loss: Tensor, running: _Running, used: LossUse, added: Tensor | None) -> Tensor:
+        """Returns the whole batch's loss from this rank's, with what the whole sequence's routers add to it."""
+        labels, num_items = running.labels, running.num_items_in_batch
+        if used.is_of_both or labels is None:
+            # Tokens alone are counted, and not what else it is a mean over.
+            num_items = None
+        group = self.group if num_items is None else self.world_group
+        if used.labels == "whole":
+            loss = mean_of_samples(loss, labels, num_items, group)
+        else:
+            assert labels is not None
+            if num_items is not None and not used.divides_by_items:
+                loss = mean_as_share(loss, labels, num_items)
+            if added is not None and num_items is not None:
+                loss = loss + added.to(loss.dtype) / self.group.size()
+            loss = aggregate_loss(loss, labels, group, num_items_in_batch=num_items)
+            if added is not None and num_items is None:
+                loss = loss + added.to(loss.dtype)
+            loss = shared_scalar(loss, group)
+        # The engine divides each micro-step's loss by their number, which num_items_in_batch has in it already.
+        return loss if num_items is None else loss * self.num_steps()
 
     def current_positions(self, key: str) -> Tensor | None:
         """Returns the running forward's positions `[B, S / P]`, None outside of a sharded one."""
         return self.running[-1].positions.get(key) if self.running else None
+
+    def current_merged(self) -> MergedBatch | None:
+        """Returns the running forward's batch where it has images or sound that its model merges."""
+        return self.running[-1].merged if self.running else None
 
     def longest(self, module: nn.Module) -> int | None:
         """Returns the longest position of a module's sequence, None outside of a sharded forward."""
@@ -215,7 +259,15 @@ class ShardedForward:
             handle.remove()
         self.handles.clear()
         restore_checkpoints(self.model)
+        self.routers.uninstall()
         self.attention.uninstall()
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output
 
 
 def shard_forward(
@@ -240,8 +292,8 @@ def shard_forward(
     inner = transformers_model(model)
     traits, counts = ModelTraits.of(inner), own_counts(inner)
     installed = install(model, attention)
-    canary = Canary(model, installed)
-    sharded = ShardedForward(model, installed, group, world_group, num_steps, traits, canary)
+    canary, routers = Canary(model, installed), router_losses(inner, group)
+    sharded = ShardedForward(model, installed, group, world_group, num_steps, traits, canary, routers)
     sharded.handles = [
         *canary.handles,
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
@@ -253,6 +305,15 @@ def shard_forward(
     encoder = encoder_of(inner)
     if encoder is not None and traits.has_whole_encoder:
         sharded.handles += hook_whole_encoder(encoder)
+    if encoder is None:
+        sharded.handles += hook_first_tokens(
+            first_token_modules(inner), group, traits.loss is not None and traits.loss.is_of_samples
+        )
+    head = read_sample_head(inner)
+    if head is not None:
+        sharded.handles += WholeHead(inner, head, group).install()
+    if traits.merging is not None:
+        sharded.handles += hook_merged(traits.merging, group, sharded.current_merged)
     # Behind those that give a module its positions.
     sharded.handles += hook_rotary(rotary_modules(inner), sharded.longest)
     return sharded

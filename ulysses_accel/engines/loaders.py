@@ -6,6 +6,8 @@ All ranks of a sequence group draw the same batch, so nothing but one agreement 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,15 @@ def prepare_loader(
     placed = accelerator.device_placement if device_placement is None else device_placement
     handler = config.sp_handler
     adapter = UlyssesSPDataLoaderAdapter(
-        _data_parallel_loader(accelerator, data_loader, groups),
+        data_parallel_loader(accelerator, data_loader, groups),
         groups.rank,
         groups.group,
         groups.size,
         accelerator.device if placed else None,
         same_batch=True,
+        key_rules=config.batch_schema,
         sequence_length=None if handler.sp_seq_length_is_variable else handler.sp_seq_length,
+        pad_multiple=config.non_data_parallel_size if config.tp_size > 1 else None,
         cpu_group=groups.cpu_group,
         ring_size=config.cp_size,
         ring_layout=config.cp_handler.layout,
@@ -63,17 +67,26 @@ def prepare_loader(
     return adapter
 
 
-def _data_parallel_loader(accelerator: Any, data_loader: Any, groups: SequenceGroups) -> Any:
-    """Returns accelerate's loader for this rank's data parallel coordinate, with the same order on all ranks."""
+def data_parallel_loader(
+    accelerator: Any, data_loader: Any, groups: SequenceGroups, *, put_on_device: bool = False
+) -> Any:
+    """Returns accelerate's loader for this rank's data parallel coordinate, with the same order on all ranks.
+
+    Args:
+        accelerator: the attached accelerator.
+        data_loader: a torch DataLoader.
+        groups: this rank's place in the mesh.
+        put_on_device: whether it moves batches; an adapter around it cuts the shard on the host and moves only that.
+    """
     _share_generator(accelerator, data_loader, groups)
+    _seed_workers_alike(data_loader, groups)
     loader = accelerate_loader(
         data_loader,
         accelerator.device,
         num_processes=groups.data_parallel_size,
         process_index=groups.data_parallel_rank,
         split_batches=accelerator.split_batches,
-        # The adapter cuts the shard on the host and moves only that.
-        put_on_device=False,
+        put_on_device=put_on_device,
         rng_types=list(accelerator.rng_types or []),
         # One rank that reads for all would have to send whole batches, as pickles.
         dispatch_batches=False,
@@ -83,7 +96,11 @@ def _data_parallel_loader(accelerator: Any, data_loader: Any, groups: SequenceGr
         non_blocking=accelerator.non_blocking,
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
-    generator = getattr(getattr(data_loader, "sampler", None), "generator", None)
+    sampler = getattr(data_loader, "sampler", None)
+    if isinstance(getattr(sampler, "set_epoch", None), _EpochSeed):
+        # Stock code looks for it under this name when it rebuilds a loader to skip batches.
+        loader.set_sampler(sampler)
+    generator = getattr(sampler, "generator", None)
     if loader.synchronized_generator is None and isinstance(generator, torch.Generator):
         # With one data parallel rank stock code leaves the order to each process.
         loader.synchronized_generator = generator
@@ -91,15 +108,53 @@ def _data_parallel_loader(accelerator: Any, data_loader: Any, groups: SequenceGr
     return loader
 
 
+def _seed_workers_alike(data_loader: Any, groups: SequenceGroups) -> None:
+    """Gives a Trainer's workers one seed for each data parallel rank: it seeds them by rank, and they would draw other
+    random numbers for the batches that ranks of a sequence group share.
+    """
+    function = getattr(data_loader, "worker_init_fn", None)
+    if isinstance(function, partial) and "rank" in function.keywords:
+        data_loader.worker_init_fn = partial(function, rank=groups.data_parallel_rank)
+
+
 def _share_generator(accelerator: Any, data_loader: Any, groups: SequenceGroups) -> None:
     """Gives a shuffling sampler without a generator one that starts from rank 0's seed on every rank."""
     sampler = getattr(data_loader, "sampler", None)
-    if not isinstance(sampler, RandomSampler) or sampler.generator is not None:
+    if getattr(sampler, "generator", ...) is not None:
         return
-    seed = torch.empty((), dtype=torch.int64).random_().to(accelerator.device)
+    assert sampler is not None
+    if isinstance(sampler, RandomSampler) and accelerator.use_seedable_sampler:
+        # Its order follows from a number. A draw here would change what a collate function draws after it.
+        return
+    seed = torch.empty((), dtype=torch.int64)
+    if isinstance(sampler, RandomSampler):
+        seed.random_()
+    else:
+        given = accelerator.dataloader_config.data_seed
+        seed.fill_((torch.initial_seed() if given is None else given) % 2**62)
+    seed = seed.to(accelerator.device)
     dist.broadcast(seed, src=0)
     sampler.generator = torch.Generator()
     sampler.generator.manual_seed(int(seed))
+    if not isinstance(sampler, RandomSampler) and not hasattr(sampler, "set_epoch"):
+        sampler.set_epoch = _EpochSeed(sampler.generator, int(seed))
+
+
+@dataclass(frozen=True)
+class _EpochSeed:
+    """Makes a sampler's order follow from the epoch's number, so that a resumed run has the same one.
+
+    Args:
+        generator: the sampler's.
+        seed: of epoch 0.
+    """
+
+    generator: torch.Generator
+    seed: int
+
+    def __call__(self, epoch: int) -> None:
+        """Sets the generator to where the epoch begins."""
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def register_loader_state(accelerator: Any) -> None:

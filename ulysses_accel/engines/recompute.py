@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ulysses_accel.attention import active_description, describe_forward
+from ulysses_accel.engines.router_loss import active_record, running_for
 from ulysses_accel.memory.checkpoint import CheckpointedLayers
 
 _ATTRIBUTE = "_gradient_checkpointing_func"
@@ -30,10 +31,10 @@ class DescribedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoints a function."""
-        description = active_description()
+        description, record = active_description(), active_record()
 
         def described(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with describe_forward(description):
+            with describe_forward(description), running_for(record):
                 return function(*inner_args, **inner_kwargs)
 
         return self.stock(described, *args, **kwargs)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ulysses_accel.attention import transformers_model
 from ulysses_accel.attention.labels import LossUse, read_loss
 from ulysses_accel.attention.positions import counts_mask, padding_start
-from ulysses_accel.attention.structure import encoder_of
+from ulysses_accel.attention.structure import encoder_of, sharded_parts, text_config
+from ulysses_accel.attention.syntax import attention_calls
+from ulysses_accel.engines.merged import merging_of
 from ulysses_accel.errors import BatchError, ConfigError
 from ulysses_accel.sequence_rules import PLAIN_RULES, BatchRules
 
@@ -30,7 +32,18 @@ def rules_of(model: nn.Module) -> BatchRules:
         counts_mask=counts_mask(inner),
         padding_idx=padding_start(inner),
         decoder_inputs=_decoder_inputs(inner) if encoder_of(inner) is not None else None,
+        merges=merging_of(inner) is not None,
+        is_causal=_is_causal(inner),
     )
+
+
+def _is_causal(model: Any) -> bool | None:
+    """Returns whether all layers of a model of one sequence are causal; None where some are not, or have a window."""
+    layers = [module for part, module in sharded_parts(model) if attention_calls(module)]
+    kinds = {bool(getattr(module, "is_causal", True)) for module in layers}
+    other = set(getattr(text_config(model), "layer_types", None) or ()) - {"full_attention", "attention"}
+    windows = other or any(getattr(module, "sliding_window", None) is not None for module in layers)
+    return kinds.pop() if len(kinds) == 1 and not windows and encoder_of(model) is None else None
 
 
 def common_rules(models: Sequence[nn.Module]) -> BatchRules:
@@ -54,13 +67,14 @@ def common_rules(models: Sequence[nn.Module]) -> BatchRules:
             raise ConfigError(
                 f"{first_name} and {name} were prepared by one accelerator, but ask for different batches: "
                 f"{_comparable(first)} and {_comparable(same)} (labels, positions by the mask, positions' start, "
-                f"decoder). Prepare them with an accelerator each."
+                f"decoder, images or sound). Prepare them with an accelerator each."
             )
-    return first
+    patterns = {rules.is_causal for _, _, rules in found}
+    return first if len(patterns) == 1 else replace(first, is_causal=None)
 
 
 def _comparable(rules: BatchRules) -> tuple[Any, ...]:
-    return rules.labels, rules.counts_mask, rules.padding_idx, rules.decoder_inputs is not None
+    return rules.labels, rules.counts_mask, rules.padding_idx, rules.decoder_inputs is not None, rules.merges
 
 
 def _takes_labels(model: nn.Module) -> bool:

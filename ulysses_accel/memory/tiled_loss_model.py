@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ulysses_accel.errors import ConfigError, UnsupportedModelError
+from ulysses_accel.errors import BatchError, ConfigError, UnsupportedModelError
 from ulysses_accel.memory.log_probs import token_log_probs
 from ulysses_accel.memory.tiled_loss import tiled_cross_entropy
 from ulysses_accel.memory.tiled_loss_logits import Chain, LazyLogits, LossRequest
 from ulysses_accel.memory.tiled_loss_tiles import product_dtype
+from ulysses_accel.sequence import IGNORE_INDEX
 
 _LIGER = "liger_kernel.transformers.functional"
 
@@ -45,22 +46,31 @@ class TiledLoss:
     handles: list[Any] = field(default_factory=list)
     running: list[bool] = field(default_factory=list)
     num_losses: list[int] = field(default_factory=list)
+    # Labels of forwards that are asked for log-probabilities.
+    scored: list[Tensor | None] = field(default_factory=list)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Notes whether this forward computes a loss that is to be tiled."""
         kwargs = dict(kwargs)
-        keeps_logits = kwargs.pop("return_logits", self.return_logits)
+        # TRL's own head takes the place of this one, and computes in tiles too.
+        keeps_logits = kwargs.pop("return_logits", self.return_logits) or kwargs.get("fused_lm_head", False)
+        wants_log_probs = kwargs.pop("return_log_probs", False)
         given = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)), **kwargs}
         has_labels = given.get("labels") is not None or given.get("shift_labels") is not None
         self.running.append(has_labels and not keeps_logits)
         self.num_losses.append(0)
+        self.scored.append(None)
+        if wants_log_probs:
+            self.scored[-1] = _take_shifted(kwargs)
         return args, kwargs
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Takes stand-ins out of the output; runs also when the forward raised, with no output."""
-        is_tiled, num_losses = self.running.pop(), self.num_losses.pop()
+        is_tiled, num_losses, labels = self.running.pop(), self.num_losses.pop(), self.scored.pop()
         if output is None or not is_tiled:
             return None
+        if labels is not None:
+            return _with_log_probs(output, labels)
         if num_losses == 0 and _loss_of(output) is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} computed its loss without its output layer's forward or without "
@@ -76,7 +86,8 @@ class TiledLoss:
             request: what is asked for in place of logits.
         """
         if request is not None:
-            self.num_losses[-1] += 1
+            if self.num_losses:
+                self.num_losses[-1] += 1
             return self._loss(hidden, request)
         if self.running and self.running[-1]:
             dtype = product_dtype(hidden)
@@ -169,9 +180,10 @@ def tile_loss(
     """Makes a language model compute its loss without its logits; changed in place, reversibly.
 
     With labels, the output's `logits` are then None. Without labels, or where a forward is passed `return_logits=True`,
-    the model does what it always did. The model's own loss function stays: whatever reaches
-    `torch.nn.functional.cross_entropy` is tiled. Under ZeRO-3, and under FSDP2 where the head is resharded after its
-    forward, its weight is gathered twice in forward.
+    the model does what it always did. Passed `return_log_probs=True` and `shift_labels` `[B, S]`, it computes no loss;
+    the output's `log_probs` `[B, S]` are those of the labels, differentiable, 0 where a label does not count. The
+    model's own loss function stays: whatever reaches `torch.nn.functional.cross_entropy` is tiled. Under ZeRO-3, and
+    under FSDP2 where the head is resharded after its forward, its weight is gathered twice in forward.
 
     Args:
         model: a transformers model with a linear output layer, or a module that holds one.
@@ -213,11 +225,41 @@ def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
         head = says(part) if says is not None else None
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             return part, head
-        found = found if head is None else type(head).__name__
+        found = found if head is None else f"{type(head).__module__}.{type(head).__name__}"
     raise UnsupportedModelError(
         f"{type(model).__name__} has no plain nn.Linear as its output layer (found: {found}), so its loss can't be "
         f"tiled. Leave tile_loss out for this model."
     )
+
+
+def _take_shifted(kwargs: dict[str, Any]) -> Tensor:
+    """Takes the labels out of a forward's arguments, so that neither the model nor anyone around computes a loss."""
+    labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    if shifted is None:
+        raise BatchError(
+            f"return_log_probs=True needs shift_labels, each token's next one (labels: {_shape(labels)}). A prepared "
+            f"data loader gives them for labels; otherwise shift them yourself."
+        )
+    return shifted  # type: ignore[no-any-return]
+
+
+def _shape(labels: Any) -> str:
+    return f"{list(labels.shape)}" if isinstance(labels, Tensor) else "none"
+
+
+def _with_log_probs(output: Any, labels: Tensor) -> Any:
+    """Returns the output with each label's log-probability in place of the stand-in for logits."""
+    logits = output.get("logits") if isinstance(output, dict) else None
+    if not isinstance(logits, LazyLogits):
+        raise UnsupportedModelError(
+            "return_log_probs=True needs an output with the logits of the model's output layer. Pass return_dict=True."
+        )
+    # [B, S/P, D] -> [B, S/P]
+    losses, _ = logits.loss(labels, IGNORE_INDEX, 0.0, per_token=True)
+    entries = {name: value for name, value in output.items() if name != "logits"}
+    scored = type(output)(**entries)
+    scored["log_probs"] = -losses
+    return scored
 
 
 def _fsdp_owner(model: nn.Module, head: nn.Module) -> FSDPModule | None:
