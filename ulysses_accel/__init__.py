@@ -17,7 +17,7 @@ _MODULES = {
     "MemoryConfig": "ulysses_accel.config_memory",
     "UlyssesSPDataLoaderAdapter": "ulysses_accel.dataloader",
     "ulysses_attention": "ulysses_accel.attention",
-    "supports": "ulysses_accel.attention",
+    "supports": "ulysses_accel.engines.supports",
     "Finding": "ulysses_accel.attention",
     "aggregate_loss": "ulysses_accel.loss",
     "count_items": "ulysses_accel.loss",

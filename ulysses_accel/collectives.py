@@ -104,7 +104,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.group), None
+        # Again a function of autograd's, whose own backward is the exchange: so in all three.
+        return _apply(_ReduceScatter, grad, ctx.group), None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -115,9 +116,7 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gathered = grad.new_empty((ctx.group.size() * grad.shape[0], *grad.shape[1:]))
-        gather_into(gathered, grad.contiguous(), group=ctx.group)
-        return gathered, None
+        return _apply(_AllGather, grad, ctx.group), None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -128,7 +127,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
+        return _apply(_AllReduce, grad, ctx.group), None
 
 
 def _reduce_scatter(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -172,16 +172,16 @@ def _ranks_left(settings: Layer, cluster: Cluster, wish: Setting) -> int:
 
 def _request(settings: Layer, heads: Heads, num_ranks: int, cluster: Cluster) -> SplitRequest:
     tensor_ranks = int(settings["tp_size"].value or 1)
-    if heads.num_heads % tensor_ranks:
+    if heads.num_heads % tensor_ranks or heads.num_key_value_heads % tensor_ranks:
         raise ConfigError(
-            f"tp_size={tensor_ranks} (from {settings['tp_size'].source}) does not divide {heads.num_heads} query heads "
-            f"({heads.source}). Use a tp_size that does."
+            f"tp_size={tensor_ranks} (from {settings['tp_size'].source}) does not divide {heads.num_heads} query and "
+            f"{heads.num_key_value_heads} key/value heads ({heads.source}). Use a tp_size that does."
         )
     length = settings["sp_seq_length"].value if settings["sp_seq_length_is_variable"].value is False else None
     return SplitRequest(
         num_ranks=num_ranks,
         num_heads=heads.num_heads // tensor_ranks,
-        num_key_value_heads=max(1, heads.num_key_value_heads // tensor_ranks),
+        num_key_value_heads=heads.num_key_value_heads // tensor_ranks,
         head_dim=heads.head_dim,
         sequence_length=None if length is None else int(length),
         ranks_per_node=cluster.ranks_per_node or cluster.num_ranks or 1,

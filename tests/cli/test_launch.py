@@ -322,4 +322,8 @@ def test_the_dispatcher(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "--parallelism-config-sp-size", "0", "train.py"]) == 2
     assert "ulysses-accel launch: sp_size=0" in capsys.readouterr().err
     assert main(["launch"]) == 2
+    capsys.readouterr()
     assert main(["launch", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("tp_size", "ep_size", "batch_schema", "sequence_parallelism_mode"):
+        assert f"--parallelism_config_{name}" in shown

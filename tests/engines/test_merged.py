@@ -22,6 +22,7 @@ from tests.parity.jobs import EXACT, Engine, Grads, compare, zero_gradients
 from tests.parity.vision_models import IMAGE, MERGERS, build, make_batch
 from tests.ranks import run_ranks
 from tests.support import Support
+from ulysses_accel import supports
 from ulysses_accel.engines.merged import merging_of
 from ulysses_accel.engines.rules import rules_of
 from ulysses_accel.pooling import shard_sequence
@@ -188,7 +189,6 @@ def refusals() -> dict[str, str]:
     types = (batch["input_ids"] == IMAGE).long()
     cases: dict[str, tuple[Callable[[], Any], Batch]] = {
         "gemma3": (lambda: build("gemma3"), {**batch, "token_type_ids": types}),
-        "paligemma": (paligemma, {**batch, "token_type_ids": types}),
         "mllama": (mllama, {**make_batch("llava", "text"), "pixel_values": torch.randn(2, 1, 1, 3, 8, 8)}),
     }
     found = {}
@@ -201,10 +201,12 @@ def refusals() -> dict[str, str]:
 
 def test_refusals_by_name(support: Support) -> None:
     for found in run_ranks(refusals, 2, init=False):
-        for name in ("gemma3", "paligemma"):
-            assert found[name].startswith("UnsupportedModelError: by the batch's token_type_ids the model lets tokens")
-            assert "Leave token_type_ids out" in found[name]
+        assert found["gemma3"].startswith("UnsupportedModelError: by the batch's token_type_ids the model lets tokens")
+        assert "Leave token_type_ids out" in found["gemma3"]
         assert found["mllama"].startswith("BatchError: the batch has pixel_values beside sharded tokens")
+    # Gemma 3 is causal without token_type_ids, PaliGemma never.
+    (finding,) = supports(paligemma(), ulysses_accel.ParallelismConfig(sp_size=2))
+    assert "its decoder lets the tokens of an image and its prompt see each other" in finding.fact
     blocks = "image tokens see each other in both directions"
     support.refused("model", "PaliGemma, and Gemma 3 with token_type_ids", "sp", blocks)
     support.refused("model", "Mllama with images", "sp", "images come in by cross-attention")

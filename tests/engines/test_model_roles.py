@@ -44,6 +44,13 @@ def test_supports_takes_models_and_configs() -> None:
     assert supports(hf.T5ForConditionalGeneration(hf.T5Config(**T5_SIZES)), two) == findings
     assert supports(hf.T5Config(**T5_SIZES), ParallelismConfig(sp_size=1)) == []
     (heads,) = supports(hf.LlamaConfig(**GROUPED), ParallelismConfig(sp_size=8))
+    (heads_left,) = supports(hf.LlamaConfig(**GROUPED), ParallelismConfig(sp_size=4, tp_size=2))
+    assert "sp_size=4 (from constructor) is more than num_attention_heads=4 / tp_size=2" in str(heads_left)
+    (dense,) = supports(hf.LlamaConfig(**GROUPED), ParallelismConfig(ep_size=2))
+    assert "LlamaForCausalLM has no experts" in str(dense)
+    (experts,) = supports(hf.MixtralConfig(**GROUPED), ParallelismConfig(tp_size=2))
+    assert "nothing is known about how to cut model.layers.0.mlp" in str(experts)
+    assert supports(hf.MixtralConfig(**GROUPED), ParallelismConfig(ep_size=2)) == []
     assert heads.where == "sp_size"
     assert "more than num_attention_heads=4" in heads.fact
 

@@ -200,6 +200,7 @@ def forwards() -> dict[str, str]:
     labels_only = {"input_ids": tokens.clone(), "shift_labels": batch["shift_labels"].clone()}
     described = {DESCRIPTION_KEY: batch[DESCRIPTION_KEY]}
     whole = {name: value[None] for name, value in documents(1)[0].items()}
+    unshifted = {name: value for name, value in batch.items() if name != "shift_labels"}
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "no description": ((), bare),
         "tokens alone": ((), {"input_ids": tokens}),
@@ -213,6 +214,9 @@ def forwards() -> dict[str, str]:
         "more rows": ((), {**batch, "input_ids": tokens.repeat(2, 1)}),
         "no positions": ((), {**batch, "position_ids": None}),
         "no tokens": ((), {**described, "position_ids": positions}),
+        "labels alone": ((), {**unshifted, "labels": batch["shift_labels"]}),
+        "whole labels": ((), {**unshifted, "labels": whole["labels"]}),
+        "whole positions": ((), {**batch, "position_ids": torch.arange(16)[None]}),
         "as it came": ((), batch),
         "whole": ((), whole),
         "whole, masked": ((), {**whole, "attention_mask": torch.ones(1, 16)}),
@@ -240,6 +244,9 @@ def test_shards_without_their_description_are_refused() -> None:
         "cut": "the batch has (1, 7) rows and tokens on this rank, its sequence_description says (1, 8)",
         "more rows": "the batch has (2, 8) rows",
         "no positions": "has no position_ids",
+        "labels alone": "has labels and no shift_labels",
+        "whole labels": "the batch's labels has shape [1, 16] on this rank, which has 8 of 16 tokens",
+        "whole positions": "the batch's position_ids has shape [1, 16] on this rank",
         "no tokens": "the batch has None rows and tokens",
         "replaced attention": "LlamaForCausalLM computed a sharded batch with 0 attention calls",
     }
@@ -250,7 +257,7 @@ def test_shards_without_their_description_are_refused() -> None:
             assert "model(**batch)" in rank[name]
         for name, text in wrong.items():
             assert text in rank[name], name
-        ordinary = [name for name in rank if name.startswith("whole") or name == "as it came"]
+        ordinary = [name for name in rank if (name.startswith("whole") and name not in wrong) or name == "as it came"]
         assert {name: rank[name] for name in ordinary} == dict.fromkeys(ordinary, "")
         assert len(ordinary) == 4
         assert rank["left over"] == "[0]"

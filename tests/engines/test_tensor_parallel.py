@@ -28,7 +28,7 @@ from tests.engines.jobs import batches_of, documents, error_of
 from tests.parity.batches import CASES, loader
 from tests.parity.jobs import EXACT, compare, full_gradients, full_parameters, plain_step
 from tests.parity.models import _GROUPED, CONFIGS, build
-from tests.parity.tensor_parallel import FAMILIES, Setup
+from tests.parity.tensor_parallel import ADAM, FAMILIES, Setup
 from tests.ranks import run_ranks
 from tests.support import Support
 from ulysses_accel import MemoryConfig, ParallelismConfig
@@ -128,6 +128,41 @@ def _without_engine(folder: str) -> dict[str, Any]:
     found["is_restored"] = accelerator.get_state_dict.__func__ is stock_state
     found["is_restored"] &= not {"save_state", "save_pretrained"} & {*vars(accelerator), *vars(model)}
     return found
+
+
+def _in_any_order() -> dict[str, Any]:
+    """Prepares an optimizer before its model, part of which is frozen; then what can't be put right is refused."""
+    sample, found = CASES["packed"](0), {}
+    accelerator, model, reference = Setup("Llama", {"tp": 2}).accelerator(), build("llama"), build("llama")
+    for one in (model, reference):
+        one.model.norm.requires_grad_(False)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), **ADAM))
+    model = accelerator.prepare(model)
+    plain_optimizer = torch.optim.AdamW(reference.parameters(), **ADAM)
+    plain_step(reference, [sample])
+    plain_optimizer.step()
+    for batch in accelerator.prepare(loader([sample])):
+        accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    after = full_parameters(model)
+    found["difference"] = max(
+        float((after[name] - value).abs().max()) for name, value in reference.state_dict().items()
+    )
+    found["stepped"] = error_of(accelerator.prepare, reference, plain_optimizer)
+    torch.manual_seed(accelerator.process_index)
+    dropping = LlamaForTokenClassification(LlamaConfig(**_GROUPED))
+    dropping, batches = accelerator.prepare(dropping, loader([sample]))
+    for batch in batches:
+        found["seeds"] = error_of(dropping, **{**batch, "labels": batch["input_ids"] % 2})
+    return found
+
+
+def test_optimizers_and_models_are_prepared_in_any_order() -> None:
+    for found in run_ranks(_in_any_order, 2, init=False):
+        # Adam divides gradients by their size, so that their rounding is seen.
+        assert found["difference"] <= 1e-11
+        assert "the optimizer (AdamW) has made steps with parameters that are cut" in found["stepped"]
+        assert "the random state of tp_size=2 ranks, which drop the same features behind" in found["seeds"]
 
 
 def test_without_an_engine(tmp_path: Path) -> None:

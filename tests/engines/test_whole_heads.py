@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -92,6 +93,31 @@ def test_what_shards_cant_give_is_no_known_head(model: Any) -> None:
         built = model(hf.BertConfig(**ENCODER))
     assert read_sample_head(built) is None
     assert isinstance(read_loss(built), list)
+
+
+@pytest.mark.parametrize(
+    ("name", "picked"),
+    [
+        ("CLIPTextModel", "last_hidden_state[torch.arange("),
+        ("SiglipTextModel", "last_hidden_state[:, -1, :]"),
+        ("DPRContextEncoder", "sequence_output[:, 0, :]"),
+        ("AltCLIPTextModel", "projection_state[:, 0]"),
+    ],
+)
+def test_tokens_picked_in_unknown_ways_are_refused(name: str, picked: str, support: Any) -> None:
+    findings = supports(without_weights(name), ParallelismConfig(cp_size=2))
+    assert ["picks or mixes tokens by their place" in one.fact and picked in one.fact for one in findings] == [True]
+    support.refused("model", f"{name}'s pooler_output", "cp", "picks tokens by their place in a way that is not known")
+
+
+def test_unknown_poolers_are_refused() -> None:
+    two = ParallelismConfig(sp_size=2)
+    model = without_weights("BertModel")
+    assert supports(model, two) == supports(without_weights("AlbertForMaskedLM"), two) == []
+    model.pooler = ReadsAnUnknownPooler(hf.BertConfig(**ENCODER)).bert.pooler
+    (finding,) = supports(model, two)
+    assert "picks or mixes tokens by their place (self.pooler(sequence_output))" in finding.fact
+    assert "pool_sequence" in finding.remedy
 
 
 def test_poolers_are_found() -> None:
@@ -241,6 +267,23 @@ def with_dropout() -> list[Tensor]:
         accelerator.sequence_parallel.uninstall()
         accelerator = Engine("ddp").accelerator(sp_size=2)
     return found
+
+
+def padded_answers() -> list[str]:
+    name = "BertForQuestionAnswering"
+    model, batches = (
+        Engine("ddp").accelerator(sp_size=2).prepare(build(name), loader(*[make_batch(name, "right", 0)] * 2))
+    )
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for batch in batches:
+            model(**batch)
+    return [str(one.message) for one in caught if "no answer starts or ends in padding" in str(one.message)]
+
+
+def test_padded_answers_are_told_of_once() -> None:
+    for (message,) in run_ranks(padded_answers, 2, init=False):
+        assert message.startswith("BertForQuestionAnswering is given padded rows")
 
 
 def test_every_rank_gets_the_same_loss() -> None:

@@ -32,8 +32,9 @@ from ulysses_accel.sequence_layout import multiple_of
 FLOAT32 = 1e-4
 
 SAVING = MemoryConfig(tiled_mlp=True, tiled_mlp_bytes=4096, tiled_norm=True, tiled_loss=True, checkpoint=True)
+COUNTED = {"include_num_input_tokens_seen": "non_padding"}
 SFT = {
-    "SFTTrainer": Case("SFTTrainer", plain_texts, {"gradient_accumulation_steps": 2}, evaluate=8),
+    "SFTTrainer": Case("SFTTrainer", plain_texts, {"gradient_accumulation_steps": 2, **COUNTED}, evaluate=8),
     "packed": Case("SFTTrainer", plain_texts, {"packing": True, "max_length": 25}, steps=20, evaluate=6),
     "wrapped": Case("SFTTrainer", plain_texts, {"packing": True, "packing_strategy": "wrapped", "max_length": 25}),
     "padding free": Case("SFTTrainer", plain_texts, {"padding_free": True, "max_length": None}),
@@ -45,7 +46,7 @@ SFT = {
     "saving": Case("SFTTrainer", plain_texts, memory=SAVING),
 }
 PREFERENCES = {
-    "DPOTrainer": Case("DPOTrainer", pairs, steps=5, evaluate=8),
+    "DPOTrainer": Case("DPOTrainer", pairs, COUNTED, steps=5, evaluate=8),
     "several losses": Case("DPOTrainer", pairs, {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [1, 0.5, 2]}),
     "weighting": Case("DPOTrainer", pairs, {"use_weighting": True, "ld_alpha": 0.5, "gradient_accumulation_steps": 2}),
     "adapter": Case("DPOTrainer", pairs, {}, lora=True),

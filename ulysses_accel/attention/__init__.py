@@ -1,6 +1,6 @@
 """Attention strategies over a sharded sequence, and their installation into transformers models."""
 
-from ulysses_accel.attention.checks import check_model, supports
+from ulysses_accel.attention.checks import check_model
 from ulysses_accel.attention.findings import Finding
 from ulysses_accel.attention.registry import InstalledAttention, active_description, describe_forward, install
 from ulysses_accel.attention.ring import ring_attention
@@ -21,7 +21,6 @@ __all__ = [
     "install",
     "ring_attention",
     "seq_to_head",
-    "supports",
     "transformers_model",
     "ulysses_attention",
     "usp_attention",

@@ -14,31 +14,21 @@ from torch import nn
 from ulysses_accel.attention.findings import Finding
 from ulysses_accel.attention.labels import read_loss
 from ulysses_accel.attention.layer_checks import check_attention, check_masks, check_neighbours, check_statistics
+from ulysses_accel.attention.picks import check_picks
 from ulysses_accel.attention.position_checks import check_positions
-from ulysses_accel.attention.structure import attending, encoder_of, sharded_parts, text_config, transformers_model
+from ulysses_accel.attention.structure import (
+    attending,
+    encoder_of,
+    sharded_parts,
+    source_of,
+    text_config,
+    transformers_model,
+)
 from ulysses_accel.attention.syntax import attention_calls
-from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.errors import UnsupportedModelError
 
 # The last two work on each token by itself.
 _EXACT_LAYERS = {"full_attention", "attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
-
-
-def supports(model: Any, config: ParallelismConfig) -> list[Finding]:
-    """Returns what would keep a model from being trained exactly on sharded sequences; nothing for an exact one.
-
-    Args:
-        model: a transformers model, a module that holds one, or a transformers config, whose model is built without
-            weights.
-        config: sizes and core attention.
-    """
-    if config.sequence_parallel_size == 1:
-        return []
-    try:
-        inner = transformers_model(model if isinstance(model, nn.Module) else _without_weights(model))
-    except UnsupportedModelError as error:
-        return [Finding("attention", type(model).__name__, str(error), "")]
-    return find(inner, config.sp_size)
 
 
 def find(inner: Any, sp_size: int) -> list[Finding]:
@@ -52,6 +42,7 @@ def find(inner: Any, sp_size: int) -> list[Finding]:
         check_attention,
         check_neighbours,
         check_statistics,
+        check_picks,
     )
     findings = [finding for check in checks for finding in check(inner)]
     return [*findings, *_heads(text_config(inner), sp_size)]
@@ -77,8 +68,15 @@ def check_model(model: nn.Module, sp_size: int, sources: str = "") -> None:
         )
 
 
-def _without_weights(config: Any) -> nn.Module:
-    """Returns the model of a transformers config, of the class that it names or else its language model's."""
+def without_weights(config: Any) -> nn.Module:
+    """Returns the model of a transformers config, of the class that it names or else its language model's.
+
+    Args:
+        config: a transformers config.
+
+    Raises:
+        UnsupportedModelError: it names no language model.
+    """
     import transformers
 
     heads = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
@@ -112,6 +110,7 @@ def _routing(model: Any) -> Iterator[Finding]:
             "Use a decoder-only model.",
         )
     yield from _bidirectional_decoder(model)
+    yield from _prefix_decoder(model)
 
 
 def _bidirectional_decoder(model: Any) -> Iterator[Finding]:
@@ -129,6 +128,23 @@ def _bidirectional_decoder(model: Any) -> Iterator[Finding]:
             name,
             f"its decoder sees its own tokens in both directions ({name}.is_causal=False), as it sees the encoder's.",
             "Set is_decoder=True in the decoder's configuration.",
+        )
+
+
+def _prefix_decoder(model: Any) -> Iterator[Finding]:
+    """Yields a finding where a model always lets the tokens of an image and its prompt see each other."""
+    decoder = model.get_decoder() if text_config(model) is not model.config else None
+    if decoder is None or decoder is model:
+        return
+    layers = [(name, module) for name, module in attending(decoder)]
+    around = [part for part in model.modules() if decoder in part.modules() and part is not decoder]
+    makes_blocks = any("block_sequence_ids" in source_of(type(part)) for part in around)
+    if makes_blocks and layers and not any(getattr(module, "is_causal", True) for _, module in layers):
+        yield Finding(
+            "mask",
+            layers[0][0],
+            "its decoder lets the tokens of an image and its prompt see each other in both directions, as the batch's "
+            "token_type_ids say, which is not computed on a sharded sequence.",
         )
 
 

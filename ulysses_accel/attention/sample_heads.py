@@ -59,7 +59,7 @@ def first_token_modules(model: Any) -> list[FirstToken]:
             found.append(FirstToken(module, is_cut=False))
         forward = forward_of(module) if hasattr(module, "_can_set_attn_implementation") else None
         calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call)] if forward is not None else []
-        cut = [_child_called(module, call) for call in calls if call.args and _is_first(call.args[0])]
+        cut = [child_called(module, call) for call in calls if call.args and _is_first(call.args[0])]
         found += [FirstToken(child, is_cut=True) for child in cut if child is not None]
     return found
 
@@ -168,7 +168,7 @@ def _use_of_output(part: ast.AST, parent: ast.AST) -> Iterator[str]:
 
 def _use(node: ast.AST, parent: ast.AST, model: nn.Module) -> Iterator[str | nn.Module]:
     """Yields how one use of the hidden states reads them; nothing where they are only handed on."""
-    called = _child_called(model, parent) if isinstance(parent, ast.Call) else None
+    called = child_called(model, parent) if isinstance(parent, ast.Call) else None
     if _is_first(parent):
         yield "first"
     elif called is None or not isinstance(parent, ast.Call) or parent.args[0] is not node:
@@ -201,7 +201,7 @@ def _hidden_names(forward: ast.FunctionDef, model: nn.Module, output: str) -> se
 
 def _hands_on(value: ast.expr, model: nn.Module, output: str, names: set[str]) -> bool:
     if isinstance(value, ast.Call) and value.args and _is_hidden(value.args[0], output, names):
-        return isinstance(_child_called(model, value), nn.Dropout | nn.Identity)
+        return isinstance(child_called(model, value), nn.Dropout | nn.Identity)
     return _is_hidden(value, output, names)
 
 
@@ -212,8 +212,8 @@ def _is_hidden(node: ast.AST, output: str, names: set[str]) -> bool:
     return is_part and ast.unparse(node) in (f"{output}[0]", f"{output}.last_hidden_state")
 
 
-def _child_called(model: nn.Module, call: ast.AST) -> nn.Module | None:
-    """Returns the child that a call runs, None where it runs something else."""
+def child_called(model: nn.Module, call: ast.AST) -> nn.Module | None:
+    """Returns the child that a call in a forward runs, None where it runs something else."""
     function = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
     child = getattr(model, function.removeprefix("self."), None) if function.startswith("self.") else None
     return child if isinstance(child, nn.Module) else None

@@ -57,6 +57,11 @@ def attending(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if attention_calls(module))
 
 
+def source_of(cls: Any) -> str:
+    """Returns the source of a class without its comments; nothing where it can't be had, or is torch's own."""
+    return _source_of(cls)
+
+
 @cache
 def _source_of(cls: Any) -> str:
     if not cls.__module__.startswith("torch."):
@@ -70,7 +75,7 @@ def _source_of(cls: Any) -> str:
 def attends_by_itself(module: nn.Module) -> bool:
     """Returns whether a module makes attention weights of its own instead of calling transformers' functions."""
     cls: Any = type(module)
-    source = _source_of(cls)
+    source = source_of(cls)
     products = ("matmul(", "einsum(", "bmm(", "scaled_dot_product_attention(")
     weighs = "softmax" in source or "scaled_dot_product_attention(" in source
     return weighs and any(product in source for product in products) and "ALL_ATTENTION_FUNCTIONS" not in source

@@ -86,6 +86,9 @@ def live_nodes(tree: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
     if isinstance(tree, ast.If):
         decided = _truth(tree.test, module)
         children = [tree.test, *([] if decided is False else tree.body), *([] if decided is True else tree.orelse)]
+    if isinstance(tree, ast.IfExp):
+        decided = _truth(tree.test, module)
+        children = [tree.test, *([] if decided is False else [tree.body]), *([] if decided is True else [tree.orelse])]
     for node in children:
         yield node
         yield from live_nodes(node, module)
@@ -110,6 +113,8 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
 def _own_value(node: ast.expr, module: nn.Module) -> tuple[bool, Any]:
     """Returns whether an expression is `self.name` or `self.config.name`, and its value; absent names are None."""
     text = ast.unparse(node)
+    if text == "self.training":
+        return False, None
     for prefix, owner in (("self.config.", getattr(module, "config", None)), ("self.", module)):
         name = text.removeprefix(prefix)
         if text.startswith(prefix) and name.isidentifier():

@@ -173,6 +173,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     """
     parser = stock.launch_command_parser()
     parser.prog = "ulysses-accel launch"
+    # accelerate's formatter hides groups of flags by what the program's own arguments say, and all of ours.
+    parser.formatter_class = argparse.HelpFormatter
     _add_our_flags(parser)
     options: set[str] = set()
     for action in parser._actions:

@@ -48,7 +48,7 @@ class OwnAttention:
         return bool(self.fused or self.cores)
 
     def settles(self, finding: Finding, model: nn.Module) -> bool:
-        """Returns whether adapting makes what `attention.supports` would find computable."""
+        """Returns whether adapting makes what `supports` would find computable."""
         if finding.kind == "attention":
             return finding.where in (*self.fused, *self.cores, type(model).__name__)
         # The loss is computed of the logits, and distances are the same in every part of a row.

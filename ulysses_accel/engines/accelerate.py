@@ -30,7 +30,8 @@ from ulysses_accel.engines.rules import common_rules
 from ulysses_accel.engines.scheduler import sequence_schedulers, stretch_dummy_scheduler
 from ulysses_accel.engines.state import close_gloo_at_exit, repair_state, start_process_group, wants_fsdp
 from ulysses_accel.engines.tensor_parallel import TensorParallel, check_engine, fully_sharded
-from ulysses_accel.engines.trainer import attach_calling_trainer
+from ulysses_accel.engines.trainer import attach_calling_trainer, calling_trainer
+from ulysses_accel.engines.trainer_saving import WholeSaves, whole_saves
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.mesh import SequenceGroups, sequence_groups
 from ulysses_accel.mesh import build_mesh as build_axes
@@ -39,6 +40,7 @@ from ulysses_accel.sequence_rules import BatchRules
 _WRAPPED = (
     "prepare",
     "prepare_model",
+    "prepare_optimizer",
     "prepare_data_loader",
     "prepare_scheduler",
     "skip_first_batches",
@@ -107,8 +109,10 @@ class Attachment:
         self.accelerator = accelerator
         self.groups = groups
         self.tensor_parallel: TensorParallel | None = None
+        self.saves: WholeSaves | None = None
         if config.tp_size > 1:
             self.tensor_parallel = TensorParallel(config, groups.mesh, accelerator)
+            self.saves = whole_saves(calling_trainer(accelerator), accelerator, config)
         self.forwards: list[tuple[nn.Module, ShardedForward]] = []
         # The models of the prepare call that is running, whose loaders make batches for them.
         self._together: tuple[nn.Module, ...] = ()
@@ -127,12 +131,20 @@ class Attachment:
         return int(self.accelerator.gradient_accumulation_steps)
 
     def uninstall(self) -> None:
-        """Restores the accelerator's own methods and every model that was prepared."""
+        """Restores the accelerator's own methods and every model that was prepared.
+
+        What was put on top of this goes first. Experts that are dealt to ranks are gathered: every rank must call it.
+        """
+        for above in ("memory", "expert_parallel"):
+            if above in vars(self.accelerator):
+                getattr(self.accelerator, above).uninstall()
         for _, forward in self.forwards:
             forward.uninstall()
         self.forwards.clear()
         if self.tensor_parallel is not None:
             self.tensor_parallel.uninstall()
+        if self.saves is not None:
+            self.saves.uninstall()
         for name in _WRAPPED:
             delattr(self.accelerator, name)
         del self.accelerator.sequence_parallel
@@ -152,9 +164,7 @@ class Attachment:
                 result = self._stock["prepare"](*args, device_placement=device_placement)
         finally:
             self._together = ()
-        if self.tensor_parallel is not None:
-            # Replicas get parameters of their own.
-            self.tensor_parallel.update(args)
+        self._update_optimizers()
         if len(args) > 1:
             return sequence_schedulers(self.accelerator, tuple(result), self.groups.data_parallel_size)
         return sequence_schedulers(self.accelerator, (result,), self.groups.data_parallel_size)[0]
@@ -167,6 +177,17 @@ class Attachment:
                 return self.tensor_parallel.prepare_model(self._stock["prepare_model"], model, *args, **kwargs)
             prepared: nn.Module = self._stock["prepare_model"](model, *args, **kwargs)
         return prepared
+
+    def prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for `Accelerator.prepare_optimizer`."""
+        prepared = self._stock["prepare_optimizer"](optimizer, *args, **kwargs)
+        self._update_optimizers()
+        return prepared
+
+    def _update_optimizers(self) -> None:
+        """Gives optimizers, prepared before or behind their models, the parameters that cut or replicated ones have."""
+        if self.tensor_parallel is not None:
+            self.tensor_parallel.update(self.accelerator._optimizers)
 
     def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
         """Stands in for `Accelerator.prepare_data_loader`: sharded over data parallel ranks, then over the sequence."""

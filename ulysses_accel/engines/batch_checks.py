@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ulysses_accel.dataloader.schema import MERGED_KEYS
 from ulysses_accel.engines.merged import Merging, is_merged
 from ulysses_accel.errors import BatchError, UnsupportedModelError
@@ -69,6 +71,8 @@ def check_batch(
     for key in position_keys:
         if kwargs.get(key) is None:
             raise BatchError(f"the sharded batch has no {key}. {_AS_GIVEN}: **batch.")
+        if not is_encoder_decoder and not is_merged(merging, kwargs):
+            _check_cut(description, key, kwargs[key].shape[-1], kwargs[key])
     if merging is not None and merging.has_blocks:
         _refuse_blocks(kwargs)
     if not is_merged(merging, kwargs):
@@ -87,6 +91,35 @@ def _check_tokens(
             f"the batch has {found} rows and tokens on this rank, its {DESCRIPTION_KEY} says {expected} "
             f"({description.sequence_length} {prefix.rstrip('_')}{' ' if prefix else ''}tokens over "
             f"{description.num_shards} ranks{', whole beside images or sound' if is_whole else ''}). {_AS_GIVEN}."
+        )
+
+
+def check_labels(description: SequenceDescription, labels: Tensor | None, used: Tensor | None) -> None:
+    """Refuses labels for a loss of tokens that are not those of this rank's tokens.
+
+    Args:
+        description: of the batch.
+        labels: what the model is given; `[B, S / P]`, or something else.
+        used: the same where they are what its loss counts; None where it would shift them, within the shard.
+
+    Raises:
+        BatchError: something else, or labels that would be shifted.
+    """
+    if labels is None:
+        return
+    _check_cut(description, "labels", labels.shape[1] if labels.ndim > 1 else 1, labels)
+    if used is None:
+        raise BatchError(
+            "the sharded batch has labels and no shift_labels, so the model would shift them within each rank's part. "
+            f"{_AS_GIVEN}: its shift_labels are the whole sequence's."
+        )
+
+
+def _check_cut(description: SequenceDescription, key: str, length: int, tensor: Tensor) -> None:
+    if length != description.shard_length:
+        raise BatchError(
+            f"the batch's {key} has shape {list(tensor.shape)} on this rank, which has {description.shard_length} of "
+            f"{description.sequence_length} tokens. {_AS_GIVEN}, and leave {key} out of batch_schema."
         )
 
 

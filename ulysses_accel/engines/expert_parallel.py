@@ -225,15 +225,31 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> DealtExperts:
         UnsupportedModelError: it has no experts that can be dealt.
         ConfigError: their number can't be split over the ranks.
     """
-    dealt, axis = DealtExperts(model, mesh, expert_parameters(model)), mesh["ep"]
-    for name, module in dealt.modules.items():
-        _check(name, module, dealt.names[name], axis.size())
+    axis = mesh["ep"]
+    dealt = DealtExperts(model, mesh, check_experts(model, axis.size()))
     for parameter in dealt.parameters.values():
         parameter.data = dealt.part_of(parameter.data)
     for name, module in dealt.modules.items():
         module.num_experts //= axis.size()
         module.forward = ExpertDispatch(module, tuple(dealt.names[name]), axis.get_group(), module.num_experts)
     return dealt
+
+
+def check_experts(model: nn.Module, ep_size: int) -> dict[str, list[str]]:
+    """Returns `expert_parameters`, of a model that can be dealt; nothing is changed.
+
+    Args:
+        model: a transformers model, or a module that holds one.
+        ep_size: ranks that share the experts of each layer.
+
+    Raises:
+        UnsupportedModelError: it has no experts that can be dealt.
+        ConfigError: their number can't be split over the ranks.
+    """
+    names = expert_parameters(model)
+    for name, own in names.items():
+        _check(name, model.get_submodule(name), own, ep_size)
+    return names
 
 
 def _check(name: str, module: Any, own: list[str], size: int) -> None:

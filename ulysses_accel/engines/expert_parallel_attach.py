@@ -16,10 +16,15 @@ from torch.optim import Optimizer
 
 from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.engines.expert_parallel import DealtExperts, deal_experts, whole_tensor
+from ulysses_accel.engines.trainer import calling_trainer
+from ulysses_accel.engines.trainer_saving import whole_saves
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.mesh import build_expert_mesh
 
-_WRAPPED = ("prepare", "prepare_model", "get_state_dict", "save_state", "load_state")
+_WRAPPED = ("prepare", "prepare_model", "prepare_optimizer", "get_state_dict", "save_state", "load_state")
+
+# Where DDP, when it is made, finds the names of parameters that it leaves alone.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 class ExpertAttachment:
@@ -39,23 +44,20 @@ class ExpertAttachment:
         self.accelerator = accelerator
         self.mesh = build_expert_mesh(config.ep_size, accelerator.device.type)
         self.dealt: list[DealtExperts] = []
+        self._hooked: list[Optimizer] = []
         self._gathers = False
         self._below = {name: getattr(accelerator, name) for name in _WRAPPED}
         self._replaced = {name: vars(accelerator)[name] for name in _WRAPPED if name in vars(accelerator)}
         for name in _WRAPPED:
             setattr(accelerator, name, getattr(self, name))
         accelerator.expert_parallel = self
+        self.saves = whole_saves(calling_trainer(accelerator), accelerator, config)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `Accelerator.prepare`."""
         with self._dealing([arg for arg in args if isinstance(arg, nn.Module)]):
             result = self._below["prepare"](*args, **kwargs)
-        for optimizer in (arg for arg in args if isinstance(arg, Optimizer)):
-            for dealt in self.dealt:
-                dealt.update(optimizer)
-            if not self.accelerator.is_fsdp2:
-                optimizer.register_state_dict_post_hook(self._gather_moments)
-                optimizer.register_load_state_dict_pre_hook(self._deal_moments)
+        self._update_optimizers()
         return result
 
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -63,6 +65,23 @@ class ExpertAttachment:
         with self._dealing([model]):
             prepared: nn.Module = self._below["prepare_model"](model, *args, **kwargs)
         return prepared
+
+    def prepare_optimizer(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for `Accelerator.prepare_optimizer`."""
+        prepared = self._below["prepare_optimizer"](optimizer, *args, **kwargs)
+        self._update_optimizers()
+        return prepared
+
+    def _update_optimizers(self) -> None:
+        """Gives optimizers, prepared before or behind their models, the dealt experts, and sees to what they save."""
+        for optimizer in (prepared.optimizer for prepared in self.accelerator._optimizers):
+            for dealt in self.dealt:
+                dealt.update(optimizer)
+            _step_one_by_one(optimizer)
+            if not self.accelerator.is_fsdp2 and optimizer not in self._hooked:
+                self._hooked.append(optimizer)
+                optimizer.register_state_dict_post_hook(self._gather_moments)
+                optimizer.register_load_state_dict_pre_hook(self._deal_moments)
 
     def get_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `Accelerator.get_state_dict`: whole experts under their full names; every rank must call it."""
@@ -76,10 +95,18 @@ class ExpertAttachment:
         """Stands in for `Accelerator.load_state`, which every rank calls."""
         return self._gathering("load_state", *args, **kwargs)
 
+    def whole_state(self, optimizer: Any) -> dict[str, Any]:
+        """Returns an optimizer's state with whole experts' moments; every rank must call it."""
+        state: dict[str, Any] = self._with_experts(optimizer.state_dict)
+        return state
+
     def _gathering(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._with_experts(self._below[method], *args, **kwargs)
+
+    def _with_experts(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, self._gathers = self._gathers, True
         try:
-            return self._below[method](*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             self._gathers = before
 
@@ -103,19 +130,23 @@ class ExpertAttachment:
 
     @contextmanager
     def _left_alone(self, dealt: list[DealtExperts]) -> Iterator[None]:
-        for one in dealt:
-            ignored: list[str] = getattr(one.model, "_ddp_params_and_buffers_to_ignore", [])
-            one.model._ddp_params_and_buffers_to_ignore = [*ignored, *one.parameters]  # type: ignore[assignment]
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or not dealt:
-            yield
-            return
-        before = plugin.ignored_modules
-        plugin.ignored_modules = [*(before or []), *(module for one in dealt for module in one.modules.values())]
+        before = [getattr(one.model, _IGNORED, None) for one in dealt]
+        for one, names in zip(dealt, before, strict=True):
+            setattr(one.model, _IGNORED, [*(names or []), *one.parameters])
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if dealt else None
+        modules = getattr(plugin, "ignored_modules", None)
+        if plugin is not None:
+            plugin.ignored_modules = [*(modules or []), *(part for one in dealt for part in one.modules.values())]
         try:
             yield
         finally:
-            plugin.ignored_modules = before
+            if plugin is not None:
+                plugin.ignored_modules = modules
+            for one, names in zip(dealt, before, strict=True):
+                # A later DDP, without experts that are dealt, must average them.
+                delattr(one.model, _IGNORED)
+                if names is not None:
+                    setattr(one.model, _IGNORED, names)
 
     def _hook_states(self, dealt: DealtExperts) -> None:
         for name, module in dealt.modules.items():
@@ -168,6 +199,8 @@ class ExpertAttachment:
             delattr(self.accelerator, name)
         vars(self.accelerator).update(self._replaced)
         del self.accelerator.expert_parallel
+        if self.saves is not None:
+            self.saves.uninstall()
 
 
 def _deal_state(dealt: DealtExperts, own: tuple[str, ...]) -> Callable[..., None]:
@@ -178,6 +211,14 @@ def _deal_state(dealt: DealtExperts, own: tuple[str, ...]) -> Callable[..., None
                 state[prefix + name] = dealt.as_part(dealt.part_of(value))
 
     return deal
+
+
+def _step_one_by_one(optimizer: Optimizer) -> None:
+    """Keeps an optimizer from one call for many parameters, which can't hold dealt and other ones together."""
+    for group in optimizer.param_groups:
+        kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
+        if len(kinds) > 1:
+            group.update({name: False for name in ("fused", "foreach") if group.get(name)})
 
 
 def _check_engine(config: ParallelismConfig, accelerator: Any) -> None:

@@ -29,7 +29,7 @@ from ulysses_accel.attention.positions import PositionSource, own_counts, positi
 from ulysses_accel.attention.sample_heads import first_token_modules, read_sample_head
 from ulysses_accel.attention.structure import encoder_of, reads_tokens
 from ulysses_accel.attention.syntax import parameters, takes_keywords
-from ulysses_accel.engines.batch_checks import check_batch, refuse_undescribed_shard
+from ulysses_accel.engines.batch_checks import check_batch, check_labels, refuse_undescribed_shard
 from ulysses_accel.engines.canary import Canary
 from ulysses_accel.engines.merged import MergedBatch, Merging, begin_merged, hook_merged, merging_of
 from ulysses_accel.engines.positions import hook_counts, hook_positions, longest_position
@@ -186,6 +186,8 @@ class ShardedForward:
         elif shifted is not None:
             # transformers computes a loss only when it is given labels; beside shift_labels it does not use them.
             running.labels = kwargs["labels"] = shifted
+        if loss.labels != "whole" and running.description is not None:
+            check_labels(running.description, kwargs.get("labels"), running.labels)
         running.has_loss = loss.labels == "whole" or running.labels is not None
         running.has_loss &= all(kwargs.get(name) is not None for name in loss.needs)
         if not loss.divides_by_items:

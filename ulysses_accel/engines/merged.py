@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ulysses_accel.attention.mask_patterns import DescribedMask
-from ulysses_accel.attention.structure import attending, encoder_of, text_config
+from ulysses_accel.attention.structure import attending, encoder_of, source_of, text_config
 from ulysses_accel.attention.syntax import parameters
 from ulysses_accel.dataloader.schema import MERGED_KEYS
 from ulysses_accel.engines.whole_encoder import hook_whole_encoder
@@ -70,7 +70,7 @@ def merging_of(model: Any) -> Merging | None:
     if decoder is None or decoder is model or "inputs_embeds" not in parameters(decoder):
         return None
     around = [module for module in model.modules() if module is not decoder and _holds(module, decoder)]
-    sources = [_source_of(module) for module in around]
+    sources = [source_of(type(module)) for module in around]
     if not any("masked_scatter(" in source for source in sources):
         return None
     has_blocks = any("block_sequence_ids" in source for source in sources)
@@ -79,13 +79,6 @@ def merging_of(model: Any) -> Merging | None:
 
 def _holds(module: nn.Module, part: nn.Module) -> bool:
     return any(other is part for other in module.modules())
-
-
-def _source_of(module: nn.Module) -> str:
-    try:
-        return inspect.getsource(type(module))
-    except (OSError, TypeError):
-        return ""
 
 
 def _towers(module: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:

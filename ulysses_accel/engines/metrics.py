@@ -35,11 +35,17 @@ def gather_for_metrics(accelerator: Any, stock: Callable[..., Any], groups: Sequ
             f"gather_for_metrics was given something other than tensors ({error}), which would be sent as pickles, "
             f"once for each rank that shares a sequence. Gather tensors; accelerate.utils.gather_object takes objects."
         ) from None
-    with replaced(accelerator, gather=partial(_data_parallel, groups)):
+    with replaced(accelerator, gather=partial(gather_data_parallel, groups)):
         return stock(value)
 
 
-def _data_parallel(groups: SequenceGroups, value: Any) -> Any:
+def gather_data_parallel(groups: SequenceGroups, value: Any) -> Any:
+    """Returns tensors' rows of one rank of each sequence group.
+
+    Args:
+        groups: this rank's place in the mesh.
+        value: tensors of the same shapes on all ranks, in nested tuples, lists and dicts.
+    """
     group = joint_axis(groups.mesh, "dp").get_group() if groups.data_parallel_size > 1 else None
     return recursively_apply(partial(_gathered, group=group), value, error_on_other_type=True)
 

@@ -314,7 +314,12 @@ def put_router_loss(output: Any, loss: Tensor, record: RouterRecord, place: int 
     if isinstance(output, tuple):
         return (*output[:place], loss, *output[place:], *([logits] if record.keeps_logits else []))
     output["aux_loss"] = loss
+    names = [entry.name for entry in fields(output)]
     # Outputs that have no place for them, as those of TRL's loss heads, could not be made anew by an engine.
-    if record.keeps_logits and "router_logits" in {field.name for field in fields(output)}:
+    if record.keeps_logits and "router_logits" in names:
         output["router_logits"] = logits
+    for name in names:
+        # By their places a Trainer's metrics tell them apart.
+        if name in output:
+            output.move_to_end(name)
     return output

@@ -8,6 +8,7 @@ behind them. Behind the last norm all is whole again: logits and loss are those 
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from ulysses_accel.attention.registry import active_description
 from ulysses_accel.attention.structure import text_config
 from ulysses_accel.config import ParallelismConfig
 from ulysses_accel.consensus import same_everywhere
-from ulysses_accel.engines.tensor_parallel_plan import Unit, make_plan
+from ulysses_accel.engines.tensor_parallel_plan import Plan, Unit, make_plan
 from ulysses_accel.errors import BatchError, ConfigError, UnsupportedModelError
 from ulysses_accel.mesh import joint_axis
 
@@ -67,11 +68,12 @@ class TensorParallel:
         """
         inner, tp_size = transformers_model(model), self.config.tp_size
         _check_parameters(inner, tp_size)
-        plan = make_plan(inner, tp_size, str(self.config.source_of("tp_size")))
-        _check_ulysses(inner, self.config)
+        plan = check_cut(inner, self.config)
         for module in plan.counting:
             _count_own_heads(module, tp_size)
-        plan.decoder.register_forward_pre_hook(DecoderEntry(self.mesh["tp"]), with_kwargs=True)
+        behind = set(inner.modules()) - set(plan.decoder.modules())
+        drops = any(isinstance(module, nn.Dropout) and module.p for module in behind)
+        plan.decoder.register_forward_pre_hook(DecoderEntry(self.mesh["tp"], drops), with_kwargs=True)
         for buffer in model.buffers():
             # Stock code moves no model with distributed parameters.
             buffer.data = buffer.data.to(self.accelerator.device)
@@ -93,14 +95,25 @@ class TensorParallel:
             parallelize_module(unit.module.get_submodule(name), self.mesh["tp"], style, src_data_rank=None)
         for (module, name), old in before.items():
             if id(old) not in self._moved:
-                self._moved[id(old)] = (old, _with_whole_gradient(getattr(module, name)))
+                # Some of torch's styles make a trainable parameter of a frozen one.
+                new = getattr(module, name).requires_grad_(old.requires_grad)
+                self._moved[id(old)] = (old, _with_whole_gradient(new))
                 old.data = old.data.new_empty(0)
             module.register_parameter(name, self._moved[id(old)][1])
 
     def update(self, prepared: Iterable[Any]) -> None:
-        """Gives optimizers that were made before `prepare` the parameters that took their own ones' places."""
-        for optimizer in prepared:
-            for group in optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else ():
+        """Gives optimizers that were made before `prepare` the parameters that took their own ones' places.
+
+        Raises:
+            ConfigError: one has moments of whole parameters already.
+        """
+        for optimizer in (each for each in prepared if isinstance(each, torch.optim.Optimizer)):
+            if any(optimizer.state.get(old) for old, _ in self._moved.values()):
+                raise ConfigError(
+                    f"the optimizer ({type(optimizer).__name__}) has made steps with parameters that are cut over "
+                    f"tp_size={self.config.tp_size} ranks now. Prepare the model before the optimizer's first step."
+                )
+            for group in optimizer.param_groups:
                 group["params"] = [self._latest(parameter) for parameter in group["params"]]
 
     def _latest(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -228,10 +241,11 @@ class DecoderEntry:
 
     Args:
         mesh: the tensor parallel axis.
+        drops: whether features are dropped behind the decoder, where all ranks compute the same.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: DeviceMesh, drops: bool = False) -> None:
+        self.mesh, self.drops = mesh, drops
         self._is_checked = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,7 +253,8 @@ class DecoderEntry:
 
         Raises:
             BatchError: nothing tells the batch's positions and mask, which the cut sequence hides.
-            RankDisagreementError: the ranks, which compute one batch together, were given different first ones.
+            RankDisagreementError: the ranks, which compute one batch together, were given different first ones, or
+                drop different features of it.
         """
         if active_description() is None:
             raise BatchError(
@@ -249,6 +264,8 @@ class DecoderEntry:
             )
         ids, given = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         self._check(ids, given)
+        if self.drops and module.training:
+            self._check_random_state(next(tensor.device for tensor in (ids, given) if tensor is not None))
         if given is None:
             return args, kwargs
         whole = DTensor.from_local(given, self.mesh, [Replicate()], run_check=False)
@@ -270,6 +287,13 @@ class DecoderEntry:
         values: dict[str, int | str] = {"shape": str(list(ids.shape)), "checksum": int((ids.flatten() * places).sum())}
         same_everywhere(values, self.mesh.get_group(), f"the first batch of tp_size={self.mesh.size()} ranks")
 
+    def _check_random_state(self, device: torch.device) -> None:
+        self.drops = False
+        generator: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+        state = zlib.crc32(generator.get_rng_state().numpy().tobytes())
+        what = f"the random state of tp_size={self.mesh.size()} ranks, which drop the same features behind the decoder,"
+        same_everywhere({"checksum": state}, self.mesh.get_group(), what)
+
 
 def _count_own_heads(attention: Any, tp_size: int) -> None:
     """Tells an attention module that cuts its fused projection by head counts how many heads this rank has."""
@@ -288,7 +312,17 @@ def _check_parameters(model: nn.Module, tp_size: int) -> None:
             )
 
 
-def _check_ulysses(model: Any, config: ParallelismConfig) -> None:
+def check_cut(model: Any, config: ParallelismConfig) -> Plan:
+    """Returns how a transformers model is cut, of which nothing is changed.
+
+    Args:
+        model: a dense decoder.
+        config: sizes of the axes, and where they came from.
+
+    Raises:
+        UnsupportedModelError: it has a part that is not cut, or too few heads.
+    """
+    plan = make_plan(model, config.tp_size, str(config.source_of("tp_size")))
     heads = text_config(model).num_attention_heads
     if config.sp_size * config.tp_size > heads:
         raise UnsupportedModelError(
@@ -296,3 +330,4 @@ def _check_ulysses(model: Any, config: ParallelismConfig) -> None:
             f"tp_size={config.tp_size}, what one rank of {type(model).__name__} has. Use sp_size="
             f"{heads // config.tp_size} at most, and cp_size for the rest."
         )
+    return plan

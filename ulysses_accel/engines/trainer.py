@@ -26,6 +26,7 @@ from ulysses_accel.engines.trainer_loss import ShardedLoss, own_labels
 from ulysses_accel.engines.trl import TrlTrainer, adapt_trl, is_trl
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.loss import count_items
+from ulysses_accel.memory.tiled_loss_model import tiles_loss
 from ulysses_accel.sequence import DESCRIPTION_KEY
 
 _WRAPPED = (
@@ -65,7 +66,7 @@ def attach_calling_trainer(attached: Any) -> None:
     Args:
         attached: the accelerator's `Attachment`.
     """
-    trainer = _calling_trainer(attached.accelerator)
+    trainer = calling_trainer(attached.accelerator)
     if trainer is not None:
         _attach(trainer, attached)
 
@@ -77,13 +78,17 @@ def _attach(trainer: Any, attached: Any) -> TrainerAttachment | TrlTrainer:
     if known is not None:
         # The search for hyperparameters makes a new accelerator for each trial.
         known.uninstall()
+    _refuse_noise(trainer.args)
     return adapt_trl(trainer, attached) if is_trl(trainer) else TrainerAttachment(trainer, attached)
 
 
-def _calling_trainer(accelerator: Any) -> Any:
+def calling_trainer(accelerator: Any) -> Any:
     """Returns the Trainer whose method called the running `Accelerator.__init__`; None where no Trainer did.
 
     The Trainer is nowhere in what it passes to its accelerator, so the frame that has it is the only source.
+
+    Args:
+        accelerator: that is being constructed.
     """
     module = sys.modules.get("transformers.trainer")
     if module is None:
@@ -239,6 +244,8 @@ class TrainerAttachment:
             return self._stock["prediction_step"](model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[no-any-return]
         ignore_repeated_rows(inputs, self.trainer.accelerator.gradient_state, self.groups)
         given = presented(inputs, self.trainer.label_names)
+        if not prediction_loss_only and tiles_loss(model):
+            given["return_logits"] = True
         loss, logits, _ = self._stock["prediction_step"](model, given, prediction_loss_only, ignore_keys)
         if prediction_loss_only:
             return loss, None, None
@@ -254,6 +261,15 @@ class TrainerAttachment:
 
 def _is_sharded(inputs: Any) -> bool:
     return DESCRIPTION_KEY in inputs
+
+
+def _refuse_noise(args: Any) -> None:
+    """Refuses noise whose size follows from the length of the sequence that an embedding sees."""
+    if getattr(args, "neftune_noise_alpha", None) is not None:
+        raise ConfigError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} makes noise by the number of tokens that a rank has, "
+            f"which is too large for a part of a sequence, and the same on all parts. Use neftune_noise_alpha=None."
+        )
 
 
 def _refuse_arguments(args: Any) -> None:

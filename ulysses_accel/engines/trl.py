@@ -7,13 +7,16 @@ on these two instances; `trl_forward` does the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ulysses_accel.dataloader.batch_layout import BatchLayout
+from ulysses_accel.engines.instance import replaced
 from ulysses_accel.engines.loaders import data_parallel_loader
+from ulysses_accel.engines.metrics import gather_data_parallel
 from ulysses_accel.engines.trl_forward import WholeForward, whole_forward
 from ulysses_accel.errors import ConfigError
 
@@ -70,9 +73,14 @@ class TrlTrainer:
             setattr(self.accelerator, name, getattr(self, name))
         replicas = self.groups.size * attached.config.tp_size
         # Stock code divides counts by the sizes of all axes whose ranks share a batch, but scales losses by tp's alone.
-        self._sizes = {"get_tp_size": replicas, "get_sp_size": 1, "get_cp_size": 1}
-        for name, size in self._sizes.items():
-            setattr(trainer, name, partial(int, size))
+        sizes = {"get_tp_size": replicas, "get_sp_size": 1, "get_cp_size": 1}
+        self._methods: dict[str, Any] = {name: partial(int, size) for name, size in sizes.items()}
+        # These it sums over all ranks.
+        track, operations = trainer._track_num_input_tokens, trainer.floating_point_ops
+        self._methods["_track_num_input_tokens"] = partial(self._track, track)
+        self._methods["floating_point_ops"] = lambda inputs: operations(inputs) / replicas
+        for name, method in self._methods.items():
+            setattr(trainer, name, method)
         trainer.sequence_parallel = self
 
     def uninstall(self) -> None:
@@ -83,9 +91,14 @@ class TrlTrainer:
         for name in _WRAPPED:
             delattr(self.accelerator, name)
         vars(self.accelerator).update(self._replaced)
-        for name in self._sizes:
+        for name in self._methods:
             delattr(self.trainer, name)
         del self.trainer.sequence_parallel
+
+    def _track(self, stock: Callable[[Any], None], inputs: Any) -> None:
+        """Stands in for `Trainer._track_num_input_tokens`: each batch is counted once."""
+        with replaced(self.accelerator, gather=partial(gather_data_parallel, self.groups)):
+            stock(inputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `Accelerator.prepare`."""

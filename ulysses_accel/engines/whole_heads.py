@@ -11,6 +11,7 @@ number there is, so that a padded row has the loss that it has alone, where one 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,12 +133,14 @@ class WholeHead:
         head: what it reads of its layers.
         group: the ranks that share each sequence.
         running: forwards between their first and last hook, the innermost last; None for ordinary batches.
+        warned: whether the user was told of padding that is no answer.
     """
 
     model: nn.Module
     head: SampleHead
     group: ProcessGroup
     running: list[_View | None] = field(default_factory=list)
+    warned: bool = False
 
     def install(self) -> Handles:
         """Puts the hooks on.
@@ -163,6 +166,7 @@ class WholeHead:
         ids = kwargs.get("input_ids")
         real = (unit_numbers(description) >= 0)[:, : _length(description)]
         self._check(description, ids is not None, real)
+        self._warn_of_padding(real)
         real = real.to((ids if ids is not None else kwargs["inputs_embeds"]).device)
         view = self.running[-1] = _View(description, ids, real)
         if ids is not None:
@@ -196,6 +200,18 @@ class WholeHead:
                 f"the batch is padded on the right and has inputs_embeds alone, of which {name} would read the last "
                 f"place of each row. Pad the rows on the left, or give input_ids."
             )
+
+    def _warn_of_padding(self, real: Tensor) -> None:
+        """Says once that the loss of padded rows is not the one that one process has of them."""
+        if self.warned or not self.head.answers or bool(real.all()):
+            return
+        self.warned = True
+        warnings.warn(
+            f"{type(self.model).__name__} is given padded rows: on sharded sequences no answer starts or ends in "
+            f"padding, so each row has the loss that it has alone. One process counts padding among the places of an "
+            f"answer, so its loss is another one.",
+            stacklevel=2,
+        )
 
     def _whole_ids(self, ids: Tensor, view: _View) -> Tensor:
         """Returns the whole tokens, in which padding is the padding token that the head looks for."""

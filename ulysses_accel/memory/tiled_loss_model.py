@@ -74,7 +74,7 @@ class TiledLoss:
         if num_losses == 0 and _loss_of(output) is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} computed its loss without its output layer's forward or without "
-                f"cross_entropy, so it can't be tiled. Leave tile_loss out for this model."
+                f"cross_entropy, so it can't be tiled. Use tiled_loss=False for this model."
             )
         return _without_stand_ins(output, materialize=num_losses == 0)
 
@@ -216,6 +216,16 @@ def tile_loss(
     return installed
 
 
+def tiles_loss(model: nn.Module) -> bool:
+    """Returns whether a model's forward with labels has no logits unless it is passed `return_logits=True`.
+
+    Args:
+        model: any module.
+    """
+    heads = [part.__dict__.get("forward") for part in model.modules()]
+    return any(isinstance(forward, _HeadForward) and not forward.installed.return_logits for forward in heads)
+
+
 def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """Returns the model that computes the loss and its output layer, by what the model says of itself."""
     found = "none"
@@ -228,7 +238,7 @@ def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
         found = found if head is None else f"{type(head).__module__}.{type(head).__name__}"
     raise UnsupportedModelError(
         f"{type(model).__name__} has no plain nn.Linear as its output layer (found: {found}), so its loss can't be "
-        f"tiled. Leave tile_loss out for this model."
+        f"tiled. Use tiled_loss=False for this model."
     )
 
 
