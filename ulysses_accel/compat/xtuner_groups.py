@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ulysses_accel.engines.state import close_gloo_at_exit
 from ulysses_accel.errors import ConfigError, MeshError, closest
 from ulysses_accel.mesh import ring_and_ulysses_groups
 
@@ -128,6 +129,7 @@ def init_sequence_parallel(sequence_parallel_size: int = 1) -> None:
     # Ranks of the same place in different sequence groups are neighbours in no ring: they hold different data.
     data, sequence = ring_and_ulysses_groups(world_size // sequence_parallel_size, sequence_parallel_size)
     SEQUENCE_PARALLEL.keep(sequence=sequence, data=data)
+    close_gloo_at_exit()
 
 
 def init_inner_sequence_parallel(inner_sequence_parallel_size: int = 1) -> None:
