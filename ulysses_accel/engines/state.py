@@ -10,6 +10,7 @@ import atexit
 import os
 import sys
 import time
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -130,9 +131,19 @@ def _constructor_argument(accelerator: Any, name: str) -> Any:
 
     Stock code keeps this plugin in no attribute on CPU ranks, so the frame that still has it is the only source.
     """
-    frame = sys._getframe()
+    frame = constructor_frame(accelerator)
+    return None if frame is None else frame.f_locals.get(name)
+
+
+def constructor_frame(accelerator: Any) -> FrameType | None:
+    """Returns the frame of the running `Accelerator.__init__`; None when none runs.
+
+    Args:
+        accelerator: that is being constructed.
+    """
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is accelerator:
-            return frame.f_locals.get(name)
-        frame = frame.f_back  # type: ignore[assignment]
+            return frame
+        frame = frame.f_back
     return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ulysses_accel.engines.instance import replaced
+from ulysses_accel.engines.state import constructor_frame
 from ulysses_accel.engines.trainer_evaluation import (
     Evaluation,
     KeepWhole,
@@ -93,14 +94,11 @@ def calling_trainer(accelerator: Any) -> Any:
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return None
-    frame, inside = sys._getframe(), False
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if inside and owner is not accelerator:
-            return owner if isinstance(owner, module.Trainer) else None
-        inside = inside or (owner is accelerator and frame.f_code.co_name == "__init__")
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    frame = constructor_frame(accelerator)
+    while frame is not None and frame.f_locals.get("self") is accelerator:
+        frame = frame.f_back
+    owner = None if frame is None else frame.f_locals.get("self")
+    return owner if isinstance(owner, module.Trainer) else None
 
 
 class TrainerAttachment:
