@@ -222,7 +222,12 @@ def make_trainer(case: Case, mode: Mode, folder: str) -> Any:
         kwargs["peft_config"] = LoraConfig(**LORA, init_lora_weights=False)
     elif case.trainer in ("DPOTrainer", "KTOTrainer"):
         kwargs["ref_model"] = build("llama", seed=3)
-    return _recording(base)(model=model(), args=arguments, processing_class=tokenizer(), **kwargs)
+    policy = model()
+    if mode.engine == "ZeRO-3":
+        # DeepSpeed 0.19 keeps ZeRO-3's weights in float32 where the CPU has no float16 instructions; where it has them
+        # it takes the model's own dtype, and refuses float64.
+        policy = policy.float()
+    return _recording(base)(model=policy, args=arguments, processing_class=tokenizer(), **kwargs)
 
 
 def run(case: Case, mode: Mode, folder: str) -> dict[str, Any]:
