@@ -1,4 +1,4 @@
-"""The attention layers that `exchange.py` compares: a rank's `[B, H, S/P, D]` in, `[B, S/P, H, D]` out."""
+"""The attention layers that `benchmarks.exchange` compares: a rank's `[B, H, S/P, D]` in, `[B, S/P, H, D]` out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Layer(torch.nn.Module):
 def available() -> dict[str, Callable[[Case], Attend]]:
     """Builders of the implementations that are installed, by name."""
     builders: dict[str, tuple[str, Callable[[Case], Attend]]] = {
-        OURS: ("ulysses_accel.attention.ulysses", build_ours),
+        OURS: ("ulysses_accel.attention.ulysses.exchange", build_ours),
         DEEPSPEED: ("deepspeed", build_deepspeed),
         RINGMASTER: ("ringmaster", lambda case: build_ringmaster(case, NAMED_BACKEND)),
         RINGMASTER_GLOO: ("ringmaster", lambda case: build_ringmaster(case, "gloo")),

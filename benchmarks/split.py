@@ -2,7 +2,7 @@
 
     python -m benchmarks.split
 
-Arithmetic, not a measurement: `exchange.py` counts the same bytes where they are sent.
+Arithmetic, not a measurement: `benchmarks.exchange` counts the same bytes where they are sent.
 u = one head of one rank's shard.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks import report
-from ulysses_accel.planning.split import SplitRequest, choose_split, ring_units, ulysses_units
+from ulysses_accel.config.split_cost import SplitRequest, choose_split, ring_units, ulysses_units
 
 HEADS = ((32, 32), (32, 8), (64, 8), (32, 4), (32, 2), (32, 1))
 RANKS = (2, 4, 8, 16, 32)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.support import Claim, Support, difference, render
+from tests.helpers.support import Claim, Support, difference, render
 
 torch.set_num_threads(1)
 

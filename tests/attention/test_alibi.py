@@ -12,19 +12,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from tests.attention.dense import self_mask, token_documents
 from tests.attention.test_space import own_tokens
-from tests.ranks import run_ranks
+from tests.helpers.dense_attention import self_mask, token_documents
+from tests.helpers.ranks import run_ranks
 from ulysses_accel.attention import SequenceAttention, ring_attention, ulysses_attention, usp_attention
 from ulysses_accel.attention.alibi import Alibi, alibi_slopes
-from ulysses_accel.attention.block_kernels import Block, BoundedKernel
-from ulysses_accel.attention.calls import ordinary
-from ulysses_accel.attention.chunked_kernel import ChunkedKernel
-from ulysses_accel.attention.kernel_choice import kernel_for
-from ulysses_accel.attention.kernels import AttentionCall
+from ulysses_accel.attention.call import AttentionCall
+from ulysses_accel.attention.huggingface.call import ordinary
+from ulysses_accel.attention.kernels.base import Block, BoundedKernel
+from ulysses_accel.attention.kernels.choice import kernel_for
+from ulysses_accel.attention.kernels.chunked import ChunkedKernel
 from ulysses_accel.errors import ConfigError, ShapeError, UnsupportedModelError
-from ulysses_accel.sequence import SequenceDescription
-from ulysses_accel.sequence_layout import Layout
+from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.layout import Layout
 
 # Sums of at most 50 products of unit normals, merged in another order: a few hundred ulps of float64.
 TOLERANCE = 1e-12

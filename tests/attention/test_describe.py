@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.attention.dense import self_mask, token_documents
+from tests.helpers.dense_attention import self_mask, token_documents
 from ulysses_accel.attention.describe import describe
 from ulysses_accel.errors import BatchError, ConfigError, ShapeError
-from ulysses_accel.sequence import SequenceDescription
+from ulysses_accel.sequence.description import SequenceDescription
 
 
 def described(**given: torch.Tensor | SequenceDescription | None) -> SequenceDescription:

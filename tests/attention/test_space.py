@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.attention.dense import cross_mask, dense_attention, self_mask, token_documents
-from tests.attention.test_ring import local_order
-from tests.ranks import run_ranks
+from tests.attention.ring.test_ring import local_order
+from tests.helpers.dense_attention import cross_mask, dense_attention, self_mask, token_documents
+from tests.helpers.ranks import run_ranks
 from ulysses_accel.attention import SequenceAttention
-from ulysses_accel.attention.kernels import AttentionCall
-from ulysses_accel.sequence import SequenceDescription
-from ulysses_accel.sequence_layout import LAYOUTS, Layout, multiple_of
+from ulysses_accel.attention.call import AttentionCall
+from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.layout import LAYOUTS, Layout, multiple_of
 
 # Sums of at most 100 products of unit normals, merged in another order: a few hundred ulps of float64.
 TOLERANCE = 1e-12

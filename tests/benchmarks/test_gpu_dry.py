@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_cases import CASES
-from benchmarks.gpu_large import _other_rows_are_zero, _result
-from benchmarks.gpu_models import FEATURE_SETS, Training
-from benchmarks.gpu_scale import Scale
-from benchmarks.memory_step import preload
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.cases import CASES
+from benchmarks.gpu.large import _other_rows_are_zero, _result
+from benchmarks.gpu.models import FEATURE_SETS, Training
+from benchmarks.gpu.scale import Scale
+from benchmarks.memory.step import preload
 
 # Before any test, because importing some of it sets environment variables.
 preload()

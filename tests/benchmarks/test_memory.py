@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import memory
-from benchmarks.memory_blocks import loss_rows, mlp_rows, norm_rows
-from benchmarks.memory_layer import layer_rows
-from benchmarks.memory_step import preload
+from benchmarks.memory import __main__ as memory
+from benchmarks.memory.blocks import loss_rows, mlp_rows, norm_rows
+from benchmarks.memory.layer import layer_rows
+from benchmarks.memory.step import preload
 
 # Before any test, because importing some of it sets environment variables.
 preload()

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch._dynamo  # Its first import sets an environment variable, which no test may.
 
-from benchmarks.model_batches import DOCUMENTS, IGNORED, documents_alone, make_batch, num_counted
-from benchmarks.model_heads import HEADS, architectures, choose
-from benchmarks.model_reference import Reference, State, compare, share_of_work
-from benchmarks.model_report import NOT_RUN, counts_of, document, is_eligible, lines_of, overall, verdict_of
-from benchmarks.model_structure import structure_of
-from benchmarks.model_zoo import build, tiny_config
-from benchmarks.models import merge, prepare_case, run_chunk
+from benchmarks.models.__main__ import merge, prepare_case, run_chunk
+from benchmarks.models.batches import DOCUMENTS, IGNORED, documents_alone, make_batch, num_counted
+from benchmarks.models.heads import HEADS, architectures, choose
+from benchmarks.models.reference import Reference, State, compare, share_of_work
+from benchmarks.models.report import NOT_RUN, counts_of, document, is_eligible, lines_of, overall, verdict_of
+from benchmarks.models.structure import structure_of
+from benchmarks.models.zoo import build, tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from ulysses_accel.cli import config_wizard, main
 from ulysses_accel.cli.launch import plan_launch
-from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_memory import MemoryConfig
+from ulysses_accel.config.memory import MemoryConfig
+from ulysses_accel.config.parallelism import ParallelismConfig
 
 
 def _answer(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:

@@ -16,8 +16,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from ulysses_accel.cli import launch as module
 from ulysses_accel.cli import main
 from ulysses_accel.cli.launch import LaunchPlan, plan_launch
-from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_fields import FIELDS
+from ulysses_accel.config.parallelism import ParallelismConfig
+from ulysses_accel.config.settings import FIELDS
 from ulysses_accel.errors import ConfigError, MeshError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

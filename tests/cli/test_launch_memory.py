@@ -14,8 +14,8 @@ from accelerate.commands import launch as stock
 
 from ulysses_accel.cli import launch as module
 from ulysses_accel.cli.launch import LaunchPlan, plan_launch
-from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_memory import MemoryConfig
+from ulysses_accel.config.memory import MemoryConfig
+from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.errors import ConfigError
 
 WORKER = """

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.dataloader.samples import Samples, adapt, error_of, loader
-from tests.ranks import run_ranks
+from tests.helpers.loader_samples import Samples, adapt, error_of, loader
+from tests.helpers.ranks import run_ranks
 from ulysses_accel.errors import BatchError, ConfigError
-from ulysses_accel.sequence_rules import BatchRules, resolve_rules
+from ulysses_accel.sequence.batch_rules import BatchRules, resolve_rules
 
 OWN = BatchRules(labels="same_token")
 

@@ -24,8 +24,8 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-import ulysses_accel.engines.accelerate  # noqa: F401  imported before the fork, so that ranks start warm
-from tests.ranks import run_ranks
+import ulysses_accel.integrations.attach  # noqa: F401  imported before the fork, so that ranks start warm
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "bert"

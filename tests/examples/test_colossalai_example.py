@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-import tests.parity.tensor_parallel  # noqa: F401  what ranks need is imported before the fork
-from tests.ranks import run_ranks
-from tests.support import Support
+import tests.helpers.tensor_parallel_jobs  # noqa: F401  what ranks need is imported before the fork
+from tests.helpers.ranks import run_ranks
+from tests.helpers.support import Support
 
 FILE = Path(__file__).parents[2] / "examples" / "colossalai" / "benchmark.py"
 SHORT = ["--max_length", "32", "--num_steps", "3"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.examples.runs import run_example, write_documents
+from tests.helpers.example_runs import run_example, write_documents
 
 
 def test_the_student_comes_near_the_sharded_teacher(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.examples.runs import run_example, write_documents
+from tests.helpers.example_runs import run_example, write_documents
 
 
 def test_pooled_vectors_learn_which_texts_belong_together(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import ByT5Tokenizer, Trainer  # noqa: F401  imported before the fork, so that ranks start warm
 
-import ulysses_accel.engines.accelerate  # noqa: F401
-from tests.ranks import run_ranks
+import ulysses_accel.integrations.attach  # noqa: F401
+from tests.helpers.ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "trainer" / "train.py"
 DOCUMENTS = ["ast", "calendar", "csv", "dis", "enum"]

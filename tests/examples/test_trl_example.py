@@ -13,7 +13,7 @@ from typing import Any
 
 import trl  # noqa: F401  imported before the fork, so that ranks start warm
 
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 # Weights and losses are float32, and so are their sums, in another order.

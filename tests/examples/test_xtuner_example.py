@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.support import Support
+from tests.helpers.ranks import run_ranks
+from tests.helpers.support import Support
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples/xtuner"

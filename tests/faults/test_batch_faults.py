@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from tests.dataloader.samples import Samples, adapt, error_of, from_list, joined, loader, plain, stack
-from tests.ranks import RankFailure, run_ranks
+from tests.helpers.loader_samples import Samples, adapt, error_of, from_list, joined, loader, plain, stack
+from tests.helpers.ranks import RankFailure, run_ranks
 
 T = 20.0
 

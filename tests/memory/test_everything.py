@@ -1,6 +1,6 @@
 """Every memory feature together, through a stock `Accelerator`: the same training as with none of them.
 
-Tolerance: 1e-12 of a value in float64, as in `tests.parity.jobs`; three AdamW steps keep roundings below 1e-13.
+Tolerance: 1e-12 of a value in float64, as in `tests.helpers.parity_jobs`; three AdamW steps keep roundings below 1e-13.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ulysses_accel
-from tests.parity.models import build
-from tests.ranks import run_ranks
+from tests.helpers.models import build
+from tests.helpers.ranks import run_ranks
 from ulysses_accel import MemoryConfig, ParallelismConfig
-from ulysses_accel.memory.checkpoint import CheckpointedLayers
-from ulysses_accel.memory.install import apply_memory
+from ulysses_accel.memory.apply import apply_memory
+from ulysses_accel.memory.checkpoint.layers import CheckpointedLayers
 
 CLOSE = 1e-12
 STEPS = 3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.parity.architectures import (
+from tests.helpers.architectures import (
     ARCHITECTURES,
     Batch,
     InDouble,
@@ -24,8 +24,8 @@ from tests.parity.architectures import (
     num_counted,
     reference_parts,
 )
-from tests.parity.jobs import EXACT, Engine, Grads, compare, counted_linear_tokens, zero_gradients
-from tests.ranks import run_ranks
+from tests.helpers.parity_jobs import EXACT, Engine, Grads, compare, counted_linear_tokens, zero_gradients
+from tests.helpers.ranks import run_ranks
 
 # Ring and Ulysses degree.
 LAYOUTS = [(1, 2), (2, 1), (2, 2)]

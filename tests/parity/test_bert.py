@@ -13,9 +13,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForPreTraining
 
-import ulysses_accel.engines.accelerate  # noqa: F401  imported before the fork, so that ranks start warm
-from tests.parity.jobs import EXACT, Engine, assert_parity, compare, counted_linear_tokens, full_gradients, report
-from tests.ranks import run_ranks
+import ulysses_accel.integrations.attach  # noqa: F401  imported before the fork, so that ranks start warm
+from tests.helpers.parity_jobs import (
+    EXACT,
+    Engine,
+    assert_parity,
+    compare,
+    counted_linear_tokens,
+    full_gradients,
+    report,
+)
+from tests.helpers.ranks import run_ranks
 
 ROWS, LENGTH, PAD = 3, 24, 0
 LAYOUTS = {"sp": (2, 1), "cp": (1, 2), "cp × sp": (2, 2)}

@@ -22,9 +22,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
 import ulysses_accel
-import ulysses_accel.engines.accelerate  # imported before the fork, so that ranks start warm
-from tests.parity.jobs import EXACT, Engine, assert_parity, compare, counted_linear_tokens, full_gradients, report
-from tests.ranks import run_ranks
+import ulysses_accel.integrations.attach  # imported before the fork, so that ranks start warm
+from tests.helpers.parity_jobs import (
+    EXACT,
+    Engine,
+    assert_parity,
+    compare,
+    counted_linear_tokens,
+    full_gradients,
+    report,
+)
+from tests.helpers.ranks import run_ranks
 
 EMBEDDING_EXACT = 1e-6
 MAX_LENGTH = 512

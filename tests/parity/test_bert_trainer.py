@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, Trainer, set_seed
 
-import ulysses_accel.engines.accelerate  # noqa: F401  imported before the fork, so that ranks start warm
-from tests.engines.jobs import error_of
-from tests.parity.jobs import Engine
-from tests.ranks import run_ranks
-from tests.trainers.jobs import ONE, Mode
+import ulysses_accel.integrations.attach  # noqa: F401  imported before the fork, so that ranks start warm
+from tests.helpers.engine_jobs import error_of
+from tests.helpers.parity_jobs import Engine
+from tests.helpers.ranks import run_ranks
+from tests.helpers.trainer_jobs import ONE, Mode
 
 STEPS, ROWS, LENGTH = 4, 2, 16
 CURVE_EXACT = 1e-10

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tests.helpers.ranks import run_ranks
 from tests.parity.test_reaggregation import LABELS, TOKENS, build
-from tests.ranks import run_ranks
 from ulysses_accel import ParallelismConfig
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.batches import CASES, MASKED_CASES, Sample, loader
-from tests.parity.jobs import (
+from tests.helpers.batches import CASES, MASKED_CASES, Sample, loader
+from tests.helpers.models import build
+from tests.helpers.parity_jobs import (
     EXACT,
     Engine,
     Grads,
@@ -27,8 +28,7 @@ from tests.parity.jobs import (
     report,
     zero_gradients,
 )
-from tests.parity.models import build
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 FLOAT32 = 1e-5
 Step = tuple[str, list[Sample], list[float], Grads]

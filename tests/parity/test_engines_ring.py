@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parity.batches import loader
-from tests.parity.jobs import (
+from tests.helpers.batches import loader
+from tests.helpers.models import build
+from tests.helpers.parity_jobs import (
     EXACT,
     Engine,
     Report,
@@ -20,11 +21,10 @@ from tests.parity.jobs import (
     report,
     zero_gradients,
 )
-from tests.parity.models import build
+from tests.helpers.ranks import run_ranks
 from tests.parity.test_engines import FLOAT32, Step, expected_steps, keep_gradients
-from tests.ranks import run_ranks
-from ulysses_accel.sequence import DESCRIPTION_KEY
-from ulysses_accel.sequence_layout import Layout
+from ulysses_accel.sequence.description import DESCRIPTION_KEY
+from ulysses_accel.sequence.layout import Layout
 
 KINDS = ("plain", "packed", "padded left", "odd length", "a group masked")
 FSDP2 = [Engine("fsdp2"), Engine("fsdp2", offload=True)]

@@ -12,10 +12,19 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ulysses_accel
-from tests.parity.batches import CASES, Sample, loader
-from tests.parity.jobs import EXACT, Engine, compare, data_rank, full_gradients, plain_loss, plain_step, zero_gradients
-from tests.parity.models import CONFIGS, build
-from tests.ranks import run_ranks
+from tests.helpers.batches import CASES, Sample, loader
+from tests.helpers.models import CONFIGS, build
+from tests.helpers.parity_jobs import (
+    EXACT,
+    Engine,
+    compare,
+    data_rank,
+    full_gradients,
+    plain_loss,
+    plain_step,
+    zero_gradients,
+)
+from tests.helpers.ranks import run_ranks
 
 KINDS = ("plain", "packed", "padded left", "odd length", "last ranks masked", "padded right")
 ORDINARY = ("plain", "packed", "padded left", "padded right")

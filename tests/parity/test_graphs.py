@@ -9,8 +9,9 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from tests.parity.batches import CASES, Sample, loader
-from tests.parity.jobs import (
+from tests.helpers.batches import CASES, Sample, loader
+from tests.helpers.models import build
+from tests.helpers.parity_jobs import (
     Engine,
     Grads,
     Report,
@@ -22,8 +23,7 @@ from tests.parity.jobs import (
     report,
     zero_gradients,
 )
-from tests.parity.models import build
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 KINDS = ("packed", "padded left", "odd packed", "plain", "five rows", "prompt masked")
 # None, or torch.utils.checkpoint's use_reentrant.

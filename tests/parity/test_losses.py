@@ -18,9 +18,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.parity.architectures import GROUPED, NO_DROPOUT, SIZES, Batch, InDouble
-from tests.parity.jobs import EXACT, Engine, Grads, compare, data_rank, full_gradients, zero_gradients
-from tests.ranks import run_ranks
+from tests.helpers.architectures import GROUPED, NO_DROPOUT, SIZES, Batch, InDouble
+from tests.helpers.parity_jobs import EXACT, Engine, Grads, compare, data_rank, full_gradients, zero_gradients
+from tests.helpers.ranks import run_ranks
 from ulysses_accel import ParallelismConfig, supports
 
 # Data parallel, ring and Ulysses degree, and how the table of what is supported calls them.

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.parity.batches import CASES, MASKED_CASES, Sample, loader
-from tests.parity.jobs import (
+from tests.helpers.batches import CASES, MASKED_CASES, Sample, loader
+from tests.helpers.models import CONFIGS, build
+from tests.helpers.parity_jobs import (
     EXACT,
     Engine,
     Grads,
@@ -24,8 +25,7 @@ from tests.parity.jobs import (
     report,
     zero_gradients,
 )
-from tests.parity.models import CONFIGS, build
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 # Data parallel, ring and Ulysses degree.
 LAYOUTS = [(1, 1, 2), (2, 1, 1), (1, 1, 4), (2, 1, 2), (1, 2, 1), (1, 2, 2), (2, 2, 1)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 from ulysses_accel import ParallelismConfig
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 64

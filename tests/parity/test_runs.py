@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.batches import CASES, Sample, loader
-from tests.parity.jobs import Engine, counted_linear_tokens, full_gradients, plain_loss, plain_step
-from tests.parity.models import build
-from tests.ranks import run_ranks
+from tests.helpers.batches import CASES, Sample, loader
+from tests.helpers.models import build
+from tests.helpers.parity_jobs import Engine, counted_linear_tokens, full_gradients, plain_loss, plain_step
+from tests.helpers.ranks import run_ranks
 
 STEPS = 100
 # Rounding (1e-16 a step) grows with the loss's curvature over the steps; the issue allows this much.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.parity.jobs import EXACT, assert_parity
-from tests.parity.tensor_parallel import FAMILIES, Setup, expected, tensor_parallel_steps
-from tests.ranks import run_ranks
-from tests.support import Support
+from tests.helpers.parity_jobs import EXACT, assert_parity
+from tests.helpers.ranks import run_ranks
+from tests.helpers.support import Support
+from tests.helpers.tensor_parallel_jobs import FAMILIES, Setup, expected, tensor_parallel_steps
 from ulysses_accel import MemoryConfig
 
 _CODE = "Accelerator(parallelism_config=ParallelismConfig({}))"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import ulysses_accel
-from tests.parity.batches import CASES, Sample, loader
-from tests.parity.jobs import EXACT, Engine, Grads, data_rank, full_parameters
-from tests.parity.models import build
-from tests.ranks import run_ranks
+from tests.helpers.batches import CASES, Sample, loader
+from tests.helpers.models import build
+from tests.helpers.parity_jobs import EXACT, Engine, Grads, data_rank, full_parameters
+from tests.helpers.ranks import run_ranks
 
 # Errors of one step enter the next one's forward, and the loss amplifies them some; seven micro-steps.
 STEPS_EXACT = 10 * EXACT

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed.nn.functional  # the page takes it for granted
 
-from tests.parity.batches import CASES, Sample, loader
-from tests.parity.jobs import (
+from tests.helpers.batches import CASES, Sample, loader
+from tests.helpers.models import build
+from tests.helpers.parity_jobs import (
     EXACT,
     Engine,
     Grads,
@@ -22,9 +23,8 @@ from tests.parity.jobs import (
     report,
     zero_gradients,
 )
-from tests.parity.models import build
+from tests.helpers.ranks import run_ranks
 from tests.parity.test_engines import FLOAT32, keep_gradients
-from tests.ranks import run_ranks
 
 Step = tuple[str, list[Sample], list[float], Grads]
 KINDS = ("plain", "packed", "padded left", "odd length", "first ranks masked", "last ranks masked")

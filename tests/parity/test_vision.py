@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from tests.parity.architectures import Batch, InDouble
-from tests.parity.jobs import EXACT, Engine, Grads, compare, zero_gradients
-from tests.parity.vision_models import KINDS, MERGERS, build, make_batch
-from tests.ranks import run_ranks
-from tests.support import Support
-from ulysses_accel.sequence import next_multiple
-from ulysses_accel.sequence_layout import multiple_of
+from tests.helpers.architectures import Batch, InDouble
+from tests.helpers.parity_jobs import EXACT, Engine, Grads, compare, zero_gradients
+from tests.helpers.ranks import run_ranks
+from tests.helpers.support import Support
+from tests.helpers.vision_models import KINDS, MERGERS, build, make_batch
+from ulysses_accel.sequence.layout import multiple_of
+from ulysses_accel.sequence.sharding import next_multiple
 
 # Of each model a batch without images among others; by layouts and engines, ring and Ulysses degree first.
 ALL = tuple(KINDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from tests.policy.sources import ROOT, Function, called_name, functions, module_name, python_files, tree, where
+from tests.helpers.sources import ROOT, Function, called_name, functions, module_name, python_files, tree, where
 
 ASSERTING = ("raises", "warns", "fail", "assert_close", "assert_equal", "assert_allclose")
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.policy.sources import ROOT
+from tests.helpers.sources import ROOT
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.utils.data import DistributedSampler
 
-from tests.dataloader.samples import Samples, adapt, ids, loader, sample
+from tests.helpers.loader_samples import Samples, adapt, ids, loader, sample
 
 
 def order_of(kind: str, count: int, epoch: int) -> list[int]:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_fields import AXES, FIELDS
-from ulysses_accel.config_fit import legal_factorizations
-from ulysses_accel.config_yaml import parse_yaml_layer
+from ulysses_accel.config.mesh_sizes import legal_factorizations
+from ulysses_accel.config.parallelism import ParallelismConfig
+from ulysses_accel.config.settings import AXES, FIELDS
+from ulysses_accel.config.sources import SOURCES_VARIABLE, environment_layer, export_environment, resolve
+from ulysses_accel.config.yaml_file import parse_yaml_layer
 from ulysses_accel.errors import ConfigError, MeshError
-from ulysses_accel.resolve import SOURCES_VARIABLE, environment_layer, export_environment, resolve
 
 FAST = settings(max_examples=150, deadline=None)
 _PLAIN = (

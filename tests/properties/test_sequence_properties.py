@@ -8,18 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_accel.sequence import (
-    Rows,
-    documents_from_lengths,
-    find_documents,
-    next_multiple,
-    num_counted,
-    pad_position_ids,
-    pad_sequence_dim,
-    shard,
-    shift_labels,
-    unshard,
-)
+from ulysses_accel.sequence.documents import Rows, documents_from_lengths, find_documents
+from ulysses_accel.sequence.labels import num_counted, shift_labels
+from ulysses_accel.sequence.sharding import next_multiple, pad_position_ids, pad_sequence_dim, shard, unshard
 
 ranks = st.sampled_from([1, 2, 3, 4, 8])
 layout = settings(max_examples=60, deadline=None)

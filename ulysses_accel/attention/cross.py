@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ulysses_accel.attention.heads import HeadSplit, Range
-from ulysses_accel.attention.plan import visible_rows
-from ulysses_accel.attention.tiles import joined
-from ulysses_accel.collectives import all_to_all
+from ulysses_accel.distributed.collectives import all_to_all
 from ulysses_accel.errors import ShapeError
-from ulysses_accel.sequence import SequenceDescription
-from ulysses_accel.sequence_layout import Run, runs
+from ulysses_accel.sequence.description import SequenceDescription, visible_rows
+from ulysses_accel.sequence.documents import joined
+from ulysses_accel.sequence.layout import Run, runs
 
 
 class _TokensForHeads(torch.autograd.Function):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ulysses_accel.errors import BatchError, ConfigError, ShapeError
-from ulysses_accel.sequence import SequenceDescription
-from ulysses_accel.sequence_layout import Layout
+from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.layout import Layout
 
 
 def describe(

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_fields import ATTENTION_CORES, FIELDS, PARALLELISM, Setting, Source
-from ulysses_accel.config_memory import ALST
-from ulysses_accel.config_yaml import parse_yaml_layer
+from ulysses_accel.config.memory import ALST
+from ulysses_accel.config.parallelism import ParallelismConfig
+from ulysses_accel.config.settings import ATTENTION_CORES, FIELDS, PARALLELISM, Setting, Source
+from ulysses_accel.config.yaml_file import parse_yaml_layer
 from ulysses_accel.errors import ConfigError
 
 T = TypeVar("T")

@@ -23,11 +23,10 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.utils import patch_environment
 
 from ulysses_accel.cli.stock_file import readable_by_accelerate
-from ulysses_accel.config import ParallelismConfig
-from ulysses_accel.config_auto import Cluster, is_auto
-from ulysses_accel.config_fields import FIELDS, SECTIONS
-from ulysses_accel.errors import ConfigError, closest
-from ulysses_accel.resolve import (
+from ulysses_accel.config.auto import Cluster, is_auto
+from ulysses_accel.config.parallelism import ParallelismConfig
+from ulysses_accel.config.settings import FIELDS, SECTIONS
+from ulysses_accel.config.sources import (
     STOCK_GATE_VARIABLE,
     command_line_layer,
     environment_layer,
@@ -35,6 +34,7 @@ from ulysses_accel.resolve import (
     resolve,
     yaml_layer,
 )
+from ulysses_accel.errors import ConfigError, closest
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
 _FLAG_PREFIXES = tuple(f"{section}_" for section in SECTIONS)

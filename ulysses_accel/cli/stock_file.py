@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from ulysses_accel.config_fields import MEMORY
-from ulysses_accel.config_yaml import read_text
+from ulysses_accel.config.settings import MEMORY
+from ulysses_accel.config.yaml_file import read_text
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ulysses_accel.errors import BatchError, ConfigError
-from ulysses_accel.sequence import IGNORE_INDEX, SequenceDescription, next_multiple
-from ulysses_accel.sequence_layout import Layout, multiple_of
+from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.labels import IGNORE_INDEX
+from ulysses_accel.sequence.layout import Layout, multiple_of
+from ulysses_accel.sequence.sharding import next_multiple
 
 KeyFunction = Callable[[Tensor, SequenceDescription, int], Tensor]
 """Takes a key's whole tensor as the collate function gave it, the batch's description (padded length, ranks, layout)

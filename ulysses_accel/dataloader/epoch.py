@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ulysses_accel.dataloader.loader_state import inner_state, loader_at
+from ulysses_accel.dataloader.pipeline import Refiller
 from ulysses_accel.dataloader.random_state import Replay, SeedAside, capture
-from ulysses_accel.dataloader.refill import Refiller
-from ulysses_accel.dataloader.state import inner_state, loader_at
 
 
 @dataclass(frozen=True)

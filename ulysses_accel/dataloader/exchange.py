@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ulysses_accel.consensus import contact, wire_device
-from ulysses_accel.dataloader.collate import WholeBatch
-from ulysses_accel.dataloader.header import REPLICATED, Entry, Header, key_code, make_entries
+from ulysses_accel.dataloader.agreement import REPLICATED, Entry, Header, key_code, make_entries
+from ulysses_accel.dataloader.completion.complete import WholeBatch
+from ulysses_accel.distributed.consensus import contact, wire_device
 from ulysses_accel.errors import BatchError
-from ulysses_accel.sequence import DESCRIPTION_KEY, SequenceDescription
+from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
 
 
 def entries_of(whole: WholeBatch) -> tuple[Entry, ...]:

@@ -1,0 +1,1 @@
+"""The exchanges of attention layers: bytes, memory and time beside other implementations."""

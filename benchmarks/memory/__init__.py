@@ -1,0 +1,1 @@
+"""What saves memory: tiled blocks and loss, checkpoints, and a training step with them."""

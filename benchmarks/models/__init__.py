@@ -1,0 +1,1 @@
+"""Every architecture of transformers against one process."""

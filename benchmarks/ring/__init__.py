@@ -1,0 +1,1 @@
+"""Ring attention of this package and of others."""

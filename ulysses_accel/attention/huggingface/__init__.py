@@ -1,0 +1,1 @@
+"""The attention of transformers' models: registration, calls and masks."""

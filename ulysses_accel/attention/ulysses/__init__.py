@@ -1,0 +1,1 @@
+"""Ulysses attention: an all-to-all exchange of sequence shards for heads."""

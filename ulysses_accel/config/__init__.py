@@ -1,0 +1,1 @@
+"""The settings: fields, their sources, and the `ParallelismConfig` that they make."""

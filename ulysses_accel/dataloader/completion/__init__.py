@@ -1,0 +1,1 @@
+"""A batch completed before it is sharded: positions, labels, masks, documents."""

@@ -1,0 +1,1 @@
+"""Process groups and what they do: the mesh, collectives, agreement between ranks."""

@@ -1,1 +1,0 @@
-"""Where the package meets the libraries that drive training."""

@@ -1,0 +1,1 @@
+"""The forward of a model on a shard of each sequence."""

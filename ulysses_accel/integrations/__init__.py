@@ -1,0 +1,1 @@
+"""The libraries that drive training: accelerate, transformers' Trainer, TRL."""

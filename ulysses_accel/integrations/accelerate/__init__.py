@@ -1,0 +1,1 @@
+"""A stock `accelerate.Accelerator` on sharded sequences."""

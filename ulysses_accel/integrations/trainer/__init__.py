@@ -1,0 +1,1 @@
+"""A stock `transformers.Trainer` on sharded sequences."""

@@ -1,0 +1,1 @@
+"""Activation checkpoints of layers, with offload to the host."""

@@ -1,0 +1,1 @@
+"""The language model head and its loss, computed in tiles of tokens."""

@@ -1,0 +1,1 @@
+"""MLPs and norms computed in tiles of tokens."""

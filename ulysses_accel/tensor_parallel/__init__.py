@@ -1,0 +1,1 @@
+"""Tensor parallelism with the sequence sharded between the linear layers."""
