@@ -41,16 +41,18 @@ def bytes_table(
     is_training: bool = True,
     element_bytes: int = 2,
 ) -> list[BytesRow]:
-    """Returns what each way sends for one attention layer and row, for every pair of heads and ranks.
+    """Returns what each way sends for one attention layer and row, for every pair of heads and
+    ranks.
 
-    Where a ring drops nothing, it sends less than Ulysses forward for P < 1 + H / K; the causal zigzag ring, which
-    drops a quarter, for P < 4/3 (1 + H / K) as long as P is at most K.
+    Where a ring drops nothing, it sends less than Ulysses forward for P < 1 + H / K; the causal
+    zigzag ring, which drops a quarter, for P < 4/3 (1 + H / K) as long as P is at most K.
 
     Args:
         heads: (query heads H, key/value heads K); K divides H.
         ranks: numbers P of ranks that share a sequence, above 1.
         is_causal: whether attention is causal, so that a zigzag ring drops halves.
-        is_training: whether the backward pass counts; a ring's key gradients travel in float32 at least.
+        is_training: whether the backward pass counts; a ring's key gradients travel in float32 at
+            least.
         element_bytes: bytes of one number that travels, 2 for bfloat16.
 
     Raises:
@@ -58,7 +60,11 @@ def bytes_table(
     """
     sizes = list(ranks)
     return [
-        _row(SplitRequest(size, queries, keys, 1, None, size, 1.0, 1.0, is_causal, is_training, element_bytes))
+        _row(
+            SplitRequest(
+                size, queries, keys, 1, None, size, 1.0, 1.0, is_causal, is_training, element_bytes
+            )
+        )
         for queries, keys in heads
         for size in sizes
     ]
@@ -77,8 +83,19 @@ def _row(request: SplitRequest) -> BytesRow:
     volumes = {"ulysses": ulysses, "usp": usp, "ring": ring}
     known = {name: volume for name, volume in volumes.items() if volume is not None}
     cheapest = min(known, key=lambda name: known[name])
-    return BytesRow(request.num_heads, request.num_key_value_heads, size, ring, ulysses, usp, usp_cp_size, cheapest)
+    return BytesRow(
+        request.num_heads,
+        request.num_key_value_heads,
+        size,
+        ring,
+        ulysses,
+        usp,
+        usp_cp_size,
+        cheapest,
+    )
 
 
 def _ulysses(request: SplitRequest, sp_size: int) -> float:
-    return ulysses_units(request.num_heads, request.num_key_value_heads, sp_size, request.is_training)
+    return ulysses_units(
+        request.num_heads, request.num_key_value_heads, sp_size, request.is_training
+    )

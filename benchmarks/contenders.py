@@ -1,4 +1,6 @@
-"""The attention layers that `benchmarks.exchange` compares: a rank's `[B, H, S/P, D]` in, `[B, S/P, H, D]` out."""
+"""The attention layers that `benchmarks.exchange` compares: a rank's `[B, H, S/P, D]` in, `[B, S/P,
+H, D]` out.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ import torch.nn.functional as F
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-OURS, DEEPSPEED, RINGMASTER, RINGMASTER_GLOO = "ours", "DeepSpeed", "ringmaster", "ringmaster (gloo path)"
+OURS, DEEPSPEED, RINGMASTER, RINGMASTER_GLOO = (
+    "ours",
+    "DeepSpeed",
+    "ringmaster",
+    "ringmaster (gloo path)",
+)
 NAMED_BACKEND = "relabelled"
 
 
@@ -54,8 +61,15 @@ def available() -> dict[str, Callable[[Case], Attend]]:
 
 
 def preload() -> None:
-    """Import what the ranks will need before they are forked: importing costs seconds, forking milliseconds."""
-    for module in ("transformers.modeling_utils", "deepspeed", "ringmaster", "ulysses_accel.attention"):
+    """Import what the ranks will need before they are forked: importing costs seconds, forking
+    milliseconds.
+    """
+    for module in (
+        "transformers.modeling_utils",
+        "deepspeed",
+        "ringmaster",
+        "ulysses_accel.attention",
+    ):
         if installed(module):
             importlib.import_module(module)
 
@@ -73,7 +87,9 @@ def build_ours(case: Case) -> Attend:
     attention = importlib.import_module("ulysses_accel.attention").ulysses_attention
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = attention(query, key, value, dist.group.WORLD, is_causal=True, core="sdpa")
+        output: torch.Tensor = attention(
+            query, key, value, dist.group.WORLD, is_causal=True, core="sdpa"
+        )
         return output.transpose(1, 2)
 
     return attend
@@ -111,8 +127,8 @@ def build_deepspeed(case: Case) -> Attend:
 def build_ringmaster(case: Case, backend: str) -> Attend:
     """ringmaster's Ulysses around transformers' sdpa, on a group whose backend has the given name.
 
-    ringmaster replaces the all-to-all by an all-gather where the backend is called "gloo"; under another name the same
-    gloo runs the path that it takes on GPUs.
+    ringmaster replaces the all-to-all by an all-gather where the backend is called "gloo"; under
+    another name the same gloo runs the path that it takes on GPUs.
     """
     import ringmaster
     from ringmaster.strategies.ulysses import make_ulysses_attention
@@ -140,7 +156,9 @@ def build_ringmaster(case: Case, backend: str) -> Attend:
 
 
 def core_only(case: Case, world_size: int) -> Callable[[], None]:
-    """The attention core alone, forward and backward, on the shapes that a rank gets after the exchange."""
+    """The attention core alone, forward and backward, on the shapes that a rank gets after the
+    exchange.
+    """
     group_size = case.heads // case.kv_heads
     heads = case.heads // world_size
     query, key, value = (

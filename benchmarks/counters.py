@@ -1,14 +1,15 @@
 """Exact counters at the dispatcher: collectives, bytes sent, bytes copied, peak live bytes.
 
-Everything is counted from the operations that torch dispatches, forward and backward, so that a library is measured
-by what it does and not by what it reports. Conventions:
+Everything is counted from the operations that torch dispatches, forward and backward, so that a
+library is measured by what it does and not by what it reports. Conventions:
 
-- *bytes sent*: payload bytes that leave the rank (its own part excluded); an all-reduce counts as the ring's
-  `2 (P - 1) / P` of its input, a reduce-scatter as `(P - 1) / P`, an all-gather as `P - 1` times its input.
-- *bytes copied*: bytes written by any operation except views, bare allocations, collectives, and the attention
-  operator itself (`aten::_scaled_dot_product_*`).
-- *peak live bytes*: tensor storages born while the counter is on and still alive, at their highest. Scratch memory
-  inside one operator and inside the transport is not visible, for anybody.
+- *bytes sent*: payload bytes that leave the rank (its own part excluded); an all-reduce counts as
+  the ring's `2 (P - 1) / P` of its input, a reduce-scatter as `(P - 1) / P`, an all-gather as `P -
+  1` times its input.
+- *bytes copied*: bytes written by any operation except views, bare allocations, collectives, and
+  the attention operator itself (`aten::_scaled_dot_product_*`).
+- *peak live bytes*: tensor storages born while the counter is on and still alive, at their highest.
+  Scratch memory inside one operator and inside the transport is not visible, for anybody.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from torch.utils._pytree import tree_leaves
 
 CORE_PREFIX = "_scaled_dot_product"
 ALLOCATIONS = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "_local_scalar_dense"}
+    {
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "resize_",
+        "set_",
+        "_local_scalar_dense",
+    }
 )
 FUNCTIONAL = frozenset({"_c10d_functional", "_c10d_functional_autograd"})
 NOT_TRANSFERS = frozenset({"wait_tensor", "_wrap_tensor_autograd", "check_for_nan"})
@@ -90,7 +100,9 @@ class OperationCounter(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in NOT_TRANSFERS:
             return
-        named = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+        named = {
+            argument.name: value for argument, value in zip(func._schema.arguments, args)
+        } | kwargs
         self._counts.collectives += 1
         self._operations[f"{func.namespace}::{name}"] += 1
         self._counts.bytes_sent += bytes_sent(name, named)
@@ -118,7 +130,9 @@ def bytes_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result
     if func._schema.is_mutable:
         return _nbytes(_tensors(_mutated(func, args, kwargs)))
     inputs = _storages((args, kwargs))
-    return _nbytes(tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in inputs)
+    return _nbytes(
+        tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in inputs
+    )
 
 
 def bytes_sent(name: str, named: dict[str, Any]) -> int:
@@ -172,8 +186,12 @@ def _group(named: dict[str, Any]) -> dist.ProcessGroup:
         group: dist.ProcessGroup = dist.ProcessGroup.unbox(named["process_group"])
         return group
     name = named["group_name"]
-    resolved: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name) if isinstance(name, str) else name
-    return resolved if isinstance(resolved, dist.ProcessGroup) else dist.ProcessGroup.unbox(resolved)
+    resolved: dist.ProcessGroup = (
+        dist.distributed_c10d._resolve_process_group(name) if isinstance(name, str) else name
+    )
+    return (
+        resolved if isinstance(resolved, dist.ProcessGroup) else dist.ProcessGroup.unbox(resolved)
+    )
 
 
 def _mutated(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -181,7 +199,9 @@ def _mutated(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any
     return [
         named[argument.name]
         for argument in func._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in named
+        if argument.alias_info is not None
+        and argument.alias_info.is_write
+        and argument.name in named
     ]
 
 

@@ -28,8 +28,11 @@ class RanksFailedError(RuntimeError):
     """A rank raised, died, or did not finish in time."""
 
 
-def run_ranks(work: Work, world_size: int, options: dict[str, Any], *, timeout: float = 120.0) -> list[dict[str, Any]]:
-    """Fork `world_size` ranks, run `work(rank, world_size, options)` in each, return their results by rank.
+def run_ranks(
+    work: Work, world_size: int, options: dict[str, Any], *, timeout: float = 120.0
+) -> list[dict[str, Any]]:
+    """Fork `world_size` ranks, run `work(rank, world_size, options)` in each, return their results
+    by rank.
 
     Raises `RanksFailedError` with the first failing rank's traceback; no rank outlives `timeout`.
     """
@@ -37,7 +40,9 @@ def run_ranks(work: Work, world_size: int, options: dict[str, Any], *, timeout: 
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         ranks = [
-            context.Process(target=_rank_main, args=(work, rank, world_size, options, folder, port, timeout))
+            context.Process(
+                target=_rank_main, args=(work, rank, world_size, options, folder, port, timeout)
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -47,7 +52,13 @@ def run_ranks(work: Work, world_size: int, options: dict[str, Any], *, timeout: 
 
 
 def _rank_main(
-    work: Work, rank: int, world_size: int, options: dict[str, Any], folder: str, port: int, timeout: float
+    work: Work,
+    rank: int,
+    world_size: int,
+    options: dict[str, Any],
+    folder: str,
+    port: int,
+    timeout: float,
 ) -> None:
     failed = False
     _silence(Path(folder) / f"{rank}.log")
@@ -56,7 +67,11 @@ def _rank_main(
         torch.set_num_threads(1)
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
         )
         result = work(rank, world_size, options)
     except BaseException as error:
@@ -67,7 +82,8 @@ def _rank_main(
             "at": time.monotonic(),
         }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-    # Peers leave threads and atexit hooks behind; the result is on disk, so nothing is left to wait for.
+    # Peers leave threads and atexit hooks behind; the result is on disk, so nothing is left to wait
+    # for.
     os._exit(1 if failed else 0)
 
 
@@ -115,7 +131,11 @@ def _collect(folder: Path, ranks: list[BaseProcess]) -> list[dict[str, Any]]:
     for rank, process in enumerate(ranks):
         path = folder / f"{rank}.json"
         log = (folder / f"{rank}.log").read_text(errors="replace")[-2000:]
-        lost = {"error": "lost", "traceback": f"{log}\nno result (exit code {process.exitcode})", "at": 0.0}
+        lost = {
+            "error": "lost",
+            "traceback": f"{log}\nno result (exit code {process.exitcode})",
+            "at": 0.0,
+        }
         results.append(json.loads(path.read_text()) if path.exists() else lost)
     failed = [(result["at"], rank) for rank, result in enumerate(results) if "error" in result]
     if failed:

@@ -1,4 +1,6 @@
-"""Tables of the benchmarks: printed, kept as JSON in `results/`, and put between the README's markers."""
+"""Tables of the benchmarks: printed, kept as JSON in `results/`, and put between the README's
+markers.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ def versions() -> dict[str, str]:
 
 
 def publish(
-    name: str, headings: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[dict[str, Any]], *, write: bool
+    name: str,
+    headings: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    rows: Sequence[dict[str, Any]],
+    *,
+    write: bool,
 ) -> None:
     """Print the table; with `write`, keep it as JSON and in the README."""
     taken = versions()
@@ -54,7 +61,9 @@ def publish(
 
 @dataclass(frozen=True)
 class Section:
-    """One of several tables of a benchmark, with the raw rows behind it; each row names its section as `group`."""
+    """One of several tables of a benchmark, with the raw rows behind it; each row names its section
+    as `group`.
+    """
 
     headings: Sequence[str]
     lines: Sequence[Sequence[str]]
@@ -62,7 +71,8 @@ class Section:
 
 
 def publish_sections(name: str, sections: Mapping[str, Section], *, measured: bool = True) -> None:
-    """Keeps several tables in one JSON and each in its README section; sections not made now stay as they are.
+    """Keeps several tables in one JSON and each in its README section; sections not made now stay
+    as they are.
 
     Tables that are computed, not measured, are of no machine.
     """

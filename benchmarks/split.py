@@ -1,4 +1,5 @@
-"""What a rank sends for one attention layer, by heads and ranks, and which split of the ranks is chosen for it.
+"""What a rank sends for one attention layer, by heads and ranks, and which split of the ranks is
+chosen for it.
 
     python -m benchmarks.split
 
@@ -53,7 +54,10 @@ def row_of(heads: int, kv_heads: int, ranks: int) -> dict[str, Any]:
         "ring": ring_units(replace(request, is_causal=False, is_training=False), ranks),
         "zigzag ring": ring_units(replace(request, is_training=False), ranks),
     }
-    step = {"Ulysses": ulysses_units(heads, kv_heads, ranks), "zigzag ring": ring_units(request, ranks)}
+    step = {
+        "Ulysses": ulysses_units(heads, kv_heads, ranks),
+        "zigzag ring": ring_units(request, ranks),
+    }
     apart = choose_split(replace(request, ranks_per_node=min(RANKS_PER_NODE, ranks)))
     together = choose_split(request)
     return {
@@ -87,7 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    rows = [row_of(heads, kv_heads, ranks) for heads, kv_heads in HEADS for ranks in RANKS if ranks <= heads]
+    rows = [
+        row_of(heads, kv_heads, ranks)
+        for heads, kv_heads in HEADS
+        for ranks in RANKS
+        if ranks <= heads
+    ]
     section = report.Section(HEADINGS, [cells(row) for row in rows], rows)
     print(report.table(section.headings, section.lines))
     if not options.no_write:

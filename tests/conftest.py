@@ -1,4 +1,6 @@
-"""Leak police: a test leaves the environment, the process group and transformers' registries as it found them."""
+"""Leak police: a test leaves the environment, the process group and transformers' registries as it
+found them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _proved = pytest.StashKey[list[Claim]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--support", action="store_true", help="run the tests behind docs/support.md, and write it")
+    parser.addoption(
+        "--support", action="store_true", help="run the tests behind docs/support.md, and write it"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +50,9 @@ def support(request: pytest.FixtureRequest) -> Support:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: Any
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.when == "call" and report.passed:
         item.config.stash[_proved] += item.stash.get(_claims, [])
@@ -55,7 +61,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, p
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
-    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    is_whole = (
+        config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    )
     if exitstatus or not session.testscollected or config.option.collectonly:
         return
     text = render(config.stash[_proved])
@@ -65,7 +73,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     found = difference(_TABLE.read_text() if _TABLE.exists() else "", text) if is_whole else []
     if found:
         lines = "\n".join(found)
-        print(f"\ndocs/support.md is not what the tests have just proved; run `make support`.\n{lines}")
+        print(
+            "\ndocs/support.md is not what the tests have just proved; run `make "
+            f"support`.\n{lines}"
+        )
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -89,6 +100,8 @@ def _no_leaks() -> Iterator[None]:
             os.environ[key] = before[key]
         else:
             del os.environ[key]
-    assert _registered() == registered, "the test left attention functions in transformers' registry"
+    assert _registered() == registered, (
+        "the test left attention functions in transformers' registry"
+    )
     assert not leaked, f"the test changed environment variables: {sorted(leaked)}"
     assert not dist.is_initialized(), "the test left a process group behind"

@@ -1,4 +1,5 @@
-"""Train Hugging Face transformers on sequences too long for one device, through a stock `accelerate.Accelerator`.
+"""Train Hugging Face transformers on sequences too long for one device, through a stock
+`accelerate.Accelerator`.
 
 Names are loaded when they are first used: importing the package does not import torch.
 """

@@ -1,10 +1,12 @@
-"""One attention layer, forward and backward: our Ulysses, ring and both, beside other implementations in one run.
+"""One attention layer, forward and backward: our Ulysses, ring and both, beside other
+implementations in one run.
 
     python -m benchmarks.exchange
 
-Every implementation starts from the projections' layout `[B, S/P, H * D]` and ends in it, so that no copy hides in
-a view that the caller would have to straighten. Counters first, then times: round robin, each round in another order,
-one barrier before each measurement; ratios are taken within a round.
+Every implementation starts from the projections' layout `[B, S/P, H * D]` and ends in it, so that
+no copy hides in a view that the caller would have to straighten. Counters first, then times: round
+robin, each round in another order, one barrier before each measurement; ratios are taken within a
+round.
 """
 
 from __future__ import annotations
@@ -99,7 +101,10 @@ def measure_group(name: str, group: Group, options: argparse.Namespace) -> list[
                 "core": group.core,
             }
             results = run_ranks(run_case, world_size, work, timeout=400)
-            rows += [{"group": name} | row for row in summarize(work, world_size, results, group.baseline)]
+            rows += [
+                {"group": name} | row
+                for row in summarize(work, world_size, results, group.baseline)
+            ]
     return rows
 
 
@@ -108,7 +113,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
-    parser.add_argument("--groups", nargs="*", default=[*GROUPS, PRECISION], choices=[*GROUPS, PRECISION])
+    parser.add_argument(
+        "--groups", nargs="*", default=[*GROUPS, PRECISION], choices=[*GROUPS, PRECISION]
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args(arguments)
 
@@ -124,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             section = report.Section(ring_precision.HEADINGS, ring_precision.lines(rows), rows)
         else:
             rows = measure_group(name, GROUPS[name], options)
-            section = report.Section(GROUPS[name].headings, [GROUPS[name].cells(row) for row in rows], rows)
+            section = report.Section(
+                GROUPS[name].headings, [GROUPS[name].cells(row) for row in rows], rows
+            )
         print(report.table(section.headings, section.lines), flush=True)
         if not options.no_write:
             report.publish_sections("exchange", {name: section})

@@ -1,4 +1,6 @@
-"""One attention layer on one rank: the inputs for every token order, the counts and the interleaved times."""
+"""One attention layer on one rank: the inputs for every token order, the counts and the interleaved
+times.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ from ulysses_accel.sequence.layout import Layout, ring_order
 TOLERANCE = 1e-4
 CORE = "core alone"
 DIRECTIONS = ("forward", "backward")
-# gloo's worker threads may hold a message a moment after its exchange, at random: the smallest peak is without them.
+# gloo's worker threads may hold a message a moment after its exchange, at random: the smallest peak
+# is without them.
 PEAK_REPEATS = 5
 
 
-def single_process(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The whole inputs and the output's gradient `[B, S, N, D]`, and the output and gradients of one process.
+def single_process(
+    case: Case, dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The whole inputs and the output's gradient `[B, S, N, D]`, and the output and gradients of
+    one process.
 
-    Inputs are drawn in float32 and rounded to bfloat16 for float64, whose answer is that of half precision's inputs.
+    Inputs are drawn in float32 and rounded to bfloat16 for float64, whose answer is that of half
+    precision's inputs.
     """
     torch.manual_seed(0)
     counts = (case.heads, case.kv_heads, case.kv_heads, case.heads)
@@ -38,7 +45,9 @@ def single_process(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list
     full = [tensor.requires_grad_() for tensor in drawn[:3]]
     query, key, value = (tensor.transpose(1, 2) for tensor in full)
     gqa = case.heads != case.kv_heads
-    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=gqa
+    ).transpose(1, 2)
     gradients = torch.autograd.grad(output, full, drawn[3])
     return [*(tensor.detach() for tensor in full), drawn[3]], [output.detach(), *gradients]
 
@@ -46,7 +55,9 @@ def single_process(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list
 class Bench:
     """One rank's part of a case in one token order."""
 
-    def __init__(self, case: Case, rank: int, world_size: int, ring_size: int, layout: Layout) -> None:
+    def __init__(
+        self, case: Case, rank: int, world_size: int, ring_size: int, layout: Layout
+    ) -> None:
         self.case = case
         order = ring_order(case.tokens, ring_size, layout)
         positions = torch.arange(case.tokens) if order is None else order
@@ -68,7 +79,10 @@ class Bench:
 
     def backward(self, output: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of the projections' outputs, as the projections' own backward needs them."""
-        return [gradient.contiguous() for gradient in torch.autograd.grad(output, self.leaves, self.gradient)]
+        return [
+            gradient.contiguous()
+            for gradient in torch.autograd.grad(output, self.leaves, self.gradient)
+        ]
 
     def check(self, attend: Attend) -> float:
         """Largest absolute error of the output and the three gradients."""
@@ -87,7 +101,11 @@ class Bench:
                 backward = counter.take()
                 del output, gradients
             peaks.append(max(forward.peak_bytes, backward.peak_bytes))
-        return {"forward": forward.to_dict(), "backward": backward.to_dict(), "peak_bytes": min(peaks)}
+        return {
+            "forward": forward.to_dict(),
+            "backward": backward.to_dict(),
+            "peak_bytes": min(peaks),
+        }
 
     def seconds(self, attend: Attend) -> float:
         """Wall time of one forward and backward after a barrier."""
@@ -100,12 +118,15 @@ def run_case(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, A
     Args:
         rank: this rank.
         world_size: all of them.
-        options: `case`, `ring_size`, `rounds`, `contenders` by name, and `core`, whether to time the kernel alone.
+        options: `case`, `ring_size`, `rounds`, `contenders` by name, and `core`, whether to time
+            the kernel alone.
     """
     case = Case(**options["case"])
     found: Mapping[str, Contender] = options["contenders"]
     layouts = {contender.layout for contender in found.values()}
-    benches = {layout: Bench(case, rank, world_size, options["ring_size"], layout) for layout in layouts}
+    benches = {
+        layout: Bench(case, rank, world_size, options["ring_size"], layout) for layout in layouts
+    }
     rows: dict[str, dict[str, Any]] = {}
     turns: dict[str, Callable[[], float]] = {}
     for name, contender in found.items():
@@ -149,9 +170,14 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def summarize(
-    options: dict[str, Any], world_size: int, ranks: Sequence[dict[str, dict[str, Any]]], baseline: str
+    options: dict[str, Any],
+    world_size: int,
+    ranks: Sequence[dict[str, dict[str, Any]]],
+    baseline: str,
 ) -> list[dict[str, Any]]:
-    """Rows of the table: counts of the busiest rank and sent bytes of the mean one, times of the slowest rank."""
+    """Rows of the table: counts of the busiest rank and sent bytes of the mean one, times of the
+    slowest rank.
+    """
     case, found = Case(**options["case"]), options["contenders"]
     times = {
         name: [max(values) for values in zip(*(rank[name]["seconds"] for rank in ranks))]
@@ -160,7 +186,11 @@ def summarize(
     }
     rows = []
     for name in ranks[0]:
-        row: dict[str, Any] = {"world_size": world_size, "case": asdict(case), "implementation": name}
+        row: dict[str, Any] = {
+            "world_size": world_size,
+            "case": asdict(case),
+            "implementation": name,
+        }
         row |= {"unit_bytes": case.unit(world_size), "ring_size": options["ring_size"]}
         if name != CORE:
             row |= {"shares_kernel": found[name].shares_kernel}
@@ -185,7 +215,9 @@ def _counts(ranks: Sequence[dict[str, dict[str, Any]]], name: str) -> dict[str, 
     for direction in DIRECTIONS:
         sent = [rank[name][direction]["bytes_sent"] for rank in ranks]
         counts[f"{direction}_mean_bytes_sent"] = statistics.mean(sent)
-        counts[f"{direction}_transfers"] = max(_transfers(rank[name][direction]["operations"]) for rank in ranks)
+        counts[f"{direction}_transfers"] = max(
+            _transfers(rank[name][direction]["operations"]) for rank in ranks
+        )
     counts["operations"] = {d: ranks[0][name][d]["operations"] for d in DIRECTIONS}
     counts["peak_bytes"] = max(rank[name]["peak_bytes"] for rank in ranks)
     counts["max_error"] = max(rank[name]["max_error"] for rank in ranks)
@@ -202,7 +234,9 @@ def _timing(times: dict[str, list[float]], name: str, baseline: str) -> dict[str
     timing: dict[str, Any] = {"seconds": statistics.median(times[name]), "rounds": len(times[name])}
     base = times.get(baseline)
     if base:
-        timing["ratio"] = statistics.median(mine / theirs for mine, theirs in zip(times[name], base))
+        timing["ratio"] = statistics.median(
+            mine / theirs for mine, theirs in zip(times[name], base)
+        )
     if CORE in times and name != CORE:
         above = [max(t - c, 0.0) for t, c in zip(times[name], times[CORE])]
         timing["seconds_above_core"] = statistics.median(above)

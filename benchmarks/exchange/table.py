@@ -74,12 +74,16 @@ def ring_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _of_usual(row: dict[str, Any]) -> str:
-    """Sent bytes over those of a plain ring: 2K(P - 1) u forward, twice that backward; nothing with Ulysses inside."""
+    """Sent bytes over those of a plain ring: 2K(P - 1) u forward, twice that backward; nothing with
+    Ulysses inside.
+    """
     world_size, unit = row["world_size"], row["unit_bytes"]
     if row["ring_size"] != world_size:
         return ""
     usual = 2 * row["case"]["kv_heads"] * (world_size - 1) * unit
-    shares = [row[f"{way}_mean_bytes_sent"] / (usual * times) for way, times in zip(DIRECTIONS, (1, 2))]
+    shares = [
+        row[f"{way}_mean_bytes_sent"] / (usual * times) for way, times in zip(DIRECTIONS, (1, 2))
+    ]
     return f"{shares[0]:.2f} + {shares[1]:.2f}"
 
 

@@ -1,9 +1,11 @@
-"""The measurements that need a GPU: each case in a process of its own, with a time limit of its own.
+"""The measurements that need a GPU: each case in a process of its own, with a time limit of its
+own.
 
     python -m benchmarks.gpu [--cases NAME ...] [--dry]
 
-Cases are ordered by worth, and each fits a command of ten minutes; `--list` says which there are. `--dry` runs them on
-the CPU in tiny sizes, to see that they run. Results go to `results/gpu-<device>.json`, case by case.
+Cases are ordered by worth, and each fits a command of ten minutes; `--list` says which there are.
+`--dry` runs them on the CPU in tiny sizes, to see that they run. Results go to
+`results/gpu-<device>.json`, case by case.
 """
 
 from __future__ import annotations
@@ -33,8 +35,20 @@ def run_case(name: str, limit: float, dry: bool) -> dict[str, Any]:
     """Runs one case in a fresh process; one that fails or takes too long is a row that says so."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.gpu.cases", name, str(path), "--limit", str(limit)]
-        settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if not dry else {"DS_ACCELERATOR": "cpu"}
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.cases",
+            name,
+            str(path),
+            "--limit",
+            str(limit),
+        ]
+        settings = (
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+            if not dry
+            else {"DS_ACCELERATOR": "cpu"}
+        )
         row: dict[str, Any] = {"case": name}
         try:
             done = subprocess.run(
@@ -46,9 +60,14 @@ def run_case(name: str, limit: float, dry: bool) -> dict[str, Any]:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return row | {"refused": f"not done within {limit + START_SECONDS:.0f} s", **_partial(path)}
+            return row | {
+                "refused": f"not done within {limit + START_SECONDS:.0f} s",
+                **_partial(path),
+            }
         if done.returncode:
-            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no output"]
+            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or [
+                "no output"
+            ]
             return row | {"refused": report.shorten(last[0], 200), **_partial(path)}
         return row | _partial(path)
 
@@ -87,9 +106,13 @@ def save(row: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the cases; where there is no GPU, says so."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), metavar="NAME", help="names, or how they begin")
+    parser.add_argument(
+        "--cases", nargs="*", default=list(CASES), metavar="NAME", help="names, or how they begin"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU; nothing is kept")
-    parser.add_argument("--list", action="store_true", help="say which cases there are, and their limits in seconds")
+    parser.add_argument(
+        "--list", action="store_true", help="say which cases there are, and their limits in seconds"
+    )
     options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(f"{name}: {case.limit:.0f}" for name, case in CASES.items()))

@@ -39,18 +39,28 @@ class Case:
 
 
 def ablation(features: tuple[str, ...], scale: Scale, save: Save) -> Row:
-    """One step of four layers and the loss at 131,072 tokens: the second, because the first one allocates."""
+    """One step of four layers and the loss at 131,072 tokens: the second, because the first one
+    allocates.
+    """
     tokens = 128 * scale.unit
     training = Training(scale, layers=4, tokens=tokens, features=features)
     training.step(tokens)
     with measured(scale) as row:
         loss, norm = training.step(tokens)
     finding = f"loss {loss:.5f}, gradient norm {norm:.5f}"
-    return row | {"tokens": tokens, "host_bytes": training.host_bytes, "finding": finding, "loss": loss, "norm": norm}
+    return row | {
+        "tokens": tokens,
+        "host_bytes": training.host_bytes,
+        "finding": finding,
+        "loss": loss,
+        "norm": norm,
+    }
 
 
 def longest(features: tuple[str, ...], scale: Scale, save: Save) -> Row:
-    """The longest sequence of two layers and the loss: doubled until it fails or time is up, then halved in between."""
+    """The longest sequence of two layers and the loss: doubled until it fails or time is up, then
+    halved in between.
+    """
     deadline = time.monotonic() + scale.limit
     most, shortest = 1024 * scale.unit, 32 * scale.unit
     fits: Row = {"tokens": 0, "finding": "nothing fits"}
@@ -104,7 +114,11 @@ def layer_time(scale: Scale, save: Save) -> Row:
         seconds[layers] = row["seconds"]
         del training
     a_layer = (seconds[4] - seconds[2]) / 2
-    return row | {"tokens": tokens, "layer_seconds": a_layer, "finding": f"{a_layer:.3f} s for a layer"}
+    return row | {
+        "tokens": tokens,
+        "layer_seconds": a_layer,
+        "finding": f"{a_layer:.3f} s for a layer",
+    }
 
 
 def offload_overlap(scale: Scale, save: Save) -> Row:
@@ -123,10 +137,19 @@ def offload_overlap(scale: Scale, save: Save) -> Row:
             if turn:
                 seconds[name].append(row["seconds"])
     best = {name: min(taken) for name, taken in seconds.items()}
-    pairs = (("ours", "ours all", "ours device"), ("transformers", "transformers offload", "transformers device"))
+    pairs = (
+        ("ours", "ours all", "ours device"),
+        ("transformers", "transformers offload", "transformers device"),
+    )
     shares = {name: best[offload] / best[device] - 1 for name, offload, device in pairs}
     finding = "offload adds " + ", ".join(f"{share:.2%} ({name})" for name, share in shares.items())
-    return {"tokens": tokens, "seconds": best["ours all"], "best": best, "added": shares, "finding": finding}
+    return {
+        "tokens": tokens,
+        "seconds": best["ours all"],
+        "best": best,
+        "added": shares,
+        "finding": finding,
+    }
 
 
 def _plain(function: Callable[[Scale], Row]) -> Callable[[Scale, Save], Row]:
@@ -137,7 +160,10 @@ CASES: dict[str, Case] = {
     "large-mlp": Case(_plain(large_mlp), 120),
     "large-loss": Case(_plain(large_loss), 120),
     "large-attention": Case(_plain(large_attention), 240),
-    **{f"ablation: {name}": Case(partial(ablation, features), 150) for name, features in FEATURE_SETS.items()},
+    **{
+        f"ablation: {name}": Case(partial(ablation, features), 150)
+        for name, features in FEATURE_SETS.items()
+    },
     "longest: ours all": Case(partial(longest, FEATURE_SETS["ours all"]), 480),
     **{f"longest: {name}": Case(partial(longest, FEATURE_SETS[name]), 300) for name in PEERS},
     "layer-time": Case(layer_time, 240),

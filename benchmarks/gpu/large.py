@@ -1,7 +1,8 @@
-"""Past 2^31 elements: tiled MLP, tiled loss and attention on tensors that 32-bit indices can't reach.
+"""Past 2^31 elements: tiled MLP, tiled loss and attention on tensors that 32-bit indices can't
+reach.
 
-Only sampled rows, among them the last ones, get a gradient. What they give can then be computed from them alone, in
-float32, and all other rows' gradients must be exactly zero.
+Only sampled rows, among them the last ones, get a gradient. What they give can then be computed
+from them alone, in float32, and all other rows' gradients must be exactly zero.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def _random(scale: Scale, *shape: int, factor: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=scale.device, dtype=scale.dtype).mul_(factor)
 
 
-def _result(scale: Scale, tokens: int, size: int, errors: dict[str, float], zeros: bool) -> dict[str, Any]:
+def _result(
+    scale: Scale, tokens: int, size: int, errors: dict[str, float], zeros: bool
+) -> dict[str, Any]:
     is_right = zeros and all(error <= TOLERANCE for error in errors.values())
     texts = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     verdict = "right" if is_right else "WRONG"
@@ -86,7 +89,9 @@ def _grad(tensor: Tensor) -> Tensor:
 
 
 def large_loss(scale: Scale) -> dict[str, Any]:
-    """Logits and loss; the tokens that are not sampled have weight zero, and are computed like the others."""
+    """Logits and loss; the tokens that are not sampled have weight zero, and are computed like the
+    others.
+    """
     torch.manual_seed(0)
     hidden = _random(scale, 1, scale.large, scale.hidden).requires_grad_()
     weight = nn.Parameter(_random(scale, scale.vocabulary, scale.hidden, factor=scale.hidden**-0.5))
@@ -99,7 +104,9 @@ def large_loss(scale: Scale) -> dict[str, Any]:
     expected = F.cross_entropy(F.linear(tile, wide), labels[0, rows], reduction="sum")
     expected.backward()
     with measured(scale) as found:
-        total, _ = tiled_cross_entropy(hidden, weight, labels, token_weights=weights, tile_tokens=scale.loss_tile)
+        total, _ = tiled_cross_entropy(
+            hidden, weight, labels, token_weights=weights, tile_tokens=scale.loss_tile
+        )
         total.backward()
     assert hidden.grad is not None
     errors = {
@@ -112,11 +119,15 @@ def large_loss(scale: Scale) -> dict[str, Any]:
 
 
 def large_attention(scale: Scale) -> dict[str, Any]:
-    """Causal attention with grouped heads, whose calls our strategy keeps below the limit; torch's one call beside."""
+    """Causal attention with grouped heads, whose calls our strategy keeps below the limit; torch's
+    one call beside.
+    """
     torch.manual_seed(0)
     heads, key_heads, size = scale.heads, scale.key_heads, scale.hidden // scale.heads
     query = _random(scale, 1, heads, scale.large, size).requires_grad_()
-    key, value = (_random(scale, 1, key_heads, scale.large, size).requires_grad_() for _ in range(2))
+    key, value = (
+        _random(scale, 1, key_heads, scale.large, size).requires_grad_() for _ in range(2)
+    )
     rows = _samples(scale.large, 64, scale.device)
     grad = torch.zeros_like(query)
     grad[0, :, rows] = _random(scale, heads, len(rows), size)
@@ -127,11 +138,15 @@ def large_attention(scale: Scale) -> dict[str, Any]:
     assert query.grad is not None
     zeros = all(_other_rows_are_zero(of_head, rows) for of_head in query.grad[0])
     result = found | _result(scale, scale.large, heads * size, errors, zeros)
-    result["finding"] += f"; torch in one call: {_one_call(query, key, value, grad, output.detach(), rows)}"
+    result["finding"] += (
+        f"; torch in one call: {_one_call(query, key, value, grad, output.detach(), rows)}"
+    )
     return result
 
 
-def _attention_errors(tensors: tuple[Tensor, ...], output: Tensor, grad: Tensor, rows: Tensor) -> dict[str, float]:
+def _attention_errors(
+    tensors: tuple[Tensor, ...], output: Tensor, grad: Tensor, rows: Tensor
+) -> dict[str, float]:
     """Against plain float32 attention of the sampled queries, one key/value head at a time."""
     query, key, value = tensors
     group = query.shape[1] // key.shape[1]
@@ -160,7 +175,9 @@ def _rows_of(query: Tensor, heads: slice, rows: Tensor) -> Tensor:
     return query.grad[0, heads, rows].double()
 
 
-def _one_call(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, ours: Tensor, rows: Tensor) -> str:
+def _one_call(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, ours: Tensor, rows: Tensor
+) -> str:
     """What torch does without head chunks: for comparison only."""
     found = query.grad
     query.grad = None

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from benchmarks.gpu.scale import Scale
 from benchmarks.memory.models import FEATURES, Installed
-from ulysses_accel.attention.huggingface.registry import InstalledAttention, describe_forward, install
+from ulysses_accel.attention.huggingface.registry import (
+    InstalledAttention,
+    describe_forward,
+    install,
+)
 from ulysses_accel.attention.strategy import SequenceAttention
 from ulysses_accel.memory.tiled_loss.model import tile_loss
 from ulysses_accel.sequence.description import SequenceDescription
@@ -31,7 +35,12 @@ FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "ours all": _ALL,
 }
 # Whose longest sequence is looked for beside ours.
-PEERS = ("transformers device", "transformers offload", "Liger, offload", "DeepSpeed TiledMLP, our loss")
+PEERS = (
+    "transformers device",
+    "transformers offload",
+    "Liger, offload",
+    "DeepSpeed TiledMLP, our loss",
+)
 
 
 class Training:
@@ -42,10 +51,19 @@ class Training:
         layers: number of them.
         tokens: the most that a step has.
         features: names in `memory.models.FEATURES`, or the ones of this module.
-        head: whether there is a loss over the vocabulary; otherwise the hidden states are summed up.
+        head: whether there is a loss over the vocabulary; otherwise the hidden states are summed
+            up.
     """
 
-    def __init__(self, scale: Scale, *, layers: int, tokens: int, features: tuple[str, ...], head: bool = True) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        *,
+        layers: int,
+        tokens: int,
+        features: tuple[str, ...],
+        head: bool = True,
+    ) -> None:
         from transformers import LlamaForCausalLM, LlamaModel
 
         torch.manual_seed(0)
@@ -56,7 +74,9 @@ class Training:
             _apply_liger()
         with torch.device(scale.device):
             config = scale.config(layers, tokens)
-            self.model: Any = (LlamaForCausalLM if head else LlamaModel)(config).to(scale.dtype).train()
+            self.model: Any = (
+                (LlamaForCausalLM if head else LlamaModel)(config).to(scale.dtype).train()
+            )
         self.installed = Installed([], [])
         for name in features:
             if name == OUR_LOSS:
@@ -80,13 +100,17 @@ class Training:
     def step(self, tokens: int) -> tuple[float, float]:
         """Forward and backward on one sequence; returns the loss and the gradient's norm."""
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(self.scale.vocabulary, (1, tokens), generator=generator).to(self.scale.device)
+        ids = torch.randint(self.scale.vocabulary, (1, tokens), generator=generator).to(
+            self.scale.device
+        )
         self.model.zero_grad(set_to_none=True)
         description = SequenceDescription(tokens, 1, (((0, tokens),),))
         with describe_forward(description) if self.has_attention else nullcontext():
             loss = self._loss(ids)
             loss.backward()
-        norms = [p.grad.norm(dtype=torch.float32) for p in self.model.parameters() if p.grad is not None]
+        norms = [
+            p.grad.norm(dtype=torch.float32) for p in self.model.parameters() if p.grad is not None
+        ]
         return float(loss.detach()), float(torch.stack(norms).norm())
 
     def _loss(self, ids: Tensor) -> Tensor:
@@ -99,7 +123,9 @@ class Training:
 
 
 def _apply_liger() -> None:
-    """Liger replaces methods of transformers' classes, which is why each case has a process of its own."""
+    """Liger replaces methods of transformers' classes, which is why each case has a process of its
+    own.
+    """
     from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
 
     apply_liger_kernel_to_llama()

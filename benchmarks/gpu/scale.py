@@ -1,4 +1,6 @@
-"""Sizes of the GPU cases, and what is measured around them: the real sizes are those of Llama 3 8B's layers."""
+"""Sizes of the GPU cases, and what is measured around them: the real sizes are those of Llama 3
+8B's layers.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Scale:
             return cls(torch.device("cpu"), torch.float32, 64, 4, 2, 512, 1029, 128, 1, limit)
         # Not a multiple of anything, and past 2^31 by more than the largest tile.
         large = 2**31 // 4096 + 8192 + 5
-        return cls(torch.device("cuda"), torch.bfloat16, 4096, 32, 8, 128_256, large, None, 1024, limit)
+        return cls(
+            torch.device("cuda"), torch.bfloat16, 4096, 32, 8, 128_256, large, None, 1024, limit
+        )
 
     def config(self, layers: int, tokens: int) -> Any:
         """Returns the configuration of a Llama of this width."""

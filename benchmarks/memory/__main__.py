@@ -1,9 +1,10 @@
-"""What a block, a layer and a step need beside their inputs: ours beside plain transformers and other libraries.
+"""What a block, a layer and a step need beside their inputs: ours beside plain transformers and
+other libraries.
 
     python -m benchmarks.memory
 
-Bytes, products and copies are those of `ulysses_accel.memory.track_allocations`, for everybody; with `--no-write` the
-tables are only printed.
+Bytes, products and copies are those of `ulysses_accel.memory.track_allocations`, for everybody;
+with `--no-write` the tables are only printed.
 """
 
 from __future__ import annotations
@@ -26,19 +27,55 @@ from benchmarks.memory.step import preload, step_rows
 Row = dict[str, Any]
 Cells = Callable[[Row], list[str]]
 PEAKS = ["peak forward (u)", "saved (u)", "peak backward (u)"]
-MLP_HEADINGS = ["implementation", *PEAKS, "products", "copied (u)", "error dX", "error dW", "CPU time / plain"]
+MLP_HEADINGS = [
+    "implementation",
+    *PEAKS,
+    "products",
+    "copied (u)",
+    "error dX",
+    "error dW",
+    "CPU time / plain",
+]
 NORM_HEADINGS = [heading for heading in MLP_HEADINGS if heading != "products"]
 LOSS_HEADINGS = [
-    *("implementation", *PEAKS, "products", "copied (u)", "error of the loss", "error dX", "error dW"),
+    *(
+        "implementation",
+        *PEAKS,
+        "products",
+        "copied (u)",
+        "error of the loss",
+        "error dX",
+        "error dW",
+    ),
     *("error dX, dW where loss / 32", "CPU time / plain"),
 ]
 LAYER_HEADINGS = [
-    *("implementation", "peak forward (u)", "saved (u)", "working set (u)", "MLP products", "attention calls"),
+    *(
+        "implementation",
+        "peak forward (u)",
+        "saved (u)",
+        "working set (u)",
+        "MLP products",
+        "attention calls",
+    ),
     *("copied (u)", "error dX", "error dW", "CPU time / transformers"),
 ]
 STEP_HEADINGS = [
-    *("implementation", "ranks", "peak (MiB per rank)", "of baseline", "peak forward (u)", "peak backward (u)"),
-    *("saved (u)", "products (GFLOP)", "attention calls", "copied (u)", "error of the gradient's norm"),
+    *(
+        "implementation",
+        "ranks",
+        "peak (MiB per rank)",
+        "of baseline",
+        "peak forward (u)",
+        "peak backward (u)",
+    ),
+    *(
+        "saved (u)",
+        "products (GFLOP)",
+        "attention calls",
+        "copied (u)",
+        "error of the gradient's norm",
+    ),
     "CPU time / baseline",
 ]
 # Beyond this a gradient is not rounded differently, but another one.
@@ -50,7 +87,9 @@ def _error(value: float) -> str:
 
 
 def _peaks(row: Row) -> list[str]:
-    return [report.number(row[name], 1, 1) for name in ("forward_peak_u", "saved_u", "backward_peak_u")]
+    return [
+        report.number(row[name], 1, 1) for name in ("forward_peak_u", "saved_u", "backward_peak_u")
+    ]
 
 
 def _products(row: Row) -> str:
@@ -82,17 +121,34 @@ def loss_cells(row: Row) -> list[str]:
 
 def layer_cells(row: Row) -> list[str]:
     """One line of the layer's table."""
-    sizes = [report.number(row[name], 1, 1) for name in ("forward_peak_u", "saved_u", "working_set_u", "mlp_products")]
+    sizes = [
+        report.number(row[name], 1, 1)
+        for name in ("forward_peak_u", "saved_u", "working_set_u", "mlp_products")
+    ]
     errors = [_error(row["errors"]["hidden"]), _error(row["weight_error"])]
-    return [row["implementation"], *sizes, _calls(row), report.number(row["copied_u"], 1, 1), *errors, _ratio(row)]
+    return [
+        row["implementation"],
+        *sizes,
+        _calls(row),
+        report.number(row["copied_u"], 1, 1),
+        *errors,
+        _ratio(row),
+    ]
 
 
 def step_cells(row: Row, baseline: float) -> list[str]:
     """One line of the step's table."""
-    sizes = [report.number(row[name], 1, 1) for name in ("forward_peak_u", "backward_peak_u", "saved_u")]
+    sizes = [
+        report.number(row[name], 1, 1) for name in ("forward_peak_u", "backward_peak_u", "saved_u")
+    ]
     return [
         *(row["implementation"], str(row["ranks"]), report.number(row["peak_bytes"], 2**-20, 1)),
-        *(f"{row['peak_bytes'] / baseline:.3f}", *sizes, report.number(row["matmul_flops"], 1e-9, 1), _calls(row)),
+        *(
+            f"{row['peak_bytes'] / baseline:.3f}",
+            *sizes,
+            report.number(row["matmul_flops"], 1e-9, 1),
+            _calls(row),
+        ),
         *(report.number(row["copied_u"], 1, 1), _error(row["gradient_norm_error"]), _ratio(row)),
     ]
 
@@ -140,7 +196,9 @@ GROUPS = ("memory-step", *BLOCKS)
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a block; a step has half as many")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="of a block; a step has half as many"
+    )
     parser.add_argument("--groups", nargs="*", default=GROUPS, choices=GROUPS)
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args(arguments)

@@ -1,4 +1,6 @@
-"""Blocks that hold less, beside their peers: a gated MLP, an RMS norm, and logits with their loss."""
+"""Blocks that hold less, beside their peers: a gated MLP, an RMS norm, and logits with their
+loss.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +51,23 @@ def _functional(module: nn.Module, names: list[str]) -> Forward:
 def _llama(**sizes: int) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, **sizes)
+    return LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, **sizes
+    )
 
 
-def _problem(make: Callable[[], nn.Module], tokens: int, product_flops: int) -> tuple[Problem, list[str]]:
+def _problem(
+    make: Callable[[], nn.Module], tokens: int, product_flops: int
+) -> tuple[Problem, list[str]]:
     torch.manual_seed(0)
     module = make()
-    parameters = {name: nn.Parameter(p.detach().to(torch.bfloat16)) for name, p in module.named_parameters()}
-    leaves: dict[str, Tensor] = {"hidden": _random(1, tokens, HIDDEN).requires_grad_(), **parameters}
+    parameters = {
+        name: nn.Parameter(p.detach().to(torch.bfloat16)) for name, p in module.named_parameters()
+    }
+    leaves: dict[str, Tensor] = {
+        "hidden": _random(1, tokens, HIDDEN).requires_grad_(),
+        **parameters,
+    }
     problem = Problem(leaves, _random(1, tokens, HIDDEN), tokens * HIDDEN * 2, product_flops)
     problem.refer_to(_functional(make().double(), list(parameters)))
     return problem, list(parameters)
@@ -65,7 +76,9 @@ def _problem(make: Callable[[], nn.Module], tokens: int, product_flops: int) -> 
 def _worst_weight(row: Row) -> None:
     found = row.get("errors")
     if found is not None:
-        row["weight_error"] = max(value for name, value in found.items() if name not in ("hidden", "output"))
+        row["weight_error"] = max(
+            value for name, value in found.items() if name not in ("hidden", "output")
+        )
 
 
 def mlp_rows(tokens: int, rounds: int) -> list[Row]:
@@ -176,7 +189,9 @@ def _mean_of_tiles(labels: Tensor) -> Forward:
 
     def forward(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = zip(hidden.view(-1, LOSS_HIDDEN).split(LOSS_TILE), labels.view(-1).split(LOSS_TILE))
-        sums = [checkpoint(_tile_sum, tile, weight, goals, use_reentrant=False) for tile, goals in rows]
+        sums = [
+            checkpoint(_tile_sum, tile, weight, goals, use_reentrant=False) for tile, goals in rows
+        ]
         return torch.stack(sums).sum() / (labels != -100).sum()
 
     return forward
@@ -187,7 +202,9 @@ def _tile_sum(tile: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss_contenders(labels: Tensor) -> dict[str, Forward]:
-    """By name: functions of hidden states `[1, S, D]` and weight `[V, D]` that return the mean loss."""
+    """By name: functions of hidden states `[1, S, D]` and weight `[V, D]` that return the mean
+    loss.
+    """
     num_counted = (labels != -100).sum()
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -203,7 +220,9 @@ def loss_contenders(labels: Tensor) -> dict[str, Forward]:
         return F.linear_cross_entropy(flat, weight, labels.view(-1), options=options)
 
     def ours(hidden: Tensor, weight: Tensor, recompute: bool = False) -> Tensor:
-        total, count = tiled_cross_entropy(hidden, weight, labels, tile_tokens=LOSS_TILE, recompute=recompute)
+        total, count = tiled_cross_entropy(
+            hidden, weight, labels, tile_tokens=LOSS_TILE, recompute=recompute
+        )
         return total / count
 
     found: dict[str, Forward] = {"plain": plain}
@@ -244,15 +263,21 @@ def _deepspeed_losses(labels: Tensor, num_counted: Tensor) -> dict[str, Forward]
 
     return {
         "DeepSpeed TiledFusedLogitsLoss, mean of tiles": fused,
-        "DeepSpeed TiledFusedLogitsLoss, sum / count": lambda hidden, weight: fused(hidden, weight, "sum"),
+        "DeepSpeed TiledFusedLogitsLoss, sum / count": lambda hidden, weight: fused(
+            hidden, weight, "sum"
+        ),
         "DeepSpeed vocab-parallel": vocabulary_parallel,
     }
 
 
 def import_trl() -> Any:
-    """TRL's kernels, which import its trainers' utilities: these ask for data packages that the loss does without."""
+    """TRL's kernels, which import its trainers' utilities: these ask for data packages that the
+    loss does without.
+    """
     unused = {"pandas": ("DataFrame",), "datasets": ("Dataset", "IterableDataset")}
-    stand_ins = {name: types.ModuleType(name) for name in unused if importlib.util.find_spec(name) is None}
+    stand_ins = {
+        name: types.ModuleType(name) for name in unused if importlib.util.find_spec(name) is None
+    }
     for name, module in stand_ins.items():
         module.__spec__ = ModuleSpec(name, None)
         vars(module).update(dict.fromkeys(unused[name], object))
@@ -266,13 +291,17 @@ def import_trl() -> Any:
 
 
 def _trl_loss(labels: Tensor, num_counted: Tensor) -> Forward:
-    """TRL's kernel as its trainer calls it, on this device with its torch operations instead of Triton's."""
+    """TRL's kernel as its trainer calls it, on this device with its torch operations instead of
+    Triton's.
+    """
     function = import_trl().ChunkedLogProbFunction
     ignored = labels == -100
 
     def forward(hidden: Tensor, weight: Tensor) -> Tensor:
         goals = labels.clamp(min=0).reshape(-1)
-        found = function.apply(hidden.reshape(-1, LOSS_HIDDEN), weight, None, goals, 1.0, TRL_CHUNK, None, 1.0, ())
+        found = function.apply(
+            hidden.reshape(-1, LOSS_HIDDEN), weight, None, goals, 1.0, TRL_CHUNK, None, 1.0, ()
+        )
         log_probs: Tensor = found[0].view(labels.shape).masked_fill(ignored, 0)
         return -log_probs.sum() / num_counted
 

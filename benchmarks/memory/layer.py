@@ -25,7 +25,9 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
 
 
 class _Sink(torch.autograd.Function):
-    """Stands for what follows: takes the hidden states and lets them go; its gradient is what it was given."""
+    """Stands for what follows: takes the hidden states and lets them go; its gradient is what it
+    was given.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -64,7 +66,9 @@ def layer_rows(tokens: int, rounds: int) -> list[dict[str, Any]]:
     hidden = torch.randn(1, tokens, HIDDEN).bfloat16().requires_grad_()
     gradient = torch.randn(1, tokens, HIDDEN).bfloat16()
     product_flops = 2 * tokens * HIDDEN * config.intermediate_size
-    problem = Problem({"hidden": hidden, **named}, torch.tensor(1.0), tokens * HIDDEN * 2, product_flops)
+    problem = Problem(
+        {"hidden": hidden, **named}, torch.tensor(1.0), tokens * HIDDEN * 2, product_flops
+    )
     names = list(named)
     problem.refer_to(_forward(make().double(), names, gradient))
     contenders: dict[str, Forward] = {}
@@ -87,9 +91,18 @@ def _complete(row: dict[str, Any]) -> None:
     # The first layer's input was there before; the last one's stays on the device in any case.
     kept = LAYERS - 1
     row["working_set_u"] = row["backward_peak_u"] - kept
-    # Query, key, value and output projection: forward, recompute, and two products each in backward.
-    projections = 4 * LAYERS * HIDDEN * (2 * HIDDEN + 2 * HIDDEN // HEADS * KEY_HEADS) / (HIDDEN * HIDDEN * 7 / 2)
+    # Query, key, value and output projection: forward, recompute, and two products each in
+    # backward.
+    projections = (
+        4
+        * LAYERS
+        * HIDDEN
+        * (2 * HIDDEN + 2 * HIDDEN // HEADS * KEY_HEADS)
+        / (HIDDEN * HIDDEN * 7 / 2)
+    )
     total = row["forward_products"] + row["backward_products"]
     row["mlp_products"] = (total - projections) / LAYERS
     found = row["errors"]
-    row["weight_error"] = max(value for name, value in found.items() if name not in ("hidden", "output"))
+    row["weight_error"] = max(
+        value for name, value in found.items() if name not in ("hidden", "output")
+    )

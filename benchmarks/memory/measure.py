@@ -1,7 +1,9 @@
-"""Measures functions of tensors that hold less: bytes, products and copies by the allocation tracker, error, time.
+"""Measures functions of tensors that hold less: bytes, products and copies by the allocation
+tracker, error, time.
 
-Every contender gets the same tensors. Counters first, in one run; then times: round robin, each round in another order,
-ratios within a round. Peaks are over what was there before: inputs, weights, and the gradient that comes in.
+Every contender gets the same tensors. Counters first, in one run; then times: round robin, each
+round in another order, ratios within a round. Peaks are over what was there before: inputs,
+weights, and the gradient that comes in.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Problem:
     """What is computed, for all contenders of a table.
 
     Args:
-        leaves: tensors by name, of which gradients are taken; the forward's arguments, in this order.
+        leaves: tensors by name, of which gradients are taken; the forward's arguments, in this
+            order.
         upstream: the gradient of the output.
         unit_bytes: bytes of one u.
         reference: the gradients by name and, as `output`, the output, in float64.
@@ -58,7 +61,9 @@ class Problem:
 
 
 class Descend(TorchDispatchMode):
-    """Runs a library's own operators so that a mode outside of this one sees what they do inside."""
+    """Runs a library's own operators so that a mode outside of this one sees what they do
+    inside.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,7 +84,9 @@ def run_once(problem: Problem, forward: Forward) -> Tensor:
     return output.detach()
 
 
-def count(problem: Problem, forward: Forward, on_host: Callable[[AllocationTracker], Any] = nullcontext) -> Counts:
+def count(
+    problem: Problem, forward: Forward, on_host: Callable[[AllocationTracker], Any] = nullcontext
+) -> Counts:
     """Returns what one forward and backward allocates, copies and multiplies.
 
     Args:
@@ -89,7 +96,11 @@ def count(problem: Problem, forward: Forward, on_host: Callable[[AllocationTrack
     """
     problem.clear()
     unit = problem.unit_bytes
-    with track_allocations(unit_bytes=unit, device=problem.upstream.device) as tracker, Descend(), on_host(tracker):
+    with (
+        track_allocations(unit_bytes=unit, device=problem.upstream.device) as tracker,
+        Descend(),
+        on_host(tracker),
+    ):
         output = forward(*problem.leaves.values())
         forward_flops, saved = tracker.matmul_flops, tracker.saved_bytes
         output.backward(problem.upstream.to(output.dtype))
@@ -125,7 +136,9 @@ def errors(problem: Problem, forward: Forward) -> dict[str, float]:
     return result
 
 
-def seconds_by_round(runs: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, float]]:
+def seconds_by_round(
+    runs: Mapping[str, Callable[[], object]], rounds: int
+) -> list[dict[str, float]]:
     """Takes every contender's processor time once a round, in a new order each time.
 
     Other work on the machine disturbs it less than the time on the wall.

@@ -1,4 +1,6 @@
-"""Small Llamas whose layers hold less, in every way that is compared: what is switched on, by name."""
+"""Small Llamas whose layers hold less, in every way that is compared: what is switched on, by
+name.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from ulysses_accel.memory.tiling.mlp import tile_mlps
 from ulysses_accel.memory.tiling.norm import tile_norms
 
 
-def llama_config(hidden: int, layers: int, heads: int, key_heads: int, vocabulary: int, tokens: int) -> Any:
+def llama_config(
+    hidden: int, layers: int, heads: int, key_heads: int, vocabulary: int, tokens: int
+) -> Any:
     """A Llama with an MLP 3.5 times as wide as its hidden states, as in Llama 3 8B."""
     from transformers import LlamaConfig
 
@@ -62,8 +66,8 @@ def _checkpoint(model: Any, _: Installed) -> None:
 
 
 def _offload(model: Any, installed: Installed) -> None:
-    """What `offload=True` of transformers does; on a CPU its copies stay on the device that is counted, so they are
-    reported."""
+    """What `offload=True` of transformers does; on a CPU its copies stay on the device that is
+    counted, so they are reported."""
     _checkpoint(model, installed)
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
@@ -122,7 +126,9 @@ def install(model: nn.Module, names: tuple[str, ...]) -> Installed:
 
 @contextmanager
 def on_host(installed: Installed, tracker: AllocationTracker) -> Iterator[None]:
-    """Takes transformers' host copies out of the count; our slab is from before, so it never was in it."""
+    """Takes transformers' host copies out of the count; our slab is from before, so it never was in
+    it.
+    """
     installed.host.append(tracker)
     try:
         yield

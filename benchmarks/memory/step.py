@@ -1,7 +1,8 @@
-"""A whole forward and backward of a small Llama with its loss: what holds less is switched on one feature at a time.
+"""A whole forward and backward of a small Llama with its loss: what holds less is switched on one
+feature at a time.
 
-The ablation of the Arctic Long Sequence Training paper: its baseline checkpoints layers too. Every burst is a fresh
-fork; bursts alternate, and ratios are taken within a round.
+The ablation of the Arctic Long Sequence Training paper: its baseline checkpoints layers too. Every
+burst is a fresh fork; bursts alternate, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ def available() -> dict[str, Contender]:
 def preload() -> None:
     """Imports what the ranks need before they are forked."""
     contenders.preload()
-    for module in ("accelerate", "transformers.models.llama.modeling_llama", "ulysses_accel.integrations.attach"):
+    for module in (
+        "accelerate",
+        "transformers.models.llama.modeling_llama",
+        "ulysses_accel.integrations.attach",
+    ):
         importlib.import_module(module)
     if has_deepspeed():
         importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
@@ -102,15 +107,28 @@ def _deepspeed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(head(rows).float(), goals, reduction="sum")
 
     labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    hidden = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state
+    hidden = model.model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"]
+    ).last_hidden_state
     shards = math.ceil(labels.numel() * VOCABULARY / (labels.numel() * HIDDEN))
-    arguments = (of_tile, model.lm_head, hidden, labels, None, shards, [model.lm_head.weight], "sum")
+    arguments = (
+        of_tile,
+        model.lm_head,
+        hidden,
+        labels,
+        None,
+        shards,
+        [model.lm_head.weight],
+        "sum",
+    )
     loss: Tensor = TiledFusedLogitsLoss.apply(*arguments)
     return loss / (labels.numel() - 1)
 
 
 def _trainer(contender: Contender, tokens: int) -> tuple[Callable[[], float], Any, Any]:
-    """Returns a forward and backward that gives the loss, the model, and what was installed in it."""
+    """Returns a forward and backward that gives the loss, the model, and what was installed
+    in it.
+    """
     plain = build_model(tokens).bfloat16()
     features = tuple(name for name in contender.features if name != DEEPSPEED_LOSS)
     installed = install(plain, features)
@@ -123,14 +141,20 @@ def _trainer(contender: Contender, tokens: int) -> tuple[Callable[[], float], An
 
     def step() -> float:
         plain.zero_grad()
-        loss = _deepspeed_loss(model, batch) if DEEPSPEED_LOSS in contender.features else model(**batch).loss
+        loss = (
+            _deepspeed_loss(model, batch)
+            if DEEPSPEED_LOSS in contender.features
+            else model(**batch).loss
+        )
         backward(loss)
         return float(loss.detach())
 
     return step, plain, installed
 
 
-def _shared(plain: nn.Module, item: dict[str, Tensor], ranks: int) -> tuple[Any, dict[str, Tensor], Any]:
+def _shared(
+    plain: nn.Module, item: dict[str, Tensor], ranks: int
+) -> tuple[Any, dict[str, Tensor], Any]:
     """Through a stock Accelerator with our ParallelismConfig."""
     from accelerate import Accelerator
 
@@ -175,7 +199,9 @@ def burst(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
 
 
 def reference(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The loss and the gradient's norm in float64, of the weights that everybody has in bfloat16."""
+    """The loss and the gradient's norm in float64, of the weights that everybody has in
+    bfloat16.
+    """
     model = build_model(options["tokens"]).bfloat16().double()
     ids = _ids(options["tokens"])[None]
     loss = model(input_ids=ids, labels=ids).loss
@@ -188,7 +214,8 @@ def step_rows(tokens: int, rounds: int, steps: int) -> list[dict[str, Any]]:
     """One row for each contender."""
     expected = run_ranks(reference, 1, {"tokens": tokens}, timeout=TIMEOUT)[0]
     rows: dict[str, dict[str, Any]] = {
-        name: {"implementation": name, "ranks": contender.ranks} for name, contender in available().items()
+        name: {"implementation": name, "ranks": contender.ranks}
+        for name, contender in available().items()
     }
     clocks: list[dict[str, float]] = []
     for turn in range(rounds):

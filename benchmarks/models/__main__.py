@@ -1,13 +1,15 @@
-"""Parity of every architecture of the installed transformers with a language model's loss, sharded over real ranks.
+"""Parity of every architecture of the installed transformers with a language model's loss, sharded
+over real ranks.
 
 Each architecture (`heads.py`) is shrunk (`zoo.py`), runs once on one process (`reference.py`), and
-then through a stock `Accelerator` on forked gloo ranks (`work.py`), in float64: loss, every gradient, and each
-rank's share of the rows that go through linear layers. What a model computes in float32 by itself is computed in
-float64 in both runs, so that rounding does not hide an error. The table goes to `docs/models.md`.
+then through a stock `Accelerator` on forked gloo ranks (`work.py`), in float64: loss, every
+gradient, and each rank's share of the rows that go through linear layers. What a model computes in
+float32 by itself is computed in float64 in both runs, so that rounding does not hide an error. The
+table goes to `docs/models.md`.
 
     python -m benchmarks.models [--only llama masked.bert] [--heads masked] [--no-write]
-    python -m benchmarks.models --part 1/4 --out FOLDER      (a quarter of the walk; then, with all four)
-    python -m benchmarks.models --merge --out FOLDER
+    python -m benchmarks.models --part 1/4 --out FOLDER      (a quarter of the walk; then, with all
+    four) python -m benchmarks.models --merge --out FOLDER
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models.batches import Batch, documents_alone, feature_candidates, form_of, kinds_of, make_batch
+from benchmarks.models.batches import (
+    Batch,
+    documents_alone,
+    feature_candidates,
+    form_of,
+    kinds_of,
+    make_batch,
+)
 from benchmarks.models.heads import HEADS, Architecture, choose
 from benchmarks.models.reference import Reference, State, reference
 from benchmarks.models.report import MODES, publish_models, verdict_of
@@ -38,7 +47,9 @@ Rows = dict[str, dict[str, Any]]
 
 
 def prepare_case(architecture: Architecture) -> Case:
-    """Builds an architecture and its references; of the configurations that may do, the first that one process runs."""
+    """Builds an architecture and its references; of the configurations that may do, the first that
+    one process runs.
+    """
     case = Case(architecture)
     for key_value_heads in (2, 4):
         case.references = {}
@@ -72,20 +83,26 @@ def find_features(model: nn.Module) -> Batch:
 
 
 def one_process(case: Case, kind: str) -> dict[str, Reference]:
-    """Returns a batch's right results: of the batch as it is, and of packed documents one at a time."""
+    """Returns a batch's right results: of the batch as it is, and of packed documents one at a
+    time.
+    """
     assert case.model is not None
     batch = make_batch(case.form, kind, case.model, case.features)
     state = State(case.model)
     references = {"batch": reference(case.model, case.form, [batch])}
     state.restore()
     if kind == "packed":
-        references["documents alone"] = reference(case.model, case.form, documents_alone(case.form, batch))
+        references["documents alone"] = reference(
+            case.model, case.form, documents_alone(case.form, batch)
+        )
         state.restore()
     return references
 
 
 def run_mode(cases: list[Case], mode: tuple[int, int]) -> dict[str, list[dict[str, Any]]]:
-    """Returns for each case what every rank reports; ranks that hang are killed, and the rest goes on without them."""
+    """Returns for each case what every rank reports; ranks that hang are killed, and the rest goes
+    on without them.
+    """
     results: dict[str, list[dict[str, Any]]] = {}
     left = list(cases)
     size = mode[0] * mode[1]
@@ -99,7 +116,9 @@ def run_mode(cases: list[Case], mode: tuple[int, int]) -> dict[str, list[dict[st
                 failure = str(error)[-400:]
             reports = {case.name: _read_reports(Path(folder), case.name, size) for case in left}
         done = [case for case in left if all(reports[case.name])]
-        results.update({case.name: [report or {} for report in reports[case.name]] for case in done})
+        results.update(
+            {case.name: [report or {} for report in reports[case.name]] for case in done}
+        )
         left = [case for case in left if case not in done]
         if left:
             stuck = left.pop(0)
@@ -114,7 +133,9 @@ def _read_reports(folder: Path, name: str, size: int) -> list[dict[str, Any] | N
 
 
 def run_chunk(architectures: Sequence[Architecture]) -> Rows:
-    """Returns what becomes of some architectures in every mode; only exact ones run on four ranks."""
+    """Returns what becomes of some architectures in every mode; only exact ones run on four
+    ranks.
+    """
     cases = [prepare_case(architecture) for architecture in architectures]
     rows = {case.name: _row(case) for case in cases}
     for mode in MODES:
@@ -124,7 +145,12 @@ def run_chunk(architectures: Sequence[Architecture]) -> Rows:
         for name, reports in run_mode(able, mode).items():
             rows[name]["modes"][f"{mode[0]}x{mode[1]}"] = verdict_of(reports)
     for name, row in rows.items():
-        print(name, {mode: found["verdict"] for mode, found in row["modes"].items()}, row["note"], flush=True)
+        print(
+            name,
+            {mode: found["verdict"] for mode, found in row["modes"].items()},
+            row["note"],
+            flush=True,
+        )
     return rows
 
 
@@ -166,7 +192,9 @@ def merge(folder: Path) -> Rows:
     count = parts[0]["parts"] if parts else 0
     missing = set(range(1, count + 1)) - {part["part"] for part in parts}
     if not parts or missing:
-        raise ValueError(f"{folder} holds {len(parts)} of {count} parts; run --part for {sorted(missing)} first.")
+        raise ValueError(
+            f"{folder} holds {len(parts)} of {count} parts; run --part for {sorted(missing)} first."
+        )
     found = {name: row for part in parts for name, row in part["rows"].items()}
     return {one.name: found[one.name] for one in choose(None, None) if one.name in found}
 
@@ -196,13 +224,19 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", help="rows' names or model types, all by default")
     parser.add_argument("--heads", nargs="*", choices=[*HEADS, "rope"], help="all by default")
     parser.add_argument("--chunk", type=int, default=12, help="architectures in one fork")
-    parser.add_argument("--part", default="1/1", help="i/n: every n-th architecture, from the i-th on")
+    parser.add_argument(
+        "--part", default="1/1", help="i/n: every n-th architecture, from the i-th on"
+    )
     parser.add_argument("--out", type=Path, help="folder of the parts, for --part and --merge")
-    parser.add_argument("--merge", action="store_true", help="publish the parts in --out instead of walking")
+    parser.add_argument(
+        "--merge", action="store_true", help="publish the parts in --out instead of walking"
+    )
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
     if options.out is None and (options.merge or options.part != "1/1"):

@@ -1,4 +1,6 @@
-"""The batches of the walk: plain, packed, padded and of a length that ranks don't divide, for each kind of model."""
+"""The batches of the walk: plain, packed, padded and of a length that ranks don't divide, for each
+kind of model.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.models.heads import Architecture
 
-# causal: its loss shifts the labels; masked: a token's label is its own; seq2seq: tokens in, labels of another length
-# out; features: the encoder's input is no tokens, and every rank has all of it.
+# causal: its loss shifts the labels; masked: a token's label is its own; seq2seq: tokens in, labels
+# of another length out; features: the encoder's input is no tokens, and every rank has all of it.
 Form = Literal["causal", "masked", "seq2seq", "features"]
 Batch = dict[str, Tensor]
 
@@ -29,12 +31,18 @@ def form_of(architecture: Architecture, model: Any) -> Form:
     """Returns which kind of batch a model takes."""
     if getattr(model.config, "is_encoder_decoder", False):
         encoder = inspect.signature(type(model).forward).parameters
-        return "seq2seq" if "input_ids" in encoder and model.main_input_name == "input_ids" else "features"
+        return (
+            "seq2seq"
+            if "input_ids" in encoder and model.main_input_name == "input_ids"
+            else "features"
+        )
     return "masked" if architecture.head == "masked" else "causal"
 
 
 def kinds_of(form: Form, model: nn.Module) -> tuple[str, ...]:
-    """Returns the kinds of batches that mean something: documents are told by positions, if a model takes any."""
+    """Returns the kinds of batches that mean something: documents are told by positions, if a model
+    takes any.
+    """
     packs = form == "causal" or (form == "masked" and _takes(model, "position_ids"))
     return tuple(kind for kind in KINDS if packs or kind != "packed")
 
@@ -57,7 +65,11 @@ def make_batch(form: Form, kind: str, model: nn.Module, features: Batch) -> Batc
     if form in ("seq2seq", "features"):
         made = made if form == "seq2seq" else dict(features)
         return {**made, "labels": _decoder_labels(kind, generator)}
-    chosen = torch.rand(tokens.shape, generator=generator) < 0.3 if form == "masked" else torch.ones_like(mask)
+    chosen = (
+        torch.rand(tokens.shape, generator=generator) < 0.3
+        if form == "masked"
+        else torch.ones_like(mask)
+    )
     labels = tokens.masked_fill((mask == 0) | (chosen == 0), IGNORED)
     if form == "causal":
         # Behind padding there is no token that could tell the first.
@@ -70,7 +82,9 @@ def make_batch(form: Form, kind: str, model: nn.Module, features: Batch) -> Batc
 
 
 def documents_alone(form: Form, packed: Batch) -> list[Batch]:
-    """Returns each document of a packed batch as a batch of its own; those without a counted label are left out."""
+    """Returns each document of a packed batch as a batch of its own; those without a counted label
+    are left out.
+    """
     parts = []
     for row, sizes in enumerate(DOCUMENTS):
         split = {name: packed[name][row].split(list(sizes)) for name in packed}
@@ -85,7 +99,9 @@ def num_counted(form: Form, batch: Batch) -> int:
 
 
 def first_position(model: nn.Module) -> int:
-    """Returns where a model's positions begin, which is behind the padding token's number in some families."""
+    """Returns where a model's positions begin, which is behind the padding token's number in some
+    families.
+    """
     for module in model.modules():
         if callable(getattr(module, "create_position_ids_from_input_ids", None)):
             return int(getattr(module, "padding_idx", 0) or 0) + 1
@@ -110,10 +126,18 @@ def feature_candidates(model: Any) -> Iterator[Batch]:
         side = getattr(encoder, "image_size", None) or getattr(config, "image_size", 32)
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         # Patches come with their row and column in front.
-        patch = int(getattr(getattr(config, "vision_config", None), "patch_embed_hidden_size", 0)) + 2
-        shapes += [(2, 40, patch)] if name == "flattened_patches" else [(2, 3, height, width), (2, 3, 64, 64)]
+        patch = (
+            int(getattr(getattr(config, "vision_config", None), "patch_embed_hidden_size", 0)) + 2
+        )
+        shapes += (
+            [(2, 40, patch)]
+            if name == "flattened_patches"
+            else [(2, 3, height, width), (2, 3, 64, 64)]
+        )
     for shape in dict.fromkeys(shapes):
-        values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        values = torch.randn(
+            math.prod(shape), generator=torch.Generator().manual_seed(2), dtype=torch.float64
+        )
         yield {name: values.view(shape)}
 
 

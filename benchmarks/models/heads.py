@@ -1,4 +1,6 @@
-"""Which architectures the walk takes: every model of the installed transformers with a language model's loss."""
+"""Which architectures the walk takes: every model of the installed transformers with a language
+model's loss.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-# The head's name, and the mapping of transformers that lists its models. A class that two mappings list is walked once.
+# The head's name, and the mapping of transformers that lists its models. A class that two mappings
+# list is walked once.
 HEADS: dict[str, str] = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
@@ -57,7 +60,9 @@ class Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """Returns every architecture, each class under the first head that lists it, then the variants."""
+    """Returns every architecture, each class under the first head that lists it, then the
+    variants.
+    """
     found: dict[tuple[str, str], Architecture] = {}
     for head in HEADS:
         for model_type, class_name in sorted(_listed(head).items()):
@@ -74,7 +79,10 @@ def choose(names: list[str] | None, heads: list[str] | None) -> list[Architectur
     every = architectures()
     unknown = set(names or ()) - {one.name for one in every} - {one.model_type for one in every}
     if unknown:
-        raise ValueError(f"no architecture is called {', '.join(sorted(unknown))}: give a row's name or a model type.")
+        raise ValueError(
+            f"no architecture is called {', '.join(sorted(unknown))}: give a row's name or a model "
+            "type."
+        )
     chosen = [one for one in every if not names or one.name in names or one.model_type in names]
     return [one for one in chosen if not heads or one.head in heads]
 
@@ -83,13 +91,21 @@ def _listed(head: str) -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
     names: dict[str, Any] = dict(getattr(modeling_auto, f"{HEADS[head]}_NAMES"))
-    return {kind: listed if isinstance(listed, str) else listed[0] for kind, listed in names.items()}
+    return {
+        kind: listed if isinstance(listed, str) else listed[0] for kind, listed in names.items()
+    }
 
 
 def _rope_variants() -> Iterator[Architecture]:
-    for model_type, scalings in (("llama", tuple(_ROPE)), ("qwen2", ("dynamic",)), ("phi3", ("longrope",))):
+    for model_type, scalings in (
+        ("llama", tuple(_ROPE)),
+        ("qwen2", ("dynamic",)),
+        ("phi3", ("longrope",)),
+    ):
         for scaling in scalings:
             rope = {"rope_type": scaling, **_ROPE[scaling]}
             length = {"max_position_embeddings": 16 if scaling == "dynamic" else 64}
             overrides = {"rope_parameters": rope, "original_max_position_embeddings": 16, **length}
-            yield Architecture("rope", model_type, _listed("causal")[model_type], scaling, overrides)
+            yield Architecture(
+                "rope", model_type, _listed("causal")[model_type], scaling, overrides
+            )

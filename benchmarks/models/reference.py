@@ -1,4 +1,6 @@
-"""What one process computes for a batch: loss, gradients and linear layers' work, in float64 throughout."""
+"""What one process computes for a batch: loss, gradients and linear layers' work, in float64
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,27 @@ class InDouble(TorchFunctionMode):
     """Computes in float64 what a model asks to be computed in float32."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Calls the function with float64 in place of float32."""
         function: Any = Tensor.double if func is Tensor.float else func
-        wide = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        return function(*(torch.float64 if value is torch.float32 else value for value in args), **wide)
+        wide = {
+            key: torch.float64 if value is torch.float32 else value
+            for key, value in (kwargs or {}).items()
+        }
+        return function(
+            *(torch.float64 if value is torch.float32 else value for value in args), **wide
+        )
 
 
 class State:
-    """What a forward leaves behind in a model: buffers, and the length that dynamic rotary positions have reached."""
+    """What a forward leaves behind in a model: buffers, and the length that dynamic rotary
+    positions have reached.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [
@@ -97,7 +110,9 @@ def without_cache(form: Form, model: nn.Module) -> dict[str, bool]:
 
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[None]:
-    """Makes models that cap their scores attend by transformers' plain functions: its sdpa leaves the cap out."""
+    """Makes models that cap their scores attend by transformers' plain functions: its sdpa leaves
+    the cap out.
+    """
     configs = [getattr(module, "config", None) for module in model.modules()]
     capped = any(getattr(config, "attn_logit_softcapping", None) for config in configs)
     with attention(model, "eager") if capped else attention(model, None):
@@ -106,9 +121,15 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention(model: nn.Module, implementation: str | None) -> Iterator[None]:
-    """Makes every part of a model use one of transformers' attention functions for a while; None leaves them."""
-    configs: dict[int, Any] = {id(found): found for found in (vars(module).get("config") for module in model.modules())}
-    kept = [(one, one._attn_implementation_internal) for one in configs.values() if _has_attention(one)]
+    """Makes every part of a model use one of transformers' attention functions for a while; None
+    leaves them.
+    """
+    configs: dict[int, Any] = {
+        id(found): found for found in (vars(module).get("config") for module in model.modules())
+    }
+    kept = [
+        (one, one._attn_implementation_internal) for one in configs.values() if _has_attention(one)
+    ]
     try:
         for config, _ in kept if implementation else ():
             config._attn_implementation_internal = implementation
@@ -136,7 +157,9 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
 
         return module.register_forward_pre_hook(count, with_kwargs=True)
 
-    handles = [watch(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    handles = [
+        watch(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
+    ]
     try:
         yield rows
     finally:
@@ -147,7 +170,8 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
 def share_of_work(rows: dict[str, int], right: Reference, form: Form) -> float:
     """Returns this rank's part of the linear layers' rows.
 
-    An encoder whose input is no tokens runs whole on every rank: there only the layers that see the decoder's tokens
+    An encoder whose input is no tokens runs whole on every rank: there only the layers that see the
+        decoder's tokens
     are measured, which are those with as many rows as the batch has labels.
     """
     measured = right.linear_rows
@@ -161,7 +185,8 @@ def share_of_work(rows: dict[str, int], right: Reference, form: Form) -> float:
 def compare(loss: float, own: dict[str, Tensor], right: Reference) -> dict[str, Any]:
     """Returns the relative errors of the loss and of the worst gradient.
 
-    A gradient that is zero but for rounding (a key's bias, say) is measured by the whole gradient's norm.
+    A gradient that is zero but for rounding (a key's bias, say) is measured by the whole gradient's
+    norm.
     """
     total = float(torch.stack([grad.norm() for grad in right.grads.values()]).norm())
     errors = {}
@@ -169,8 +194,15 @@ def compare(loss: float, own: dict[str, Tensor], right: Reference) -> dict[str, 
         size = float(grad.norm())
         found = own.get(name, torch.zeros(()))
         errors[name] = float((found - grad).norm()) / (size if size > 1e-10 * total else total)
-    errors |= {name: float(grad.norm()) / total for name, grad in own.items() if name not in right.grads}
+    errors |= {
+        name: float(grad.norm()) / total for name, grad in own.items() if name not in right.grads
+    }
     errors = {name: math.inf if math.isnan(error) else error for name, error in errors.items()}
     worst = max(errors, key=lambda name: errors[name])
     loss_error = abs(loss - right.loss) / abs(right.loss) if math.isfinite(loss) else math.inf
-    return {"error": max(loss_error, errors[worst]), "loss": loss_error, "gradient": errors[worst], "worst": worst}
+    return {
+        "error": max(loss_error, errors[worst]),
+        "loss": loss_error,
+        "gradient": errors[worst],
+        "worst": worst,
+    }

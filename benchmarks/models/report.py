@@ -1,4 +1,6 @@
-"""What the walk over all architectures found, as verdicts, counts, and the table in `docs/models.md`."""
+"""What the walk over all architectures found, as verdicts, counts, and the table in
+`docs/models.md`.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,23 @@ REPLICATED = 1.35
 _ORDER = ("hang", "crash", "wrong", "replicated", "refused", "exact to 1e-9", "exact")
 NOT_RUN = "not run"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-_HEADINGS = ("model type", "head", "verdict", "worst error", "also mixes tokens in", "why, and what to do")
+_HEADINGS = (
+    "model type",
+    "head",
+    "verdict",
+    "worst error",
+    "also mixes tokens in",
+    "why, and what to do",
+)
 
 Rows = dict[str, dict[str, Any]]
 
 
 def verdict_of(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the worst that any kind of batch came to, with what it rests on."""
-    kinds = {kind: _verdict_of_kind([report.get(kind, {}) for report in reports]) for kind in reports[0]}
+    kinds = {
+        kind: _verdict_of_kind([report.get(kind, {}) for report in reports]) for kind in reports[0]
+    }
     worst = min(kinds, key=lambda kind: _ORDER.index(kinds[kind]["verdict"]))
     verdict = kinds[worst]["verdict"]
     errors = [row["error"] for row in kinds.values() if isinstance(row.get("error"), float)]
@@ -55,7 +66,11 @@ def _verdict_of_kind(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     if not error <= LOOSE:
         return {**found, "verdict": "wrong", "why": f"error {error:.1e} in {ranks[0]['worst']}"}
     if sum(shares) > REPLICATED:
-        return {**found, "verdict": "replicated", "why": f"shares of the linear layers' rows: {shares}"}
+        return {
+            **found,
+            "verdict": "replicated",
+            "why": f"shares of the linear layers' rows: {shares}",
+        }
     return {**found, "verdict": "exact" if error <= EXACT else "exact to 1e-9"}
 
 
@@ -70,16 +85,22 @@ def overall(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def is_eligible(row: dict[str, Any]) -> bool:
-    """Whether a row counts for the share of exact ones: it runs, and mixes tokens only where it can be replaced."""
+    """Whether a row counts for the share of exact ones: it runs, and mixes tokens only where it can
+    be replaced.
+    """
     return bool(row["modes"]) and row["routes"] is True and not row["mixes_in"]
 
 
 def publish_models(rows: Rows, *, write: bool) -> None:
-    """Prints the counts and a line for each architecture that is not exact; with `write`, keeps all of it."""
+    """Prints the counts and a line for each architecture that is not exact; with `write`, keeps all
+    of it.
+    """
     counts = table(("rows", "verdict", "count"), counts_of(rows))
     taken = ", ".join(f"{key} {value}" for key, value in versions().items())
     lines = lines_of(rows)
-    print(f"{counts}\n\n{table(_HEADINGS, [line for line in lines if not line[2].startswith('exact')])}\n\n{taken}")
+    print(
+        f"{counts}\n\n{table(_HEADINGS, [line for line in lines if not line[2].startswith('exact')])}\n\n{taken}"
+    )
     if not write:
         return
     (FOLDER / "results").mkdir(exist_ok=True)
@@ -122,9 +143,14 @@ image-text models get text only; `rope` rows scale the rotary positions of a cau
 
 
 def counts_of(rows: Rows) -> list[list[str]]:
-    """Returns the lines of the counts: all rows, each head, then the share that is exact of those that could be."""
+    """Returns the lines of the counts: all rows, each head, then the share that is exact of those
+    that could be.
+    """
     verdicts = {name: overall(row)[0] for name, row in rows.items()}
-    lines = [[f"all {len(rows)}", verdict, str(count)] for verdict, count in sorted(Counter(verdicts.values()).items())]
+    lines = [
+        [f"all {len(rows)}", verdict, str(count)]
+        for verdict, count in sorted(Counter(verdicts.values()).items())
+    ]
     groups = {"**attention routed, tokens mixed nowhere else**": list(rows)}
     for head in dict.fromkeys(row["head"] for row in rows.values()):
         groups[f"the same, {head}"] = [name for name in rows if rows[name]["head"] == head]
@@ -135,18 +161,28 @@ def counts_of(rows: Rows) -> list[list[str]]:
         lines.append([title, "exact", f"{len(exact)} of {len(able)}{share}"])
     errors = [_worst_error(rows[name]) for name in rows if verdicts[name].startswith("exact")]
     if errors:
-        lines.append(["largest error of the exact rows", f"{max(errors):.1e}", f"median {median(errors):.1e}"])
+        lines.append(
+            [
+                "largest error of the exact rows",
+                f"{max(errors):.1e}",
+                f"median {median(errors):.1e}",
+            ]
+        )
     return lines
 
 
 def lines_of(rows: Rows) -> list[list[str]]:
     """Returns a line of the table for each row: by type, then by head."""
     lines = []
-    for row in sorted(rows.values(), key=lambda row: (row["type"].lower(), row["head"], row["variant"])):
+    for row in sorted(
+        rows.values(), key=lambda row: (row["type"].lower(), row["head"], row["variant"])
+    ):
         verdict, why = overall(row)
         error = f"{_worst_error(row):.1e}" if verdict.startswith("exact") else ""
         name = f"{row['type']} {row['variant']}".strip()
-        lines.append([name, row["head"], verdict, error, _mixes(row), shorten(_reason(verdict, why), 330)])
+        lines.append(
+            [name, row["head"], verdict, error, _mixes(row), shorten(_reason(verdict, why), 330)]
+        )
     return lines
 
 
@@ -165,4 +201,6 @@ def _reason(verdict: str, why: str) -> str:
     if verdict != "refused":
         return why
     head, found, rest = re.sub(r" \(\w+\.py:\d+\)$", "", why).partition("\n- ")
-    return rest.replace("\n- ", " Also: ") if found else re.sub(r"^(\(.*?\) )?\w+Error: ", r"\1", head)
+    return (
+        rest.replace("\n- ", " Also: ") if found else re.sub(r"^(\(.*?\) )?\w+Error: ", r"\1", head)
+    )

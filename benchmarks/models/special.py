@@ -1,4 +1,6 @@
-"""What the fields' names do not tell the shrinking of a configuration: lengths that must fit each other, per type."""
+"""What the fields' names do not tell the shrinking of a configuration: lengths that must fit each
+other, per type.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": _ROPE_BY_KIND},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": 48,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note": {
@@ -48,10 +55,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
         "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     },
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
     "emu3": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
     "ernie4_5_vl_moe": {
-        "text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}, "moe_intermediate_size": [48, 48]}
+        "text_config": {
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+            "moe_intermediate_size": [48, 48],
+        }
     },
     "esm": {"vocab_size": 64, "pad_token_id": 0, "mask_token_id": 4},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},

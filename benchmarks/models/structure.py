@@ -1,8 +1,10 @@
-"""Where a model mixes tokens, found by running it: through transformers' attention functions, or also elsewhere.
+"""Where a model mixes tokens, found by running it: through transformers' attention functions, or
+also elsewhere.
 
-All attention that goes through the functions' registry is replaced by one where a token sees itself only. If other
-tokens' values still change with one token, then something else mixes: a state space, a convolution, attention of its
-own, statistics over the sequence, or embeddings of several tokens. The innermost modules in which it happens are named.
+All attention that goes through the functions' registry is replaced by one where a token sees itself
+only. If other tokens' values still change with one token, then something else mixes: a state space,
+a convolution, attention of its own, statistics over the sequence, or embeddings of several tokens.
+The innermost modules in which it happens are named.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Structure:
 
 @dataclass
 class _Seen:
-    """What went into a module and came out of it, by its name, and the masks that attention was given."""
+    """What went into a module and came out of it, by its name, and the masks that attention was
+    given.
+    """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -60,17 +64,26 @@ def structure_of(model: nn.Module, form: Form, features: Batch) -> Structure:
     model.eval()
     try:
         with attention(model, NAME), torch.no_grad():
-            seen = [_run(model, form, _probe(form, features, changed), state) for changed in (False, True)]
+            seen = [
+                _run(model, form, _probe(form, features, changed), state)
+                for changed in (False, True)
+            ]
     finally:
         model.train(training)
         state.restore()
     mixing = [name for name in seen[0].outputs if _mixes(name, *seen)]
-    innermost = [name for name in mixing if not any(other.startswith(f"{name}.") for other in mixing if other != name)]
+    innermost = [
+        name
+        for name in mixing
+        if not any(other.startswith(f"{name}.") for other in mixing if other != name)
+    ]
     innermost = [name for name in innermost if name or len(mixing) == 1]
     modules = dict(model.named_modules())
     found = [type(modules[name]).__name__ for name in innermost]
     found += [
-        f"mask of {name}" for (name, mask), (_, other) in zip(seen[0].masks, seen[1].masks) if _differ(mask, other)
+        f"mask of {name}"
+        for (name, mask), (_, other) in zip(seen[0].masks, seen[1].masks)
+        if _differ(mask, other)
     ]
     return Structure(bool(seen[0].masks), tuple(dict.fromkeys(found)))
 
@@ -86,12 +99,27 @@ def own_token_attention(masks: list[tuple[str, Tensor | None]]) -> Iterator[None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def own(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *_: Any, **__: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> tuple[Tensor, None]:
-        masks.append((type(module).__name__, attention_mask.clone() if isinstance(attention_mask, Tensor) else None))
+        masks.append(
+            (
+                type(module).__name__,
+                attention_mask.clone() if isinstance(attention_mask, Tensor) else None,
+            )
+        )
         if query.shape[2] != value.shape[2]:
-            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+            return query.new_zeros(
+                query.shape[0], query.shape[2], query.shape[1], value.shape[3]
+            ), None
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(
+            1, 2
+        ).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, own)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
@@ -112,7 +140,10 @@ def _probe(form: Form, features: Batch, changed: bool) -> Batch:
     if form in ("causal", "masked"):
         del made["decoder_input_ids"]
     if form == "features":
-        return {**{name: value[:1] for name, value in features.items()}, "decoder_input_ids": made["decoder_input_ids"]}
+        return {
+            **{name: value[:1] for name, value in features.items()},
+            "decoder_input_ids": made["decoder_input_ids"],
+        }
     return made
 
 
@@ -156,7 +187,9 @@ def _by_token(value: Tensor) -> Tensor:
 
 
 def _mixes(name: str, before: _Seen, after: _Seen) -> bool:
-    """Whether other tokens' values change within a module: they do at its end, and do not at its beginning."""
+    """Whether other tokens' values change within a module: they do at its end, and do not at its
+    beginning.
+    """
     ends = any(map(_others_changed, before.outputs[name], after.outputs.get(name, [])))
     return ends and not any(map(_others_changed, before.inputs[name], after.inputs.get(name, [])))
 

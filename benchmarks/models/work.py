@@ -1,4 +1,6 @@
-"""One rank of the walk: every architecture of a chunk through a stock `Accelerator`, compared with one process."""
+"""One rank of the walk: every architecture of a chunk through a stock `Accelerator`, compared with
+one process.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from torch import nn
 
 from benchmarks.models.batches import Batch, Form, make_batch
 from benchmarks.models.heads import Architecture
-from benchmarks.models.reference import InDouble, Reference, State, compare, counted_rows, share_of_work
+from benchmarks.models.reference import (
+    InDouble,
+    Reference,
+    State,
+    compare,
+    counted_rows,
+    share_of_work,
+)
 from benchmarks.models.report import LOOSE
 from benchmarks.models.structure import Structure
 
@@ -31,7 +40,8 @@ class Case:
         model: tiny, in float64; ranks inherit it by fork.
         form: of batches that it takes.
         features: its encoder's input, where that is no tokens.
-        references: for each kind of batch the results that count as right; empty where one process fails.
+        references: for each kind of batch the results that count as right; empty where one process
+            fails.
         structure: where it mixes tokens.
         note: why there is no model or no reference.
     """
@@ -51,7 +61,9 @@ class Case:
 
 
 def work(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
-    """One rank: every case of the chunk, each result in a file, until the ranks no longer agree that they go on."""
+    """One rank: every case of the chunk, each result in a file, until the ranks no longer agree
+    that they go on.
+    """
     folder = Path(options["folder"])
     for case in options["cases"]:
         result = run_case(make_accelerator(*options["mode"]), case)
@@ -64,7 +76,9 @@ def work(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_accelerator(sp_size: int, cp_size: int) -> Any:
-    """Returns a stock accelerator with our config: a new one for each case, as models differ in what they ask for."""
+    """Returns a stock accelerator with our config: a new one for each case, as models differ in
+    what they ask for.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
@@ -123,7 +137,10 @@ def run_kind(accelerator: Any, model: nn.Module, case: Case, kind: str) -> dict[
             accelerator.backward(loss)
     own = {name: p.grad for name, p in case.model.named_parameters() if p.grad is not None}
     compared = {
-        name: {"share": share_of_work(rows, right, case.form), **compare(float(loss.detach()), own, right)}
+        name: {
+            "share": share_of_work(rows, right, case.form),
+            **compare(float(loss.detach()), own, right),
+        }
         for name, right in case.references[kind].items()
     }
     # The batch as one process takes it comes first; some models do not look for documents in it.
@@ -137,7 +154,11 @@ def _raised(error: Exception) -> dict[str, Any]:
 
     status = "refused" if isinstance(error, UlyssesAccelError) else "crash"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if "transformers" in frame.filename or "ulysses_accel" in frame.filename]
+    theirs = [
+        frame
+        for frame in frames
+        if "transformers" in frame.filename or "ulysses_accel" in frame.filename
+    ]
     place = (theirs or frames)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
     return {"status": status, "error": f"{type(error).__name__}: {error}", "where": where}

@@ -1,8 +1,9 @@
-"""Any architecture of the installed transformers, shrunk to a tiny configuration without any download.
+"""Any architecture of the installed transformers, shrunk to a tiny configuration without any
+download.
 
-Sizes are replaced by what the fields' names say. Per-layer lists keep one layer of each kind, so that a model which
-mixes windows, full attention and experts does so still, at two to six layers. What no rule knows stands in
-`special.py`.
+Sizes are replaced by what the fields' names say. Per-layer lists keep one layer of each kind, so
+that a model which mixes windows, full attention and experts does so still, at two to six layers.
+What no rule knows stands in `special.py`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ _RULES: tuple[tuple[str, int | float | None], ...] = (
     (r"eos_token_id|forced_eos_token_id", 2),
     (r"pad_token_id", 0),
     (r"\w+_(?:token_id|token_index)", 4),
-    (r"hidden_size_per_layer_input|pronunciation_embed_dim|shape_embed_dim|\w*lora_rank|gated_norm_rank", 16),
-    (r"mamba_d_state|ssm_state_size|state_size|adapter_rank|laurel_rank|router_hidden_size|mamba_dt_rank", 8),
+    (
+        r"hidden_size_per_layer_input|pronunciation_embed_dim|shape_embed_dim|\w*lora_rank|gated_norm_rank",
+        16,
+    ),
+    (
+        r"mamba_d_state|ssm_state_size|state_size|adapter_rank|laurel_rank|router_hidden_size|mamba_dt_rank",
+        8,
+    ),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
     (r"mamba_d_ssm|mamba_expand_size", 64),
-    (r"hidden_size|d_model|n_embd|embedding_size|emb_dim|lru_width|embedding_dim|backbone_hidden_size", HIDDEN),
+    (
+        r"hidden_size|d_model|n_embd|embedding_size|emb_dim|lru_width|embedding_dim|backbone_hidden_size",
+        HIDDEN,
+    ),
     (r"embed_dim|base_channels|projector_hidden_dim", HIDDEN),
     (r"num_filters", 1),
     (r"word_embed_proj_dim|(?:in|out)put_embedding_size|attention_hidden_size", HIDDEN),
@@ -42,8 +52,14 @@ _RULES: tuple[tuple[str, int | float | None], ...] = (
     (r"mamba_\w*head_?(?:dim)?|mamba_d_head", 16),
     (r"\w*head_dim|d_head|dim_head|v_head_dim|kv_channels|rotary_dim|attention_head_size", 8),
     (r"(?:\w*num_|n_|swa_num_)?(?:key_value|kv)_heads", 2),
-    (r"\w*attention_heads|n_heads?|num_heads|linear_num_\w+_heads|index_n_heads|num_query_groups", 4),
-    (r"\w*(?:intermediate|ffn|feed_forward|ff)\w*_(?:size|dim)|dim_ff|dff|d_inner|n_inner|prompt_mid_dim", 48),
+    (
+        r"\w*attention_heads|n_heads?|num_heads|linear_num_\w+_heads|index_n_heads|num_query_groups",
+        4,
+    ),
+    (
+        r"\w*(?:intermediate|ffn|feed_forward|ff)\w*_(?:size|dim)|dim_ff|dff|d_inner|n_inner|prompt_mid_dim",
+        48,
+    ),
     (r"intermediate_size_mlp", 48),
     (r"(?:num_|n_routed_|num_local_|moe_num_)experts|zero_expert_num", 4),
     (r"num_experts_per_tok(?:en)?|moe_topk|moe_k|top_k_experts", 2),
@@ -53,15 +69,29 @@ _RULES: tuple[tuple[str, int | float | None], ...] = (
     (r"(?:attn|expert)_layer_period", 2),
     (r"(?:attn|expert)_layer_offset", 1),
     (r"moe_layer_end_index", LAYERS - 1),
-    (r"\w*sliding_window(?:_size)?|window_size|attention_window_size|local_attention\w*|keep_window_size", 7),
+    (
+        r"\w*sliding_window(?:_size)?|window_size|attention_window_size|local_attention\w*|keep_window_size",
+        7,
+    ),
     (r"attention_chunk_size|mamba_chunk_size|chunk_size|index_topk|index_block_size|rel_extent", 8),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_\w+_positions|context_length|model_max_length", 128),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_\w+_positions|context_length|model_max_length",
+        128,
+    ),
     (r"original_max_position_embeddings", 128),
     (r"max_window_layers", 1),
     (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
 )
-_DEPTH = re.compile(r"(?:num_|n_|decoder_|encoder_|num_encoder_|num_decoder_)?(?:hidden_)?layers?|num_blocks|depth")
-_SPARSE_LISTS = ("moe_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "ple_layer_ids")
+_DEPTH = re.compile(
+    r"(?:num_|n_|decoder_|encoder_|num_encoder_|num_decoder_)?(?:hidden_)?layers?|num_blocks|depth"
+)
+_SPARSE_LISTS = (
+    "moe_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "mlp_only_layers",
+    "ple_layer_ids",
+)
 
 
 def tiny_config(architecture: Architecture, key_value_heads: int = 2) -> Any:
@@ -76,7 +106,9 @@ def tiny_config(architecture: Architecture, key_value_heads: int = 2) -> Any:
     config_class = CONFIG_MAPPING[architecture.model_type]
     overrides = _shrink(_defaults(config_class, architecture.model_type), key_value_heads)
     special = {**SPECIAL.get(architecture.model_type, {}), **architecture.overrides}
-    return _finish(config_class(**_merge(overrides, special)), decodes=architecture.head in ("causal", "rope"))
+    return _finish(
+        config_class(**_merge(overrides, special)), decodes=architecture.head in ("causal", "rope")
+    )
 
 
 def _merge(values: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +121,9 @@ def _merge(values: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(config_class: Any, model_type: str) -> dict[str, Any]:
-    """Returns the default fields; of types whose defaults contradict each other, the special ones put them right."""
+    """Returns the default fields; of types whose defaults contradict each other, the special ones
+    put them right.
+    """
     try:
         values: dict[str, Any] = config_class().to_dict()
     except Exception:
@@ -98,14 +132,23 @@ def _defaults(config_class: Any, model_type: str) -> dict[str, Any]:
 
 
 def _finish(config: Any, *, decodes: bool) -> Any:
-    """Makes an encoder's configuration that of a decoder where its causal head demands it; experts stay in torch."""
-    if decodes and hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
+    """Makes an encoder's configuration that of a decoder where its causal head demands it; experts
+    stay in torch.
+    """
+    if (
+        decodes
+        and hasattr(config, "is_decoder")
+        and not getattr(config, "is_encoder_decoder", False)
+    ):
         config.is_decoder = True
     if getattr(config, "is_encoder_decoder", False):
         for name, token in (("decoder_start_token_id", 1), ("pad_token_id", 0)):
             if getattr(config, name, None) is None:
                 setattr(config, name, token)
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+    for part in (
+        config,
+        *(getattr(config, name, None) for name in getattr(config, "sub_configs", {})),
+    ):
         if part is not None:
             part._experts_implementation = "eager"
     return config
@@ -118,8 +161,14 @@ def _shrink(values: dict[str, Any], key_value_heads: int) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict):
             if "model_type" in value:
-                flags = {flag: True for flag in ("is_decoder", "add_cross_attention") if value.get(flag)}
-                changed[name] = {"model_type": value["model_type"], **flags, **_shrink(value, key_value_heads)}
+                flags = {
+                    flag: True for flag in ("is_decoder", "add_cross_attention") if value.get(flag)
+                }
+                changed[name] = {
+                    "model_type": value["model_type"],
+                    **flags,
+                    **_shrink(value, key_value_heads),
+                }
             elif "rope_type" in str(value):
                 changed[name] = _shrink_rope({**_sections(values), **value})
         elif name in _SPARSE_LISTS:
@@ -132,21 +181,30 @@ def _shrink(values: dict[str, Any], key_value_heads: int) -> dict[str, Any]:
             new = len(kept) if _DEPTH.fullmatch(name) else _rule(name)
             if new is not None:
                 changed[name] = new
-    changed.update(dict.fromkeys(set(changed) & {"num_key_value_heads", "num_kv_heads"}, key_value_heads))
+    changed.update(
+        dict.fromkeys(set(changed) & {"num_key_value_heads", "num_kv_heads"}, key_value_heads)
+    )
     return changed
 
 
 def _sections(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the key that deals positions of several planes, for types that know it and default it in the model."""
+    """Returns the key that deals positions of several planes, for types that know it and default it
+    in the model.
+    """
     from transformers import CONFIG_MAPPING
 
-    config_class: Any = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
+    config_class: Any = (
+        CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
+    )
     known = getattr(config_class, "ignore_keys_at_rope_validation", None) or ()
     return {"mrope_section": []} if "mrope_section" in known else {}
 
 
 def _shrink_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    nested = {key: _shrink_rope(value) if isinstance(value, dict) else value for key, value in rope.items()}
+    nested = {
+        key: _shrink_rope(value) if isinstance(value, dict) else value
+        for key, value in rope.items()
+    }
     if "mrope_section" in nested:
         nested["mrope_section"] = [2, 1, 1]
         nested["partial_rotary_factor"] = 1.0
@@ -160,12 +218,17 @@ def _rule(name: str) -> int | float | None:
 
 
 def _num_layers(values: dict[str, Any]) -> int:
-    found = [values.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers")]
+    found = [
+        values.get(name)
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers")
+    ]
     return next((value for value in found if isinstance(value, int)), 0)
 
 
 def _representative_layers(values: dict[str, Any]) -> list[int]:
-    """Indices of layers that show every combination of the per-layer lists once; two layers where there is no list."""
+    """Indices of layers that show every combination of the per-layer lists once; two layers where
+    there is no list.
+    """
     count = _num_layers(values)
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == count]
     if not lists or count <= LAYERS:
@@ -178,7 +241,8 @@ def _representative_layers(values: dict[str, Any]) -> list[int]:
 
 
 def build(architecture: Architecture, config: Any, seed: int = 0) -> nn.Module:
-    """Returns the model in float64 and training mode, without dropout and with every parameter away from its start.
+    """Returns the model in float64 and training mode, without dropout and with every parameter away
+    from its start.
 
     Args:
         architecture: of `heads.architectures`.

@@ -29,8 +29,9 @@ class Contender:
         module: what must be installed.
         build: makes it for a case; called on every rank.
         layout: how its tokens are dealt over the ring.
-        shares_kernel: whether its blocks are computed by the same fused operator as ours. Where they are plain tensor
-            operations, which on a GPU would be a fused kernel too, copies, memory and times say nothing about it.
+        shares_kernel: whether its blocks are computed by the same fused operator as ours. Where
+            they are plain tensor operations, which on a GPU would be a fused kernel too, copies,
+            memory and times say nothing about it.
     """
 
     module: str
@@ -60,7 +61,9 @@ def rings() -> dict[str, Contender]:
 
 
 def unified() -> dict[str, Contender]:
-    """Rings of two places over groups of Ulysses ranks, by name, beside our Ulysses and ring alone."""
+    """Rings of two places over groups of Ulysses ranks, by name, beside our Ulysses and ring
+    alone.
+    """
     found = {
         f"{OURS_USP} zigzag p2p": _ours_usp("p2p"),
         f"{OURS_USP} zigzag all_gather": _ours_usp("all_gather"),
@@ -74,7 +77,9 @@ def unified() -> dict[str, Contender]:
 
 
 def preload() -> None:
-    """Import what the ranks will need before they are forked; YunChang needs its stand-in, and takes a moment only."""
+    """Import what the ranks will need before they are forked; YunChang needs its stand-in, and
+    takes a moment only.
+    """
     for module in ("benchmarks.ring.torch_ring", "ring_attention_pytorch"):
         if installed(module):
             importlib.import_module(module)
@@ -85,7 +90,9 @@ def _ours(layout: Layout, exchange: Any) -> Contender:
         attention = importlib.import_module("ulysses_accel.attention").ring_attention
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            output: Tensor = attention(query, key, value, dist.group.WORLD, layout=layout, exchange=exchange)
+            output: Tensor = attention(
+                query, key, value, dist.group.WORLD, layout=layout, exchange=exchange
+            )
             return output.transpose(1, 2)
 
         return attend
@@ -93,8 +100,12 @@ def _ours(layout: Layout, exchange: Any) -> Contender:
     return Contender("ulysses_accel", build, layout)
 
 
-def _grid(ring_size: int, backend: str = "gloo") -> tuple[dist.ProcessGroup, dist.ProcessGroup, Tensor]:
-    """Returns this rank's ring, its Ulysses group, and all ranks as `[R, U]`; neighbours are Ulysses ranks."""
+def _grid(
+    ring_size: int, backend: str = "gloo"
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, Tensor]:
+    """Returns this rank's ring, its Ulysses group, and all ranks as `[R, U]`; neighbours are
+    Ulysses ranks.
+    """
     ranks = torch.arange(dist.get_world_size()).view(ring_size, -1)
     ring = dist.new_subgroups_by_enumeration(ranks.T.tolist(), backend=backend)[0]
     ulysses = dist.new_subgroups_by_enumeration(ranks.tolist(), backend=backend)[0]
@@ -107,7 +118,9 @@ def _ours_usp(exchange: Any) -> Contender:
         ring, ulysses, _ranks = _grid(2)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            output: Tensor = attention(query, key, value, ulysses, ring, layout="zigzag", exchange=exchange)
+            output: Tensor = attention(
+                query, key, value, ulysses, ring, layout="zigzag", exchange=exchange
+            )
             return output.transpose(1, 2)
 
         return attend
@@ -150,7 +163,9 @@ def _lucidrains(layout: Layout) -> Contender:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # It pairs query head h with key head h mod K, transformers with h // (H / K).
             query = query.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1, 2)
-            output: Tensor = ring_flash_attn_(*(t.transpose(1, 2) for t in (query, key, value)), *options)
+            output: Tensor = ring_flash_attn_(
+                *(t.transpose(1, 2) for t in (query, key, value)), *options
+            )
             return output.unflatten(2, (groups, -1)).transpose(2, 3).flatten(2, 3)
 
         return attend
@@ -161,9 +176,11 @@ def _lucidrains(layout: Layout) -> Contender:
 def _ringmaster(
     layout: Layout, rotate: str = "alltoall", balance: str = "none", ring_size: int | None = None
 ) -> Contender:
-    """ringmaster's ring on the path of its GPU collectives; its blocks are plain tensor operations on a CPU.
+    """ringmaster's ring on the path of its GPU collectives; its blocks are plain tensor operations
+    on a CPU.
 
-    Its zigzag ring runs on a CPU only as that of packed documents: here one, that is the whole sequence.
+    Its zigzag ring runs on a CPU only as that of packed documents: here one, that is the whole
+        sequence.
     """
 
     def build(case: Case) -> Attend:
@@ -180,7 +197,9 @@ def _ringmaster(
             rotate_method=method,
             load_balance=ringmaster.LoadBalance(balance),
         )
-        runtime = ringmaster.setup(config, num_kv_heads=case.kv_heads, device_mesh=_mesh(size), device_type="cpu")
+        runtime = ringmaster.setup(
+            config, num_kv_heads=case.kv_heads, device_mesh=_mesh(size), device_type="cpu"
+        )
         if balance == "head_tail":
             ends = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
             runtime.varlen = (ends, case.tokens)
@@ -198,7 +217,9 @@ def _ringmaster(
 
 
 def _mesh(ring_size: int) -> Any:
-    """Returns the mesh that ringmaster reads its groups from, of gloo under another name: see `build_ringmaster`."""
+    """Returns the mesh that ringmaster reads its groups from, of gloo under another name: see
+    `build_ringmaster`.
+    """
     from torch.distributed.device_mesh import DeviceMesh
 
     from benchmarks.contenders import register_named_backend
@@ -207,4 +228,6 @@ def _mesh(ring_size: int) -> Any:
     ring, ulysses, ranks = _grid(ring_size, NAMED_BACKEND)
     if ranks.shape[1] == 1:
         return DeviceMesh.from_group(ring, "cpu", mesh_dim_names=("cp",))
-    return DeviceMesh.from_group([ring, ulysses], "cpu", mesh=ranks, mesh_dim_names=("cp_ring", "cp_ulysses"))
+    return DeviceMesh.from_group(
+        [ring, ulysses], "cpu", mesh=ranks, mesh_dim_names=("cp_ring", "cp_ulysses")
+    )

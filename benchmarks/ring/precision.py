@@ -1,4 +1,6 @@
-"""How the error of bfloat16 grows with the ring: every ring's output and gradients against float64, 1 to 8 ranks."""
+"""How the error of bfloat16 grows with the ring: every ring's output and gradients against float64,
+1 to 8 ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from ulysses_accel.sequence.layout import ring_order
 SIZES = (1, 2, 4, 8)
 CASE = Case(heads=4, kv_heads=4, tokens=1024)
 TENSORS = ("output", "query", "key", "value")
-HEADINGS = ("implementation", *(f"{size} ranks" if size > 1 else "1 rank" for size in SIZES), "8 / 2 ranks")
+HEADINGS = (
+    "implementation",
+    *(f"{size} ranks" if size > 1 else "1 rank" for size in SIZES),
+    "8 / 2 ranks",
+)
 # A relative error above this is no rounding of bfloat16, whose half step is 2e-3.
 ROUNDING = 0.03
 
@@ -30,7 +36,9 @@ def squared_errors(rank: int, world_size: int, options: dict[str, Any]) -> dict[
     positions = (torch.arange(case.tokens) if order is None else order).chunk(world_size)[rank]
     inputs, expected = single_process(case, torch.float64)
     attend = contender.build(case)
-    leaves = [tensor[:, positions].bfloat16().transpose(1, 2).requires_grad_() for tensor in inputs[:3]]
+    leaves = [
+        tensor[:, positions].bfloat16().transpose(1, 2).requires_grad_() for tensor in inputs[:3]
+    ]
     output = attend(*leaves)
     gradients = torch.autograd.grad(output, leaves, inputs[3][:, positions].bfloat16())
     actual = [output.detach(), *(gradient.transpose(1, 2) for gradient in gradients)]
@@ -40,10 +48,17 @@ def squared_errors(rank: int, world_size: int, options: dict[str, Any]) -> dict[
 
 def relative_errors(name: str, contender: Contender) -> dict[str, Any]:
     """One row for the JSON: errors by ring size and tensor, or why there is none."""
-    row: dict[str, Any] = {"group": "precision", "implementation": name, "case": asdict(CASE), "errors": {}}
+    row: dict[str, Any] = {
+        "group": "precision",
+        "implementation": name,
+        "case": asdict(CASE),
+        "errors": {},
+    }
     for size in SIZES:
         try:
-            ranks = run_ranks(squared_errors, size, {"case": CASE, "contender": contender}, timeout=60)
+            ranks = run_ranks(
+                squared_errors, size, {"case": CASE, "contender": contender}, timeout=60
+            )
         except RanksFailedError as error:
             row["errors"][size] = {"refused": str(error).strip().splitlines()[-1]}
             continue
@@ -70,10 +85,16 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def _worst(errors: dict[str, float]) -> list[float]:
     """Errors of output, query, and key and value; nothing where it did not run."""
-    return [] if "refused" in errors else [errors["output"], errors["query"], max(errors["key"], errors["value"])]
+    return (
+        []
+        if "refused" in errors
+        else [errors["output"], errors["query"], max(errors["key"], errors["value"])]
+    )
 
 
 def _cell(worst: list[float]) -> str:
     if not worst:
         return "does not run"
-    return report.verdict(" / ".join(f"{value * 1e3:.1f}" for value in worst), max(worst) <= ROUNDING)
+    return report.verdict(
+        " / ".join(f"{value * 1e3:.1f}" for value in worst), max(worst) <= ROUNDING
+    )

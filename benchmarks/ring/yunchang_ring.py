@@ -1,7 +1,8 @@
-"""YunChang on a CPU: its package as it is, around a `flash_attn` that torch's CPU kernel stands in for.
+"""YunChang on a CPU: its package as it is, around a `flash_attn` that torch's CPU kernel stands in
+for.
 
-YunChang needs `flash_attn`, which needs a GPU. Its messages, buffers and merging are its own; the block kernel is the
-one that everybody else here has.
+YunChang needs `flash_attn`, which needs a GPU. Its messages, buffers and merging are its own; the
+block kernel is the one that everybody else here has.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ def _kernel_forward(
     return out.transpose(1, 2), lse, None, None
 
 
-def _kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
-    """flash_attn's backward, `[B, s, N, D]`, which writes into the three buffers that it is given."""
+def _kernel_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> None:
+    """flash_attn's backward, `[B, s, N, D]`, which writes into the three buffers that it is
+    given.
+    """
     *buffers, _, scale, causal = rest[:6]
     tensors = [tensor.transpose(1, 2) for tensor in (grad, q, k, v, out)]
     for buffer, part in zip(buffers, _BACKWARD(*tensors, lse, 0.0, causal, scale=scale)):
@@ -39,9 +44,14 @@ def _kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
 
 def _import_yunchang() -> Any:
     """Imports YunChang with the stand-in in place; nobody else gets to see it."""
-    package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
+    package, interface = (
+        types.ModuleType("flash_attn"),
+        types.ModuleType("flash_attn.flash_attn_interface"),
+    )
     functions = {"_flash_attn_forward": _kernel_forward, "_flash_attn_backward": _kernel_backward}
-    unused = dict.fromkeys(("_flash_attn_varlen_forward", "_flash_attn_varlen_backward", "flash_attn_func"))
+    unused = dict.fromkeys(
+        ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward", "flash_attn_func")
+    )
     vars(interface).update(functions | unused)
     vars(package).update(__version__="2.8.3", flash_attn_func=None, flash_attn_interface=interface)
     stand_ins = {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
@@ -54,7 +64,9 @@ def _import_yunchang() -> Any:
 
 
 def build_yunchang(_case: Case, kind: str, ring_size: int) -> Attend:
-    """YunChang's `LongContextAttention` with a ring of `ring_size` and Ulysses over the rest of the world."""
+    """YunChang's `LongContextAttention` with a ring of `ring_size` and Ulysses over the rest of the
+    world.
+    """
     yunchang = _import_yunchang()
     world, rank = dist.get_world_size(), dist.get_rank()
     yunchang.set_seq_parallel_pg(world // ring_size, ring_size, rank, world)

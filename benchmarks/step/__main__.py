@@ -1,11 +1,13 @@
-"""A whole training step of a small Llama: ours through a stock Accelerator, beside DeepSpeed's sequence parallelism.
+"""A whole training step of a small Llama: ours through a stock Accelerator, beside DeepSpeed's
+sequence parallelism.
 
     python -m benchmarks.step
 
-Stock accelerate with DeepSpeed comes up with one process on CPU ranks, so the peer is driven as accelerate drives it on
-GPUs: `UlyssesSPAttentionHF.register_with_transformers`, `deepspeed.initialize(mpu=...)`, `UlyssesSPDataLoaderAdapter`,
-and the documented all_gather loss. Both patch or hold process-wide state, so every burst of steps is a fresh fork;
-bursts alternate, and ratios are taken within a round.
+Stock accelerate with DeepSpeed comes up with one process on CPU ranks, so the peer is driven as
+accelerate drives it on GPUs: `UlyssesSPAttentionHF.register_with_transformers`,
+`deepspeed.initialize(mpu=...)`, `UlyssesSPDataLoaderAdapter`, and the documented all_gather loss.
+Both patch or hold process-wide state, so every burst of steps is a fresh fork; bursts alternate,
+and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ BASE = "DeepSpeed SP, ZeRO-{stage}"
 
 @dataclass
 class Trainer:
-    """One contender in one process: takes a step and returns its loss, and tells the norm of the last gradient."""
+    """One contender in one process: takes a step and returns its loss, and tells the norm of the
+    last gradient.
+    """
 
     step: Callable[[], float]
     gradient_norm: Callable[[], float]
@@ -92,11 +96,17 @@ def build_optimizer(model: Any) -> torch.optim.Optimizer:
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
-    """One sample per sequence group and step; buckets sized to the model instead of the 2 GB default."""
+    """One sample per sequence group and step; buckets sized to the model instead of the 2 GB
+    default.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 5_000_000,
+            "allgather_bucket_size": 5_000_000,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000,
     }
@@ -126,7 +136,10 @@ def single_process(rank: int, world_size: int, count: int) -> Trainer:
 def deepspeed_peer(rank: int, world_size: int, count: int, *, stage: int) -> Trainer:
     """The documented recipe of accelerate and DeepSpeed for sequence parallelism."""
     import deepspeed
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import (
+        UlyssesSPAttentionHF,
+        UlyssesSPDataLoaderAdapter,
+    )
     from deepspeed.utils import groups
 
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
@@ -140,10 +153,14 @@ def deepspeed_peer(rank: int, world_size: int, count: int, *, stage: int) -> Tra
         disable_in_eval=True,
     )
     config = deepspeed_config(stage) | {"sequence_parallel_size": world_size}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config, mpu=mpu)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model), config=config, mpu=mpu
+    )
     group = groups._get_sequence_parallel_group()
     own = torch.utils.data.Subset(Tokens(count, TOKENS), range(rank, count, world_size))
-    batches = UlyssesSPDataLoaderAdapter(DataLoader(own, batch_size=1), rank, group, world_size, "cpu")
+    batches = UlyssesSPDataLoaderAdapter(
+        DataLoader(own, batch_size=1), rank, group, world_size, "cpu"
+    )
 
     def step() -> float:
         batch = next(batches)
@@ -156,11 +173,17 @@ def deepspeed_peer(rank: int, world_size: int, count: int, *, stage: int) -> Tra
     return Trainer(step, engine.get_global_grad_norm)
 
 
-def documented_loss(model: Any, logits: torch.Tensor, shift_labels: torch.Tensor, group: Any) -> torch.Tensor:
-    """accelerate's documented aggregation: gather the ranks' losses and token counts, weight the mean."""
+def documented_loss(
+    model: Any, logits: torch.Tensor, shift_labels: torch.Tensor, group: Any
+) -> torch.Tensor:
+    """accelerate's documented aggregation: gather the ranks' losses and token counts, weight the
+    mean.
+    """
     from torch.distributed.nn.functional import all_gather
 
-    loss = model.loss_function(logits=logits, labels=None, shift_labels=shift_labels, vocab_size=VOCABULARY)
+    loss = model.loss_function(
+        logits=logits, labels=None, shift_labels=shift_labels, vocab_size=VOCABULARY
+    )
     losses = all_gather(loss, group=group)
     counts = all_gather((shift_labels != -100).view(-1).sum(), group=group)
     total = sum(loss * count for loss, count in zip(losses, counts) if count > 0)
@@ -193,12 +216,16 @@ def ours(rank: int, world_size: int, count: int, *, stage: int | None) -> Traine
         optimizer.step()
         return float(loss.detach())
 
-    return Trainer(step, model.get_global_grad_norm if stage else lambda: norm_of(model.parameters()))
+    return Trainer(
+        step, model.get_global_grad_norm if stage else lambda: norm_of(model.parameters())
+    )
 
 
 def available() -> dict[str, Build]:
     """What can run here, by name; the peers first."""
-    found: dict[str, Build] = {BASE.format(stage=stage): partial(deepspeed_peer, stage=stage) for stage in (1, 2)}
+    found: dict[str, Build] = {
+        BASE.format(stage=stage): partial(deepspeed_peer, stage=stage) for stage in (1, 2)
+    }
     if contenders.installed("ulysses_accel.integrations.attach"):
         for name, stage in (("ours, DDP", None), ("ours, ZeRO-1", 1), ("ours, ZeRO-2", 2)):
             found[name] = partial(ours, stage=stage)
@@ -206,7 +233,9 @@ def available() -> dict[str, Build]:
 
 
 def burst(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Fresh process: warm up, time some steps, then (in one round only) count one cycle of the peer's loader."""
+    """Fresh process: warm up, time some steps, then (in one round only) count one cycle of the
+    peer's loader.
+    """
     torch.manual_seed(0)
     build = single_process if world_size == 1 else available()[options["name"]]
     wanted = WARMUP_STEPS + options["steps"] + 2 * world_size
@@ -227,7 +256,9 @@ def burst(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
 
 
 def count_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
-    """Exact counts per step, averaged over as many steps as one refill of DeepSpeed's loader lasts."""
+    """Exact counts per step, averaged over as many steps as one refill of DeepSpeed's loader
+    lasts.
+    """
     with OperationCounter() as counter:
         for _ in range(steps):
             trainer.step()
@@ -241,11 +272,17 @@ def count_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
     }
 
 
-def run_world(world_size: int, rounds: int, steps: int, expected: dict[str, Any]) -> list[dict[str, Any]]:
+def run_world(
+    world_size: int, rounds: int, steps: int, expected: dict[str, Any]
+) -> list[dict[str, Any]]:
     """All contenders at one number of ranks, alternating; counts come from the first round."""
     names = list(available())
-    clocks: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in names}
-    rows: dict[str, dict[str, Any]] = {name: {"world_size": world_size, "implementation": name} for name in names}
+    clocks: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "cpu_seconds": []} for name in names
+    }
+    rows: dict[str, dict[str, Any]] = {
+        name: {"world_size": world_size, "implementation": name} for name in names
+    }
     for turn, name in itertools.product(range(rounds), names):
         if "refused" in rows[name]:
             continue
@@ -263,7 +300,9 @@ def run_world(world_size: int, rounds: int, steps: int, expected: dict[str, Any]
 
 def _verdict(ranks: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[str, Any]:
     """First-step loss and gradient against one process; later losses are kept in the JSON only."""
-    errors = [max(abs(rank["losses"][i] - e) for rank in ranks) for i, e in enumerate(expected["losses"])]
+    errors = [
+        max(abs(rank["losses"][i] - e) for rank in ranks) for i, e in enumerate(expected["losses"])
+    ]
     verdict: dict[str, Any] = {
         "loss_errors": errors,
         "gradient_ratio": ranks[0]["gradient_norm"] / expected["gradient_norm"],
@@ -276,7 +315,9 @@ def _verdict(ranks: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[
 
 
 def fastest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The burst's fastest step, as other work on the machine only adds: wall time of its slowest rank, CPU of all."""
+    """The burst's fastest step, as other work on the machine only adds: wall time of its slowest
+    rank, CPU of all.
+    """
     return {
         "seconds": min(max(times) for times in zip(*(rank["seconds"] for rank in ranks))),
         "cpu_seconds": min(sum(times) for times in zip(*(rank["cpu_seconds"] for rank in ranks))),
@@ -284,13 +325,17 @@ def fastest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _timing(clocks: dict[str, dict[str, list[float]]], name: str) -> dict[str, Any]:
-    """Median over rounds of the step time, and of its ratios to the peer on ZeRO-1 and ZeRO-2 within a round."""
+    """Median over rounds of the step time, and of its ratios to the peer on ZeRO-1 and ZeRO-2
+    within a round.
+    """
     timing: dict[str, Any] = {"rounds": len(clocks[name]["seconds"])}
     for clock, mine in clocks[name].items():
         if mine:
             timing[clock] = statistics.median(mine)
         for stage in (1, 2):
-            ratios = [m / theirs for m, theirs in zip(mine, clocks[BASE.format(stage=stage)][clock])]
+            ratios = [
+                m / theirs for m, theirs in zip(mine, clocks[BASE.format(stage=stage)][clock])
+            ]
             if ratios:
                 timing[f"{clock}_ratio_{stage}"] = statistics.median(ratios)
     return timing

@@ -1,4 +1,6 @@
-"""Long documents for `train.py`: where they come from, and how they become rows of `sequence_length` tokens."""
+"""Long documents for `train.py`: where they come from, and how they become rows of
+`sequence_length` tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,22 @@ def load_documents(sources: list[str]) -> list[str]:
     """Returns the distinct documents of all sources, in a fixed order.
 
     Args:
-        sources: `stdlib`, text files, JSONL files with a `text` field, folders of such files, or names of data sets
-            that the `datasets` package loads (their `train` split, column `text`).
+        sources: `stdlib`, text files, JSONL files with a `text` field, folders of such files, or
+            names of data sets that the `datasets` package loads (their `train` split, column
+            `text`).
     """
     documents = dict.fromkeys(text for source in sources for text in _read_source(source))
     return [text for text in documents if text.strip()]
 
 
-def split_documents(documents: list[str], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+def split_documents(
+    documents: list[str], num_held_out: int, seed: int
+) -> tuple[list[str], list[str]]:
     """Returns (training documents, held-out documents); no document is in both."""
     if not 0 < num_held_out < len(documents):
         raise SystemExit(
-            f"--eval-documents {num_held_out} of {len(documents)} documents (from --data) leaves nothing to train on "
+            f"--eval-documents {num_held_out} of {len(documents)} documents (from --data) leaves "
+            "nothing to train on "
             f"or to evaluate. Use 1 to {len(documents) - 1}, or give more documents."
         )
     shuffled = random.Random(seed).sample(documents, len(documents))
@@ -50,8 +56,8 @@ def make_rows(
         documents: the texts.
         tokenizer: a transformers tokenizer.
         sequence_length: tokens of a row.
-        packed: whether documents share rows; each then starts at position 0 and no label crosses from one to the next.
-            Otherwise a row is the beginning of one document.
+        packed: whether documents share rows; each then starts at position 0 and no label crosses
+            from one to the next. Otherwise a row is the beginning of one document.
         whole: whether packing uses all of a document, or only as much of it as fits one row.
     """
     tokens = (tokenizer(text, verbose=False)["input_ids"] for text in documents)
@@ -60,7 +66,10 @@ def make_rows(
     pieces = tokens if whole else (ids[:sequence_length] for ids in tokens)
     rows = [_row(row, with_positions=True) for row in _pack(pieces, sequence_length)]
     if not rows:
-        raise SystemExit(f"the documents are shorter than one row of --sequence-length {sequence_length} tokens in all")
+        raise SystemExit(
+            f"the documents are shorter than one row of --sequence-length {sequence_length} tokens "
+            "in all"
+        )
     return rows
 
 
@@ -68,7 +77,9 @@ def collate(rows: list[Row], pad_token_id: int) -> Row:
     """Stacks rows of different lengths; padding is on the right and has no label."""
     fill = {"input_ids": pad_token_id, "labels": -100, "position_ids": 0}
     return {
-        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill[key])
+        key: torch.nn.utils.rnn.pad_sequence(
+            [row[key] for row in rows], batch_first=True, padding_value=fill[key]
+        )
         for key in rows[0]
     }
 
@@ -123,7 +134,9 @@ def _read_hub_data(name: str) -> Iterator[str]:
 
 
 def _pack(pieces: Iterator[list[int]], sequence_length: int) -> Iterator[list[list[int]]]:
-    """Cuts documents into full rows, each a list of pieces; a document goes on in the next row as a new piece."""
+    """Cuts documents into full rows, each a list of pieces; a document goes on in the next row as a
+    new piece.
+    """
     row: list[list[int]] = []
     room = sequence_length
     for ids in pieces:

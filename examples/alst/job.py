@@ -23,10 +23,19 @@ class Job:
         self.args, self.accelerator, self.num_steps = args, accelerator, num_steps
         self.output = Path(args.output)
         self.metrics = self.output / "metrics.jsonl"
-        # What the order of the batches depends on: a job that goes on with another value would repeat or skip data.
-        self.same = {key: getattr(args, key) for key in ("data", "seed", "sequence_length", "batch_size", "packed")}
+        # What the order of the batches depends on: a job that goes on with another value would
+        # repeat or skip data.
+        self.same = {
+            key: getattr(args, key)
+            for key in ("data", "seed", "sequence_length", "batch_size", "packed")
+        }
         self.same["processes"] = [accelerator.num_processes, accelerator.parallelism_config.sp_size]
-        self.state: dict[str, Any] = {"step": 0, "epoch": 0, "batch": 0, "held_out_before": math.nan}
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "epoch": 0,
+            "batch": 0,
+            "held_out_before": math.nan,
+        }
         self.bar = tqdm(total=num_steps, disable=not accelerator.is_main_process, unit="step")
         self.started = time.perf_counter()
         self.losses: list[torch.Tensor] = []
@@ -58,7 +67,9 @@ class Job:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         peak = f"{record['peak_bytes'] / 2**30:.2f} GiB"
-        self.bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": f"{num_tokens / seconds:,.0f}", "peak": peak})
+        self.bar.set_postfix(
+            {"loss": f"{loss:.3f}", "tokens/s": f"{num_tokens / seconds:,.0f}", "peak": peak}
+        )
         self.bar.update()
         if self.args.save_every and self.state["step"] % self.args.save_every == 0:
             self.save_checkpoint()
@@ -74,12 +85,15 @@ class Job:
     def load_checkpoint(self) -> None:
         folders = [file.parent for file in self.output.glob("checkpoint-*/position.json")]
         if not folders:
-            raise SystemExit(f"--resume: no finished checkpoint in {self.output}. Start without --resume.")
+            raise SystemExit(
+                f"--resume: no finished checkpoint in {self.output}. Start without --resume."
+            )
         folder = max(folders, key=lambda folder: int(folder.name.split("-")[-1]))
         position = json.loads((folder / "position.json").read_text())
         if (saved := position.pop("same")) != self.same:
             raise SystemExit(
-                f"--resume: {folder} was made with {saved}, this job has {self.same}. Use the same values."
+                f"--resume: {folder} was made with {saved}, this job has {self.same}. Use the same "
+                "values."
             )
         self.accelerator.load_state(str(folder))
         self.state = position
@@ -92,16 +106,26 @@ class Job:
         self.save_checkpoint()
         self.bar.close()
         before = self.state["held_out_before"]
-        summary = {"held_out_before": before, "held_out_after": held_out_after, "peak_bytes": peak_bytes()}
+        summary = {
+            "held_out_before": before,
+            "held_out_after": held_out_after,
+            "peak_bytes": peak_bytes(),
+        }
         if self.accelerator.is_main_process:
             (self.output / "summary.json").write_text(json.dumps(summary))
             plot(self.metrics, self.output / "loss.png")
-        self.accelerator.print(f"held-out loss: {before:.4f} before, {held_out_after:.4f} after {self.num_steps} steps")
-        self.accelerator.print(f"peak memory of rank 0: {peak_bytes() / 2**30:.2f} GiB; results in {self.output}")
+        self.accelerator.print(
+            f"held-out loss: {before:.4f} before, {held_out_after:.4f} after {self.num_steps} steps"
+        )
+        self.accelerator.print(
+            f"peak memory of rank 0: {peak_bytes() / 2**30:.2f} GiB; results in {self.output}"
+        )
 
 
 def peak_bytes() -> int:
-    """Returns this process's peak memory: torch's allocations on CUDA, otherwise all that the process held in RAM."""
+    """Returns this process's peak memory: torch's allocations on CUDA, otherwise all that the
+    process held in RAM.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,6 +139,8 @@ def plot(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="tight")
     axes = figure.subplots()
     axes.plot([record["step"] for record in records], [record["loss"] for record in records])
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training loss")
+    axes.set(
+        xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training loss"
+    )
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)

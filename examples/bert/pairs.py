@@ -1,4 +1,6 @@
-"""Batches of masked pairs for `train.py`: what is masked follows from the pair's number, not from who draws it."""
+"""Batches of masked pairs for `train.py`: what is masked follows from the pair's number, not from
+who draws it.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,16 @@ MASKED_SHARE = 0.15
 class MaskedPairs(Dataset[Row]):
     """Prepared pairs, masked anew in each epoch, or always in the same way.
 
-    Every process that draws a pair draws it with the same masks: the ranks that share a sequence must see the same one,
+    Every process that draws a pair draws it with the same masks: the ranks that share a sequence
+        must see the same one,
     and a loss does not depend on how many there are.
 
     Args:
         pairs: of `prepare.py`, one split.
         tokenizer: that they were made with.
         seed: of all masks.
-        is_fixed: whether every epoch has the masks of the first; accelerate's loaders count epochs of evaluation too.
+        is_fixed: whether every epoch has the masks of the first; accelerate's loaders count epochs
+            of evaluation too.
     """
 
     def __init__(self, pairs: Any, tokenizer: Any, seed: int, is_fixed: bool = False) -> None:
@@ -42,12 +46,18 @@ class MaskedPairs(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         pair = {name: torch.tensor(value) for name, value in self.pairs[index].items()}
-        generator = torch.Generator().manual_seed(self.seed + (self.epoch * len(self) + index) * 1_000_003)
+        generator = torch.Generator().manual_seed(
+            self.seed + (self.epoch * len(self) + index) * 1_000_003
+        )
         pair["input_ids"], pair["labels"] = self._mask(pair["input_ids"], generator)
         return pair
 
-    def _mask(self, ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns ids and labels `[S]`: of the chosen tokens 80% are masked, 10% are others, 10% stay."""
+    def _mask(
+        self, ids: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns ids and labels `[S]`: of the chosen tokens 80% are masked, 10% are others, 10%
+        stay.
+        """
         words = (~torch.isin(ids, self.special)).nonzero().flatten()
         count = max(1, round(MASKED_SHARE * len(words)))
         chosen = words[torch.randperm(len(words), generator=generator)[:count]]
@@ -62,7 +72,9 @@ class MaskedPairs(Dataset[Row]):
 
 
 def collate(rows: list[Row], pad_token_id: int) -> Row:
-    """Stacks pairs of different lengths; padding is on the right, has no label and is not attended to."""
+    """Stacks pairs of different lengths; padding is on the right, has no label and is not attended
+    to.
+    """
     fill = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": IGNORED}
     batch = {
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
@@ -83,6 +95,8 @@ def make_loaders(args: Any) -> tuple[Any, DataLoader[Row], DataLoader[Row]]:
     as_batch = partial(collate, pad_token_id=tokenizer.pad_token_id)
     return (
         tokenizer,
-        DataLoader(training, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=as_batch),
+        DataLoader(
+            training, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=as_batch
+        ),
         DataLoader(held_out, batch_size=args.batch_size, collate_fn=as_batch),
     )

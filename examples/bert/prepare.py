@@ -1,9 +1,12 @@
-"""Prepares real text for `train.py`: sentences, a WordPiece vocabulary trained on them, and pairs of segments on disk.
+"""Prepares real text for `train.py`: sentences, a WordPiece vocabulary trained on them, and pairs
+of segments on disk.
 
-    python prepare.py --output data                                     # the documentation in Python's own library
-    python prepare.py --output data --text books/ --sequence-length 4096 --vocab-size 30000
+    python prepare.py --output data                                     # the documentation in
+    Python's own library python prepare.py --output data --text books/ --sequence-length 4096
+    --vocab-size 30000
 
-Writes `OUTPUT/dataset`, which the `datasets` package loads, and `OUTPUT/vocab`, a tokenizer of transformers.
+Writes `OUTPUT/dataset`, which the `datasets` package loads, and `OUTPUT/vocab`, a tokenizer of
+transformers.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ Pair = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     training, held_out = read_documents(args)
-    tokenizer = train_tokenizer([sentence for document in training for sentence in document], args.vocab_size)
+    tokenizer = train_tokenizer(
+        [sentence for document in training for sentence in document], args.vocab_size
+    )
     splits = {"train": training, "held_out": held_out}
     dataset = DatasetDict(
         {
@@ -41,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 [
                     pair
                     for number, document in enumerate(documents)
-                    for pair in make_pairs(tokenize(document, tokenizer), args.sequence_length, tokenizer, number)
+                    for pair in make_pairs(
+                        tokenize(document, tokenizer), args.sequence_length, tokenizer, number
+                    )
                 ]
             )
             for split, documents in splits.items()
@@ -52,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset.save_to_disk(output / "dataset")
     lengths = [len(ids) for ids in dataset["train"]["input_ids"]]
     print(
-        f"{sum(map(len, training))} sentences of {len(training)} documents, {len(tokenizer)} word pieces: "
+        f"{sum(map(len, training))} sentences of {len(training)} documents, {len(tokenizer)} word "
+        "pieces: "
         f"{len(lengths)} pairs of segments, {sum(lengths)} tokens, the longest {max(lengths)}; "
         f"{len(dataset['held_out'])} pairs held out. Written to {output}"
     )
@@ -66,30 +74,42 @@ def read_documents(args: argparse.Namespace) -> tuple[list[list[str]], list[list
 
 
 def prose(text: str) -> str:
-    """Returns what people are to read in a text: the docstrings of Python source, all of anything else."""
+    """Returns what people are to read in a text: the docstrings of Python source, all of anything
+    else.
+    """
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError):
         return text
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return "\n\n".join(ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented))
+    return "\n\n".join(
+        ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)
+    )
 
 
 def split_sentences(text: str) -> list[str]:
     """Returns the whole sentences of a text, in order; code, tables and headings are left out."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-    sentences = (sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph))
+    sentences = (
+        sentence
+        for paragraph in paragraphs
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph)
+    )
     return [
         sentence
         for sentence in sentences
-        if re.fullmatch(r"[A-Z].*[.!?:]", sentence) and ">>>" not in sentence and len(sentence.split()) >= MIN_WORDS
+        if re.fullmatch(r"[A-Z].*[.!?:]", sentence)
+        and ">>>" not in sentence
+        and len(sentence.split()) >= MIN_WORDS
     ]
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> BertTokenizer:
     """Returns a lower-casing WordPiece tokenizer whose vocabulary is learnt from the sentences."""
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(sentences, vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    trained.train_from_iterator(
+        sentences, vocab_size=vocab_size, min_frequency=2, show_progress=False
+    )
     return BertTokenizer(vocab=trained.get_vocab())
 
 
@@ -97,7 +117,9 @@ def tokenize(document: list[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
 
-def make_pairs(sentences: list[list[int]], length: int, tokenizer: Any, number: int) -> Iterator[Pair]:
+def make_pairs(
+    sentences: list[list[int]], length: int, tokenizer: Any, number: int
+) -> Iterator[Pair]:
     """Yields a document's pairs of consecutive segments, half of them in the wrong order.
 
     Args:
@@ -107,12 +129,16 @@ def make_pairs(sentences: list[list[int]], length: int, tokenizer: Any, number: 
         number: of the document; decides where its pairs are cut and which are swapped.
 
     Yields:
-        `input_ids`, `token_type_ids` (0 up to the first separator), and `next_sentence_label`: 1 where B came before A.
+        `input_ids`, `token_type_ids` (0 up to the first separator), and `next_sentence_label`: 1
+        where B came before A.
     """
     draw = random.Random(number)
     for chunk in _chunks(sentences, length - NUM_SPECIAL_TOKENS):
         cut = draw.randrange(1, len(chunk))
-        segments = [[token for sentence in part for token in sentence] for part in (chunk[:cut], chunk[cut:])]
+        segments = [
+            [token for sentence in part for token in sentence]
+            for part in (chunk[:cut], chunk[cut:])
+        ]
         is_swapped = draw.random() < 0.5
         first, second = reversed(segments) if is_swapped else segments
         separator = [tokenizer.sep_token_id]
@@ -124,7 +150,9 @@ def make_pairs(sentences: list[list[int]], length: int, tokenizer: Any, number: 
 
 
 def _chunks(sentences: list[list[int]], room: int) -> Iterator[list[list[int]]]:
-    """Yields runs of at least two sentences that fit; a sentence that is longer than half of the room is cut."""
+    """Yields runs of at least two sentences that fit; a sentence that is longer than half of the
+    room is cut.
+    """
     chunk: list[list[int]] = []
     for sentence in (sentence[: room // 2] for sentence in sentences):
         if sum(map(len, chunk)) + len(sentence) > room:
@@ -136,9 +164,16 @@ def _chunks(sentences: list[list[int]], room: int) -> Iterator[list[list[int]]]:
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--text", nargs="+", default=["stdlib"], help="text, JSONL or Python files, folders of them, or `stdlib`")
+    add(
+        "--text",
+        nargs="+",
+        default=["stdlib"],
+        help="text, JSONL or Python files, folders of them, or `stdlib`",
+    )
     add("--output", default="data", help="folder for the data set and the vocabulary")
     add("--sequence-length", type=int, default=512, help="tokens of a pair of segments at most")
     add("--vocab-size", type=int, default=4000, help="word pieces of the vocabulary at most")

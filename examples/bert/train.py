@@ -1,12 +1,14 @@
-"""Pre-trains BERT on pairs of segments too long for one device, with a stock `accelerate.Accelerator`.
+"""Pre-trains BERT on pairs of segments too long for one device, with a stock
+`accelerate.Accelerator`.
 
     python prepare.py --output data --sequence-length 4096
-    torchrun --nproc-per-node 2 train.py --sp-size 2 --max-positions 4096                   # shared by 2: Ulysses
-    torchrun --nproc-per-node 4 train.py --sp-size 2 --cp-size 2 --max-positions 4096       # by 4: and a ring
+    torchrun --nproc-per-node 2 train.py --sp-size 2 --max-positions 4096                   # shared
+    by 2: Ulysses torchrun --nproc-per-node 4 train.py --sp-size 2 --cp-size 2 --max-positions 4096
+    # by 4: and a ring
 
-Two losses: masked words, each process computes those of its tokens; and which segment comes first, computed of the
-first token's vector, which one process has. The model returns their sum, the same on every process that shares a
-sequence.
+Two losses: masked words, each process computes those of its tokens; and which segment comes first,
+computed of the first token's vector, which one process has. The model returns their sum, the same
+on every process that shares a sequence.
 """
 
 from __future__ import annotations
@@ -39,17 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
     tokenizer, train_loader, eval_loader = make_loaders(args)
     model = make_model(args, tokenizer)
-    # From here on only dropout draws numbers, which is to drop something else in each part of a sequence.
+    # From here on only dropout draws numbers, which is to drop something else in each part of a
+    # sequence.
     set_seed(args.seed, device_specific=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+    )
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(
+        model, optimizer, train_loader, eval_loader
+    )
     before = evaluate(accelerator, model, eval_loader)
     log = Log(args, accelerator)
     epoch = 0
     while log.step < args.steps:
         train_epoch(log, model, optimizer, train_loader, epoch)
         epoch += 1
-    save(accelerator, model, tokenizer, Path(args.output), before, evaluate(accelerator, model, eval_loader))
+    save(
+        accelerator,
+        model,
+        tokenizer,
+        Path(args.output),
+        before,
+        evaluate(accelerator, model, eval_loader),
+    )
     accelerator.end_training()
 
 
@@ -78,13 +92,15 @@ def evaluate(accelerator: Accelerator, model: Any, loader: Any) -> dict[str, flo
 
 @torch.no_grad()
 def sums(accelerator: Accelerator, output: Any, batch: Row) -> torch.Tensor:
-    """Returns sums of losses, right answers and questions over all processes `[2, 3]`: of words, and of pairs.
+    """Returns sums of losses, right answers and questions over all processes `[2, 3]`: of words,
+    and of pairs.
 
     Args:
         accelerator: sums over processes.
-        output: of the model: `prediction_logits` `[B, S / P, V]` of this process's tokens, `seq_relationship_logits`
-            `[B, 2]` of the whole samples.
-        batch: `labels` `[B, S / P]` of this process's tokens, `next_sentence_label` `[B]` of the samples.
+        output: of the model: `prediction_logits` `[B, S / P, V]` of this process's tokens,
+            `seq_relationship_logits` `[B, 2]` of the whole samples.
+        batch: `labels` `[B, S / P]` of this process's tokens, `next_sentence_label` `[B]` of the
+            samples.
     """
     orders, is_word = batch["next_sentence_label"], batch["labels"] != IGNORED
     order_loss = F.cross_entropy(output.seq_relationship_logits, orders)
@@ -92,7 +108,9 @@ def sums(accelerator: Accelerator, output: Any, batch: Row) -> torch.Tensor:
     right_orders = output.seq_relationship_logits.argmax(-1) == orders
     words = [(output.loss - order_loss) * is_word.sum(), right_words.sum(), is_word.sum()]
     pairs = [order_loss * len(orders), right_orders.sum(), orders.ne(IGNORED).sum()]
-    found = torch.stack([torch.stack([value.double() for value in values]) for values in (words, pairs)])
+    found = torch.stack(
+        [torch.stack([value.double() for value in values]) for values in (words, pairs)]
+    )
     return accelerator.reduce(found, "sum")  # type: ignore[no-any-return]
 
 
@@ -133,7 +151,8 @@ class Log:
 
 def told(measured: dict[str, float]) -> str:
     return (
-        f"loss {measured['loss']:.4f} (masked words {measured['mlm_loss']:.4f}, order {measured['sop_loss']:.4f}), "
+        f"loss {measured['loss']:.4f} (masked words {measured['mlm_loss']:.4f}, order "
+        f"{measured['sop_loss']:.4f}), "
         f"right words {measured['mlm_accuracy']:.1%}, right orders {measured['sop_accuracy']:.1%}"
     )
 
@@ -152,8 +171,13 @@ def save(
         return
     accelerator.unwrap_model(model).save_pretrained(output / "model", state_dict=weights)
     tokenizer.save_pretrained(output / "model")
-    (output / "summary.json").write_text(json.dumps({"held_out_before": before, "held_out_after": after}))
-    print(f"held out, before: {told(before)}\nheld out, after:  {told(after)}\nmodel in {output / 'model'}")
+    (output / "summary.json").write_text(
+        json.dumps({"held_out_before": before, "held_out_after": after})
+    )
+    print(
+        f"held out, before: {told(before)}\nheld out, after:  {told(after)}\nmodel in "
+        f"{output / 'model'}"
+    )
 
 
 def make_model(args: argparse.Namespace, tokenizer: Any) -> BertForPreTraining:
@@ -178,22 +202,44 @@ def make_model(args: argparse.Namespace, tokenizer: Any) -> BertForPreTraining:
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data-path", default="data/dataset", help="the data set that prepare.py wrote")
     add("--vocab-path", default="data/vocab", help="the tokenizer that prepare.py wrote")
-    add("--output", default="runs/bert", help="folder for metrics.jsonl, summary.json and the model")
-    add("--sp-size", type=int, help="ranks that share one sequence by heads; the launcher's setting counts without it")
-    add("--cp-size", type=int, help="ranks that share one sequence in a ring; the launcher's setting counts without it")
+    add(
+        "--output", default="runs/bert", help="folder for metrics.jsonl, summary.json and the model"
+    )
+    add(
+        "--sp-size",
+        type=int,
+        help="ranks that share one sequence by heads; the launcher's setting counts without it",
+    )
+    add(
+        "--cp-size",
+        type=int,
+        help="ranks that share one sequence in a ring; the launcher's setting counts without it",
+    )
     add("--model", help="a BERT to go on from, instead of a new one of the sizes that follow")
     add("--hidden-size", type=int, default=128)
     add("--layers", type=int, default=2)
     add("--heads", type=int, default=4)
-    add("--max-positions", type=int, default=512, help="of the position table; at least prepare.py's --sequence-length")
+    add(
+        "--max-positions",
+        type=int,
+        default=512,
+        help="of the position table; at least prepare.py's --sequence-length",
+    )
     add("--dropout", type=float, default=0.1)
     add("--dtype", choices=["float32", "float64"], default="float32", help="of the weights")
     add("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
-    add("--batch-size", type=int, default=8, help="pairs of one batch of the ranks that share sequences")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="pairs of one batch of the ranks that share sequences",
+    )
     add("--steps", type=int, default=100)
     add("--learning-rate", type=float, default=1e-3)
     add("--weight-decay", type=float, default=0.01)

@@ -1,11 +1,12 @@
-"""Trains a Llama on random tokens with one of ColossalAI's three kinds of sequence parallelism, and times it.
+"""Trains a Llama on random tokens with one of ColossalAI's three kinds of sequence parallelism, and
+times it.
 
     torchrun --nproc-per-node 4 benchmark.py --tp 4 --mode split_gather
     torchrun --nproc-per-node 4 benchmark.py --tp 2 --sp 2 --mode all_to_all
     torchrun --nproc-per-node 4 benchmark.py --tp 2 --sp 2 --mode ring_attn
 
-The loss does not depend on how the work is dealt. What a process computes with does: the last line says how many
-tokens of each row its norms saw, and how many query heads its attention had.
+The loss does not depend on how the work is dealt. What a process computes with does: the last line
+says how many tokens of each row its norms saw, and how many query heads its attention had.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         dp_shard_size=args.dp if args.fsdp else 1,
         dp_replicate_size=1 if args.fsdp else args.dp,
     )
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+    )
     accelerator = Accelerator(
         parallelism_config=parallelism,
         fsdp_plugin=plugin if args.fsdp else None,
@@ -75,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     seen = watch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # As many rows as the steps take, over all data parallel groups.
-    rows = RandomTokens(args.batch_size * args.num_steps * args.dp, args.max_length, config.vocab_size)
+    rows = RandomTokens(
+        args.batch_size * args.num_steps * args.dp, args.max_length, config.vocab_size
+    )
     loader = DataLoader(rows, batch_size=args.batch_size, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []
@@ -88,15 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         losses.append(float(loss.detach()))
         tokens = args.batch_size * args.dp * args.max_length
         accelerator.print(
-            f"step {step}: loss {losses[-1]:.4f}, {tokens / (time.perf_counter() - started):.0f} tokens/s"
+            f"step {step}: loss {losses[-1]:.4f}, {tokens / (time.perf_counter() - started):.0f} "
+            "tokens/s"
         )
-    accelerator.print(f"one process: {seen['tokens']} of {args.max_length} tokens, {seen['heads']} heads")
+    accelerator.print(
+        f"one process: {seen['tokens']} of {args.max_length} tokens, {seen['heads']} heads"
+    )
     accelerator.end_training()
     return {"losses": losses, **seen}
 
 
 def watch(model: LlamaForCausalLM) -> dict[str, int]:
-    """Returns what is filled in by each forward: tokens at the first norm, and heads behind the query projection."""
+    """Returns what is filled in by each forward: tokens at the first norm, and heads behind the
+    query projection.
+    """
     seen = {"tokens": 0, "heads": 0}
     layer: Any = model.model.layers[0]
 
@@ -112,16 +122,28 @@ def watch(model: LlamaForCausalLM) -> dict[str, int]:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("-b", "--batch_size", type=int, default=2, help="rows of a batch")
     add("-s", "--num_steps", type=int, default=5, help="steps to run")
-    add("-l", "--max_length", type=int, default=256, help="tokens of a row, over all processes that share it")
+    add(
+        "-l",
+        "--max_length",
+        type=int,
+        default=256,
+        help="tokens of a row, over all processes that share it",
+    )
     add("-c", "--config", choices=list(CONFIGS), default="tiny", help="size of the model")
     add("--tp", type=int, default=1, help="tensor parallel processes")
     add("--sp", type=int, default=1, help="Ulysses or ring processes")
     add("--dp", type=int, default=1, help="data parallel groups")
-    add("--mode", choices=["split_gather", "all_to_all", "ring_attn"], help="without it, what the sizes say")
+    add(
+        "--mode",
+        choices=["split_gather", "all_to_all", "ring_attn"],
+        help="without it, what the sizes say",
+    )
     add("--fsdp", action="store_true", help="shard parameters with FSDP2 as well")
     return parser.parse_args(arguments)
 

@@ -1,10 +1,13 @@
-"""Distills a teacher into a smaller student on texts too long for one device; both are sharded over the sequence.
+"""Distills a teacher into a smaller student on texts too long for one device; both are sharded over
+the sequence.
 
-    torchrun --nproc_per_node 2 examples/distillation/train.py --sp-size 2      # tiny models, on CPU or GPU
+    torchrun --nproc_per_node 2 examples/distillation/train.py --sp-size 2      # tiny models, on
+    CPU or GPU
 
-The teacher is trained for some steps first, because nothing is downloaded; `--teacher PATH` takes a trained one.
-Teacher and student share an accelerator and its batches, and may have different heads. Each rank compares the logits of
-its own tokens, `aggregate_loss` makes the mean over all ranks' counted tokens of it; no logits travel.
+The teacher is trained for some steps first, because nothing is downloaded; `--teacher PATH` takes a
+trained one. Teacher and student share an accelerator and its batches, and may have different heads.
+Each rank compares the logits of its own tokens, `aggregate_loss` makes the mean over all ranks'
+counted tokens of it; no logits travel.
 """
 
 from __future__ import annotations
@@ -33,14 +36,18 @@ from data import collate, load_documents, make_rows, split_documents
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator(parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size))
+    accelerator = Accelerator(
+        parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size)
+    )
     set_seed(args.seed)
     loader, eval_loader = (accelerator.prepare(loader) for loader in make_loaders(args))
     teacher = train_teacher(accelerator, loader, args)
     # Frozen, so that no engine wraps it; its attention is sharded like the student's.
     teacher = accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
     student = make_model(args, hidden_size=64, num_heads=2)
-    student, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters(), lr=args.learning_rate))
+    student, optimizer = accelerator.prepare(
+        student, torch.optim.AdamW(student.parameters(), lr=args.learning_rate)
+    )
     before = divergence(accelerator, student, teacher, eval_loader, args.temperature)
     student.train()
     for step, batch in zip(range(1, args.steps + 1), endless(loader)):
@@ -52,15 +59,22 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 10 == 0:
             accelerator.print(
-                f"step {step}: distillation {distilled.item():.4f}, loss of labels {output.loss.item():.4f}"
+                f"step {step}: distillation {distilled.item():.4f}, loss of labels "
+                f"{output.loss.item():.4f}"
             )
     after = divergence(accelerator, student, teacher, eval_loader, args.temperature)
-    accelerator.print(f"held-out divergence from the teacher: {before:.4f} before, {after:.4f} after")
+    accelerator.print(
+        f"held-out divergence from the teacher: {before:.4f} before, {after:.4f} after"
+    )
     accelerator.end_training()
 
 
 def distillation_loss(
-    accelerator: Accelerator, logits: Tensor, teacher: Any, batch: dict[str, Any], temperature: float
+    accelerator: Accelerator,
+    logits: Tensor,
+    teacher: Any,
+    batch: dict[str, Any],
+    temperature: float,
 ) -> Tensor:
     """Returns the mean over all ranks' counted tokens of the student's divergence from the teacher.
 
@@ -72,7 +86,9 @@ def distillation_loss(
         temperature: that both are softened by.
     """
     with torch.no_grad():
-        wanted = teacher(**{key: value for key, value in batch.items() if key != "shift_labels"}).logits
+        wanted = teacher(
+            **{key: value for key, value in batch.items() if key != "shift_labels"}
+        ).logits
     labels = batch["shift_labels"]
     counted = labels != -100
     ours, theirs = (F.log_softmax(one / temperature, dim=-1) for one in (logits, wanted))
@@ -83,11 +99,14 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def divergence(accelerator: Accelerator, student: Any, teacher: Any, loader: Any, temperature: float) -> float:
+def divergence(
+    accelerator: Accelerator, student: Any, teacher: Any, loader: Any, temperature: float
+) -> float:
     """Returns the mean divergence over the loader's batches."""
     student.eval()
     found = [
-        distillation_loss(accelerator, student(**batch).logits, teacher, batch, temperature).item() for batch in loader
+        distillation_loss(accelerator, student(**batch).logits, teacher, batch, temperature).item()
+        for batch in loader
     ]
     return sum(found) / len(found)
 
@@ -97,7 +116,9 @@ def train_teacher(accelerator: Accelerator, loader: Any, args: Any) -> Any:
     if args.teacher:
         return AutoModelForCausalLM.from_pretrained(args.teacher)
     teacher = make_model(args, hidden_size=128, num_heads=4)
-    prepared, optimizer = accelerator.prepare(teacher, torch.optim.AdamW(teacher.parameters(), lr=args.learning_rate))
+    prepared, optimizer = accelerator.prepare(
+        teacher, torch.optim.AdamW(teacher.parameters(), lr=args.learning_rate)
+    )
     for step, batch in zip(range(1, args.teacher_steps + 1), endless(loader)):
         loss = prepared(**batch).loss
         accelerator.backward(loss)
@@ -129,7 +150,9 @@ def make_loaders(args: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
     rows = make_rows(training, tokenizer, args.sequence_length, packed=False)
     eval_rows = make_rows(held_out, tokenizer, args.sequence_length, packed=False)
     return (
-        DataLoader(rows, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=as_batch),  # type: ignore[arg-type]
+        DataLoader(
+            rows, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=as_batch
+        ),  # type: ignore[arg-type]
         DataLoader(eval_rows, batch_size=args.batch_size, collate_fn=as_batch),  # type: ignore[arg-type]
     )
 
@@ -140,10 +163,20 @@ def endless(loader: Any) -> Iterator[dict[str, Any]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--data", nargs="+", default=["stdlib"], help="what examples/alst/data.py reads: files, folders, `stdlib`")
-    add("--teacher", help="a trained causal language model of the same bytes; without it a tiny one is trained first")
+    add(
+        "--data",
+        nargs="+",
+        default=["stdlib"],
+        help="what examples/alst/data.py reads: files, folders, `stdlib`",
+    )
+    add(
+        "--teacher",
+        help="a trained causal language model of the same bytes; without it a tiny one is trained first",
+    )
     add("--teacher-steps", type=int, default=30)
     add("--sp-size", type=int, default=2, help="ranks that share a text by Ulysses")
     add("--cp-size", type=int, default=1, help="ranks that share a text by a ring")

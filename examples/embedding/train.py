@@ -1,10 +1,13 @@
-"""Trains an encoder whose pooled vectors find the text that goes on from another, among those of all others.
+"""Trains an encoder whose pooled vectors find the text that goes on from another, among those of
+all others.
 
-    torchrun --nproc_per_node 2 examples/embedding/train.py --sp-size 2      # a tiny model, on CPU or GPU
-    torchrun --nproc_per_node 4 examples/embedding/train.py --sp-size 2      # and two data parallel groups
+    torchrun --nproc_per_node 2 examples/embedding/train.py --sp-size 2      # a tiny model, on CPU
+    or GPU torchrun --nproc_per_node 4 examples/embedding/train.py --sp-size 2      # and two data
+    parallel groups
 
-Every text is sharded over `--sp-size` × `--cp-size` ranks. `embed` pools it, padding left out, in one exchange of a
-vector for each text; `contrastive_loss` compares it with the texts of all data parallel groups.
+Every text is sharded over `--sp-size` × `--cp-size` ranks. `embed` pools it, padding left out, in
+one exchange of a vector for each text; `contrastive_loss` compares it with the texts of all data
+parallel groups.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ Pair = tuple[Tensor, Tensor]
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator(parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size))
+    accelerator = Accelerator(
+        parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size)
+    )
     set_seed(args.seed)
     training, held_out = split_documents(load_documents(args.data), args.eval_documents, args.seed)
     model = make_model(args)
@@ -45,9 +50,13 @@ def main() -> None:
     pairs = [pair for document in training for pair in pairs_of(document, args.sequence_length)]
     # One of each, so that no other is right.
     questions = [next(pairs_of(document, args.sequence_length)) for document in held_out]
-    loader = DataLoader(pairs, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)  # type: ignore[arg-type]
+    loader = DataLoader(
+        pairs, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=collate
+    )  # type: ignore[arg-type]
     eval_loader = DataLoader(questions, batch_size=len(questions), collate_fn=collate)  # type: ignore[arg-type]
-    model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
+    model, optimizer, loader, eval_loader = accelerator.prepare(
+        model, optimizer, loader, eval_loader
+    )
     before = accuracy(accelerator, model, eval_loader, args.pooling)
     model.train()
     for step, batch in zip(range(1, args.steps + 1), endless(loader)):
@@ -58,15 +67,21 @@ def main() -> None:
         if step % 10 == 0:
             accelerator.print(f"step {step}: loss {loss.item():.4f}")
     after = accuracy(accelerator, model, eval_loader, args.pooling)
-    accelerator.print(f"found of {len(questions)} held-out texts: {before:.0%} before, {after:.0%} after")
+    accelerator.print(
+        f"found of {len(questions)} held-out texts: {before:.0%} before, {after:.0%} after"
+    )
     accelerator.end_training()
 
 
 def embed(accelerator: Accelerator, model: Any, batch: dict[str, Any], pooling: Any) -> Tensor:
-    """Returns a unit vector for each text `[B, D]`, the same on every rank that shares the texts."""
+    """Returns a unit vector for each text `[B, D]`, the same on every rank that shares the
+    texts.
+    """
     hidden = model(**batch).last_hidden_state
     # [B, S/P, D] -> [B, D]
-    pooled = pool_sequence(hidden, batch["sequence_description"], accelerator.sequence_parallel.group, pooling)
+    pooled = pool_sequence(
+        hidden, batch["sequence_description"], accelerator.sequence_parallel.group, pooling
+    )
     return F.normalize(pooled, dim=-1)
 
 
@@ -83,7 +98,9 @@ def contrastive_loss(accelerator: Accelerator, vectors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(accelerator: Accelerator, model: Any, loader: Any, pooling: str) -> float:
-    """Returns the share of texts to which the one that goes on is the nearest; the loader gives all in one batch."""
+    """Returns the share of texts to which the one that goes on is the nearest; the loader gives all
+    in one batch.
+    """
     model.eval()
     firsts, seconds = embed(accelerator, model, next(iter(loader)), pooling).chunk(2)
     found = (firsts @ seconds.T).argmax(dim=1) == torch.arange(len(firsts), device=firsts.device)
@@ -91,7 +108,9 @@ def accuracy(accelerator: Accelerator, model: Any, loader: Any, pooling: str) ->
 
 
 def make_model(args: Any) -> BertModel:
-    """Returns a BERT of 0.4 million parameters; `AutoModel.from_pretrained(path)` is used in the same way."""
+    """Returns a BERT of 0.4 million parameters; `AutoModel.from_pretrained(path)` is used in the
+    same way.
+    """
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -105,7 +124,9 @@ def make_model(args: Any) -> BertModel:
 
 
 def pairs_of(document: str, length: int) -> Iterator[Pair]:
-    """Yields runs of `length` words of a document, each with the next; a word's token is a hash of it."""
+    """Yields runs of `length` words of a document, each with the next; a word's token is a hash of
+    it.
+    """
     words = re.findall(r"[a-z]{3,}", document.lower())
     tokens = torch.tensor([zlib.crc32(word.encode()) % (VOCABULARY - 1) + 1 for word in words])
     for both in tokens.split(2 * length):
@@ -126,9 +147,16 @@ def endless(loader: Any) -> Iterator[dict[str, Any]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--data", nargs="+", default=["stdlib"], help="what examples/alst/data.py reads: files, folders, `stdlib`")
+    add(
+        "--data",
+        nargs="+",
+        default=["stdlib"],
+        help="what examples/alst/data.py reads: files, folders, `stdlib`",
+    )
     add("--sp-size", type=int, default=2, help="ranks that share a text by Ulysses")
     add("--cp-size", type=int, default=1, help="ranks that share a text by a ring")
     add("--pooling", choices=["first", "last", "mean", "max"], default="mean")

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/moe/train.py
 
-Each process has half of every sequence and half of every layer's experts; tokens travel to the experts that they chose.
-The router loss, which keeps experts evenly used, is that of the whole sequence.
+Each process has half of every sequence and half of every layer's experts; tokens travel to the
+experts that they chose. The router loss, which keeps experts evenly used, is that of the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ def main() -> None:
     model: Any = make_model(len(tokenizer), args.sequence_length)
     documents = load_documents(args.data)[: args.documents]
     rows: Any = make_rows(documents, tokenizer, args.sequence_length, packed=True)
-    loader = DataLoader(rows[: args.steps], collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id))
+    loader = DataLoader(
+        rows[: args.steps], collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     report(accelerator, model)
     for step, batch in enumerate(loader, 1):
-        # Asked for in the call, the shard's router logits come with the output; the loss has the router loss in it.
+        # Asked for in the call, the shard's router logits come with the output; the loss has the
+        # router loss in it.
         output = model(**batch, output_router_logits=True)
         accelerator.backward(output.loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -50,7 +54,8 @@ def main() -> None:
         tokens = accelerator.reduce(tokens_per_expert(output.router_logits), "sum").tolist()
         if step % args.print_every == 0:
             accelerator.print(
-                f"step {step}: loss {output.loss.item():.4f}, router loss {output.aux_loss.item():.4f}, "
+                f"step {step}: loss {output.loss.item():.4f}, router loss "
+                f"{output.aux_loss.item():.4f}, "
                 f"tokens per expert {tokens}"
             )
 
@@ -82,11 +87,16 @@ def tokens_per_expert(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def report(accelerator: Accelerator, model: Any) -> None:
     experts = accelerator.unwrap_model(model).model.layers[0].mlp.experts
-    accelerator.print(f"{accelerator.num_processes} processes, each with {experts.num_experts} of 8 experts of a layer")
+    accelerator.print(
+        f"{accelerator.num_processes} processes, each with {experts.num_experts} of 8 experts of a "
+        "layer"
+    )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--sp-size", type=int, default=2, help="processes that share each sequence")
     add("--ep-size", type=int, default=2, help="processes that share the experts of each layer")

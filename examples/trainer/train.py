@@ -1,4 +1,5 @@
-"""A stock `transformers.Trainer` script on sequences that processes share; what makes it so is one argument.
+"""A stock `transformers.Trainer` script on sequences that processes share; what makes it so is one
+argument.
 
 torchrun --nproc-per-node 2 examples/trainer/train.py --sp-size 2
 """
@@ -11,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from ulysses_accel import ParallelismConfig
 
@@ -20,14 +27,26 @@ from data import collate, load_documents, make_rows, split_documents
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sp-size", type=int, default=1, help="processes that share a sequence by heads")
-    parser.add_argument("--cp-size", type=int, default=1, help="processes that share a sequence in a ring")
-    parser.add_argument("--data", nargs="+", default=["stdlib"], help="text files, folders, or `stdlib`")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a row, one for each byte")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sp-size", type=int, default=1, help="processes that share a sequence by heads"
+    )
+    parser.add_argument(
+        "--cp-size", type=int, default=1, help="processes that share a sequence in a ring"
+    )
+    parser.add_argument(
+        "--data", nargs="+", default=["stdlib"], help="text files, folders, or `stdlib`"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=256, help="tokens of a row, one for each byte"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--save-steps", type=int, default=5)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+    )
     parser.add_argument("--output", default="runs/trainer")
     return parser.parse_args()
 

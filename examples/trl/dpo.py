@@ -1,4 +1,5 @@
-"""TRL's DPOTrainer: policy and reference compute shards of each pair, and the loss is that of whole sequences.
+"""TRL's DPOTrainer: policy and reference compute shards of each pair, and the loss is that of whole
+sequences.
 
 torchrun --nproc-per-node 2 examples/trl/dpo.py --sp-size 2
 """
@@ -32,7 +33,9 @@ def main() -> None:
         ref_model=copy.deepcopy(policy),
         args=DPOConfig(
             output_dir=given.output,
-            parallelism_config=ulysses_accel.ParallelismConfig(sp_size=given.sp_size, cp_size=given.cp_size),
+            parallelism_config=ulysses_accel.ParallelismConfig(
+                sp_size=given.sp_size, cp_size=given.cp_size
+            ),
             max_length=512,
             per_device_train_batch_size=2,
             max_steps=given.steps,

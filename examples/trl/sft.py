@@ -1,4 +1,5 @@
-"""TRL's SFTTrainer on packed rows, every row shared by the processes of a sequence group; with `--lora` an adapter.
+"""TRL's SFTTrainer on packed rows, every row shared by the processes of a sequence group; with
+`--lora` an adapter.
 
 torchrun --nproc-per-node 2 examples/trl/sft.py --sp-size 2
 """
@@ -32,7 +33,9 @@ def main() -> None:
         model=make_model(tokenizer),
         args=SFTConfig(
             output_dir=given.output,
-            parallelism_config=ulysses_accel.ParallelismConfig(sp_size=given.sp_size, cp_size=given.cp_size),
+            parallelism_config=ulysses_accel.ParallelismConfig(
+                sp_size=given.sp_size, cp_size=given.cp_size
+            ),
             packing=True,
             max_length=512,
             per_device_train_batch_size=2,
@@ -47,7 +50,9 @@ def main() -> None:
         ),
         train_dataset=Dataset.from_dict({"text": documents(32, 700)}),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if given.lora else None,
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        if given.lora
+        else None,
     )
     trainer.train()
 

@@ -1,4 +1,6 @@
-"""Real texts, a tokenizer and a tiny model for the two jobs; the texts are Python's own standard library."""
+"""Real texts, a tokenizer and a tiny model for the two jobs; the texts are Python's own standard
+library.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ def pairs(texts: list[str]) -> Dataset:
     half = min(len(text) for text in texts) // 2
     goes_on = [text[half:] for text in texts]
     return Dataset.from_dict(
-        {"prompt": [text[:half] for text in texts], "chosen": goes_on, "rejected": goes_on[1:] + goes_on[:1]}
+        {
+            "prompt": [text[:half] for text in texts],
+            "chosen": goes_on,
+            "rejected": goes_on[1:] + goes_on[:1],
+        }
     )
 
 

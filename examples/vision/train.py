@@ -1,11 +1,12 @@
-"""Trains a vision-language model on long rows of images and captions, with a stock `accelerate.Accelerator`.
+"""Trains a vision-language model on long rows of images and captions, with a stock
+`accelerate.Accelerator`.
 
     torchrun --nproc-per-node 2 examples/vision/train.py --sp-size 2       # Ulysses
     torchrun --nproc-per-node 2 examples/vision/train.py --cp-size 2       # ring
 
-The model is a tiny Qwen2-VL, made here. A row shows one plain square after another, each followed by the name of its
-color; only the names are labels, so that the loss falls as far as the model sees the images. Nothing but the argument
-of `Accelerator` says that rows are shared by processes.
+The model is a tiny Qwen2-VL, made here. A row shows one plain square after another, each followed
+by the name of its color; only the names are labels, so that the loss falls as far as the model sees
+the images. Nothing but the argument of `Accelerator` says that rows are shared by processes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ GRID, PATCH, TOKENS_PER_IMAGE = (1, 4, 4), 2, 4
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(
-        cpu=args.cpu, parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size)
+        cpu=args.cpu,
+        parallelism_config=ParallelismConfig(sp_size=args.sp_size, cp_size=args.cp_size),
     )
     set_seed(args.seed)
     model = make_model()
@@ -54,7 +56,11 @@ def main() -> None:
             if step == args.steps:
                 break
     length = rows[0]["input_ids"].shape[0]
-    print(f"process {accelerator.process_index}: each layer saw {seen[-1]} of a row's {length} tokens", flush=True)
+    print(
+        f"process {accelerator.process_index}: each layer saw {seen[-1]} of a row's {length} "
+        "tokens",
+        flush=True,
+    )
     accelerator.print(f"first loss {losses[0]:.6f}, last loss {losses[-1]:.6f}")
     accelerator.end_training()
 
@@ -72,7 +78,11 @@ def make_model() -> Any:
             "pad_token_id": 0,
             "bos_token_id": None,
             "eos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            },
         },
         vision_config={
             "depth": 1,
@@ -98,17 +108,22 @@ def make_row(num_images: int, seed: int) -> dict[str, Tensor]:
         seed: of their colors and of the noise on them.
 
     Returns:
-        `input_ids`, `mm_token_type_ids`, `labels` `[7 n]`, `pixel_values` `[16 n, 24]` and `image_grid_thw` `[n, 3]`.
+        `input_ids`, `mm_token_type_ids`, `labels` `[7 n]`, `pixel_values` `[16 n, 24]` and
+        `image_grid_thw` `[n, 3]`.
     """
     generator = torch.Generator().manual_seed(seed)
     colors = torch.randint(len(COLORS), (num_images,), generator=generator)
     names = (FIRST_NAME + colors).tolist()
-    ids = torch.tensor([[IMAGE_START, *[IMAGE] * TOKENS_PER_IMAGE, IMAGE_END, name] for name in names])
+    ids = torch.tensor(
+        [[IMAGE_START, *[IMAGE] * TOKENS_PER_IMAGE, IMAGE_END, name] for name in names]
+    )
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     # A patch: 3 channels, 2 (equal) frames, 2 x 2 pixels; [n, 3] -> [16 n, 24]
     plain = torch.tensor(list(COLORS.values()), dtype=torch.float32)[colors]
-    pixels = plain.repeat_interleave(GRID[1] * GRID[2], dim=0).repeat_interleave(2 * PATCH * PATCH, dim=1)
+    pixels = plain.repeat_interleave(GRID[1] * GRID[2], dim=0).repeat_interleave(
+        2 * PATCH * PATCH, dim=1
+    )
     return {
         "input_ids": ids.flatten(),
         "mm_token_type_ids": (ids == IMAGE).int().flatten(),
@@ -120,21 +135,35 @@ def make_row(num_images: int, seed: int) -> dict[str, Tensor]:
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Returns a batch: tokens by row, the images of all rows in a list."""
-    images = {key: torch.cat([row[key] for row in rows]) for key in ("pixel_values", "image_grid_thw")}
-    return {**images, **{key: torch.stack([row[key] for row in rows]) for key in rows[0] if key not in images}}
+    images = {
+        key: torch.cat([row[key] for row in rows]) for key in ("pixel_values", "image_grid_thw")
+    }
+    return {
+        **images,
+        **{key: torch.stack([row[key] for row in rows]) for key in rows[0] if key not in images},
+    }
 
 
 def count_tokens(decoder: Any) -> list[int]:
-    """Returns a list to which the decoder's first layer adds how many tokens of a row it is given."""
+    """Returns a list to which the decoder's first layer adds how many tokens of a row it is
+    given.
+    """
     seen: list[int] = []
     decoder.layers[0].register_forward_pre_hook(lambda _layer, args: seen.append(args[0].shape[1]))
     return seen
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--sp-size", type=int, default=None, help="Ulysses degree; the launcher's setting where it is left out")
+    add(
+        "--sp-size",
+        type=int,
+        default=None,
+        help="Ulysses degree; the launcher's setting where it is left out",
+    )
     add("--cp-size", type=int, default=None, help="ring degree")
     add("--images", type=int, default=16, help="images in a row; a row has 7 tokens for each")
     add("--rows", type=int, default=64, help="rows of the data set")

@@ -1,9 +1,11 @@
-"""XTuner's document on sequence parallelism as one script: its five functions, step by step, under torchrun or Slurm.
+"""XTuner's document on sequence parallelism as one script: its five functions, step by step, under
+torchrun or Slurm.
 
     torchrun --nproc-per-node 2 examples/xtuner/train.py --sequence-parallel-size 2
     sbatch examples/xtuner/slurm.sh
 
-Only the imports differ from a script for XTuner. Loss and gradients are those of one process with whole sequences.
+Only the imports differ from a script for XTuner. Loss and gradients are those of one process with
+whole sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ulysses_accel.compat.xtuner import (
     SequenceParallelSampler,
@@ -47,7 +55,9 @@ def main() -> None:
 
 
 def train(args: Any) -> list[float]:
-    """Returns the loss of every step, the mean over the tokens of a batch; the same on all ranks that share it."""
+    """Returns the loss of every step, the mean over the tokens of a batch; the same on all ranks
+    that share it.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # The distributed environment: neighbouring ranks share a sequence.
     init_dist(args.launcher, "nccl" if device.type == "cuda" else "gloo")
@@ -60,7 +70,10 @@ def train(args: Any) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     losses: list[float] = []
     for step, batch in enumerate(make_loader(args, tokenizer), 1):
-        loss = compute_loss(model, {key: None if value is None else value.to(device) for key, value in batch.items()})
+        loss = compute_loss(
+            model,
+            {key: None if value is None else value.to(device) for key, value in batch.items()},
+        )
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -79,18 +92,23 @@ def make_loader(args: Any, tokenizer: Any) -> DataLoader[Batch]:
     # The beginnings of documents, of different lengths.
     cuts = [args.sequence_length - 16 * (number % 4) for number in range(len(documents))]
     samples: Any = [
-        torch.tensor(tokenizer(text, verbose=False)["input_ids"][:cut]) for text, cut in zip(documents, cuts)
+        torch.tensor(tokenizer(text, verbose=False)["input_ids"][:cut])
+        for text, cut in zip(documents, cuts)
     ]
     sampler = SequenceParallelSampler(samples, seed=args.seed)
     pad = tokenizer.pad_token_id or 0
-    return DataLoader(samples, args.batch_size, sampler=sampler, collate_fn=partial(collate, pad_token_id=pad))
+    return DataLoader(
+        samples, args.batch_size, sampler=sampler, collate_fn=partial(collate, pad_token_id=pad)
+    )
 
 
 def collate(samples: list[torch.Tensor], pad_token_id: int) -> Batch:
     """Returns this rank's part of the samples; the attention mask stays whole."""
     input_ids = pad_sequence(samples, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(sample) for sample in samples])
-    attention_mask: torch.Tensor | None = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    attention_mask: torch.Tensor | None = (
+        torch.arange(input_ids.shape[1]) < lengths[:, None]
+    ).long()
     labels: torch.Tensor | None = input_ids.masked_fill(attention_mask == 0, -100)
     position_ids: torch.Tensor | None = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     # Padding until the ranks divide the length, then the split.
@@ -117,7 +135,9 @@ def compute_loss(llm: Any, batch: Batch) -> torch.Tensor:
 def load_model(args: Any) -> tuple[Any, Any]:
     """Returns the tokenizer and the model; `tiny` is a byte-level Llama, made here."""
     if args.model != "tiny":
-        return AutoTokenizer.from_pretrained(args.model), AutoModelForCausalLM.from_pretrained(args.model)
+        return AutoTokenizer.from_pretrained(args.model), AutoModelForCausalLM.from_pretrained(
+            args.model
+        )
     tokenizer = ByT5Tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -133,15 +153,27 @@ def load_model(args: Any) -> tuple[Any, Any]:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> Any:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--launcher", choices=["pytorch", "slurm"], default="pytorch", help="what started the processes")
+    add(
+        "--launcher",
+        choices=["pytorch", "slurm"],
+        default="pytorch",
+        help="what started the processes",
+    )
     add("--sequence-parallel-size", type=int, default=1, help="processes that share each sequence")
     add("--model", default="tiny", help="a path or name for from_pretrained, or `tiny`")
     add("--data", nargs="+", default=["stdlib"], help="as of ../alst/train.py")
     add("--documents", type=int, default=32, help="how many of them")
     add("--sequence-length", type=int, default=511, help="tokens of the longest sample")
-    add("--batch-size", type=int, default=2, help="samples in a batch, of the processes that share them")
+    add(
+        "--batch-size",
+        type=int,
+        default=2,
+        help="samples in a batch, of the processes that share them",
+    )
     add("--steps", type=int, default=8)
     add("--learning-rate", type=float, default=3e-3)
     add("--seed", type=int, default=0)

@@ -1,4 +1,6 @@
-"""Biases by distance: every strategy against a mask with all of them, and slopes against the models that have them."""
+"""Biases by distance: every strategy against a mask with all of them, and slopes against the models
+that have them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from tests.attention.test_space import own_tokens
 from tests.helpers.dense_attention import self_mask, token_documents
 from tests.helpers.ranks import run_ranks
-from ulysses_accel.attention import SequenceAttention, ring_attention, ulysses_attention, usp_attention
+from ulysses_accel.attention import (
+    SequenceAttention,
+    ring_attention,
+    ulysses_attention,
+    usp_attention,
+)
 from ulysses_accel.attention.alibi import Alibi, alibi_slopes
 from ulysses_accel.attention.call import AttentionCall
 from ulysses_accel.attention.huggingface.call import ordinary
@@ -26,7 +33,8 @@ from ulysses_accel.errors import ConfigError, ShapeError, UnsupportedModelError
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.layout import Layout
 
-# Sums of at most 50 products of unit normals, merged in another order: a few hundred ulps of float64.
+# Sums of at most 50 products of unit normals, merged in another order: a few hundred ulps of
+# float64.
 TOLERANCE = 1e-12
 HEADS, LENGTH = (6, 2), 24
 DOCUMENTS = (((0, 5), (5, 20)), ((3, 24),))
@@ -54,7 +62,9 @@ class Case:
         """Of two rows."""
         rows, holes = (DOCUMENTS, HOLES) if self.is_packed else ((((0, LENGTH),),) * 2, ())
         size = self.cp * self.sp
-        return SequenceDescription(LENGTH, size, rows, self.cp, self.layout, holes=holes, prefixes=self.prefixes)
+        return SequenceDescription(
+            LENGTH, size, rows, self.cp, self.layout, holes=holes, prefixes=self.prefixes
+        )
 
 
 CASES = [
@@ -83,13 +93,21 @@ def written_down(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tenso
     scores = scores + alibi_slopes(HEADS[0])[:, None, None] * (places[None, :] - places[:, None])
     mask = self_mask(case.description, case.is_causal, case.window)
     sees = mask.any(2)[:, None, :, None]
-    weights = scores.masked_fill(~mask[:, None], -torch.inf).masked_fill(~sees, 0.0).softmax(3).masked_fill(~sees, 0.0)
+    weights = (
+        scores.masked_fill(~mask[:, None], -torch.inf)
+        .masked_fill(~sees, 0.0)
+        .softmax(3)
+        .masked_fill(~sees, 0.0)
+    )
     return weights @ value.repeat_interleave(groups, 1)
 
 
 def inputs() -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
-    tensors = [torch.randn(2, heads, LENGTH, 4, dtype=torch.float64) for heads in (HEADS[0], HEADS[1], HEADS[1])]
+    tensors = [
+        torch.randn(2, heads, LENGTH, 4, dtype=torch.float64)
+        for heads in (HEADS[0], HEADS[1], HEADS[1])
+    ]
     return tensors, torch.randn(2, HEADS[0], LENGTH, 4, dtype=torch.float64)
 
 
@@ -118,13 +136,17 @@ def errors(cases: list[Case], expected: list[list[Tensor]]) -> list[float]:
         )
         own = own_tokens(case.description, mesh["cp"].get_local_rank(), mesh["sp"].get_local_rank())
         local = [tensor[:, :, own].clone().requires_grad_() for tensor in tensors]
-        call = AttentionCall(case.is_causal, softcap=case.softcap, alibi_slopes=alibi_slopes(HEADS[0]))
+        call = AttentionCall(
+            case.is_causal, softcap=case.softcap, alibi_slopes=alibi_slopes(HEADS[0])
+        )
         counted = (token_documents(case.description) >= 0)[:, None, own, None]
         out = attention(*local, case.description, call, case.window).transpose(1, 2) * counted
         (out * weight[:, :, own]).sum().backward()
         got = [out, *(tensor.grad for tensor in local if tensor.grad is not None)]
         pairs = list(zip(got, (tensor[:, :, own] for tensor in answer), strict=True))
-        found.append(max(float((a - b).abs().max() / b.abs().max().clamp(min=1.0)) for a, b in pairs))
+        found.append(
+            max(float((a - b).abs().max() / b.abs().max().clamp(min=1.0)) for a, b in pairs)
+        )
     return found
 
 
@@ -132,7 +154,9 @@ def errors(cases: list[Case], expected: list[list[Tensor]]) -> list[float]:
 def test_every_strategy_adds_the_biases_of_the_row(size: int) -> None:
     cases = [case for case in CASES if case.cp * case.sp == size]
     for rank in run_ranks(errors, size, cases, [expected_of(case) for case in cases]):
-        wrong = {case: error for case, error in zip(cases, rank, strict=True) if not error <= TOLERANCE}
+        wrong = {
+            case: error for case, error in zip(cases, rank, strict=True) if not error <= TOLERANCE
+        }
         assert not wrong
 
 
@@ -140,7 +164,10 @@ def test_the_functions_take_slopes() -> None:
     def body() -> list[Tensor]:
         mesh = init_device_mesh("cpu", (2,))
         tensors, _ = inputs()
-        group, own = mesh.get_group(), [tensor.chunk(2, 2)[mesh.get_local_rank()] for tensor in tensors]
+        group, own = (
+            mesh.get_group(),
+            [tensor.chunk(2, 2)[mesh.get_local_rank()] for tensor in tensors],
+        )
         ring = partial(ring_attention, group=group, layout="contiguous")
         usp = partial(usp_attention, ulysses_group=group, ring_group=None)
         functions = (ring, usp, partial(ulysses_attention, group=group))
@@ -161,7 +188,9 @@ def test_slopes_are_those_of_the_models(num_heads: int) -> None:
         build_alibi_tensor(mask, num_heads, torch.float32).view(num_heads, 5),
         build_mpt_alibi_tensor(num_heads, 5).view(num_heads, 5),
     ):
-        torch.testing.assert_close(biases.diff(dim=1), slopes[:, None].expand(-1, 4), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            biases.diff(dim=1), slopes[:, None].expand(-1, 4), rtol=1e-6, atol=0
+        )
 
 
 def test_distances_are_taken_before_they_are_rounded() -> None:
@@ -176,7 +205,9 @@ def test_only_a_kernel_that_has_biases_is_chosen() -> None:
     kernel = kernel_for(query, alibi=True)
     assert isinstance(kernel, BoundedKernel)
     assert isinstance(kernel.kernel, ChunkedKernel)
-    with pytest.raises(UnsupportedModelError, match="block_kernel='cpu_flash' does not compute alibi_slopes"):
+    with pytest.raises(
+        UnsupportedModelError, match="block_kernel='cpu_flash' does not compute alibi_slopes"
+    ):
         kernel_for(query, name="cpu_flash", alibi=True)
 
 
@@ -186,7 +217,10 @@ def test_calls_that_are_cut_keep_each_heads_biases() -> None:
     cut, plain = BoundedKernel(ChunkedKernel(), limit=200), ChunkedKernel()
     (out, lse), (found, found_lse) = plain.forward(*tensors, block), cut.forward(*tensors, block)
     pairs = [(out, found), (lse, found_lse)]
-    pairs += zip(plain.backward(weight, *tensors, out, lse, block), cut.backward(weight, *tensors, out, lse, block))
+    pairs += zip(
+        plain.backward(weight, *tensors, out, lse, block),
+        cut.backward(weight, *tensors, out, lse, block),
+    )
     for expected, part in pairs:
         torch.testing.assert_close(part, expected, rtol=0, atol=TOLERANCE)
 
@@ -198,17 +232,35 @@ def test_a_batch_that_is_not_sharded_has_them_too() -> None:
     out, _weights = ordinary("sdpa", module, tensors[0], tensors[1], tensors[2], None, slopes)
     expected = written_down(Case(1, 1), *tensors).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE)
-    with pytest.raises(UnsupportedModelError, match="Module calls attention with alibi_slopes on a batch"):
-        ordinary("sdpa", module, tensors[0], tensors[1], tensors[2], torch.ones(1, 1, LENGTH, LENGTH), slopes)
+    with pytest.raises(
+        UnsupportedModelError, match="Module calls attention with alibi_slopes on a batch"
+    ):
+        ordinary(
+            "sdpa",
+            module,
+            tensors[0],
+            tensors[1],
+            tensors[2],
+            torch.ones(1, 1, LENGTH, LENGTH),
+            slopes,
+        )
 
 
 def test_slopes_that_do_not_fit_are_refused() -> None:
     attention, query = SequenceAttention(None), torch.randn(1, 2, 4, 8)
-    description = SequenceDescription(4, 1, (((0, 4),),), encoder=SequenceDescription(4, 1, (((0, 4),),)))
+    description = SequenceDescription(
+        4, 1, (((0, 4),),), encoder=SequenceDescription(4, 1, (((0, 4),),))
+    )
     with pytest.raises(ShapeError, match=r"alibi_slopes has shape \(3,\) for 2 query heads"):
         attention(query, query, query, description, AttentionCall(alibi_slopes=torch.ones(3)))
     with pytest.raises(UnsupportedModelError, match="alibi_slopes asks for a gradient"):
-        attention(query, query, query, description, AttentionCall(alibi_slopes=torch.ones(2, requires_grad=True)))
+        attention(
+            query,
+            query,
+            query,
+            description,
+            AttentionCall(alibi_slopes=torch.ones(2, requires_grad=True)),
+        )
     call = AttentionCall(alibi_slopes=torch.ones(2))
     with pytest.raises(ConfigError, match="alibi_slopes with cross-attention"):
         attention(query, query, query, description, call, crosses=True)

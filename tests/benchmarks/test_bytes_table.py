@@ -1,4 +1,6 @@
-"""The table of bytes by heads and ranks: its volumes are the planner's, and say where a ring is the cheaper one."""
+"""The table of bytes by heads and ranks: its volumes are the planner's, and say where a ring is the
+cheaper one.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from benchmarks.bytes_table import BytesRow, bytes_table
 from ulysses_accel.config.split_cost import SplitRequest, candidates
 from ulysses_accel.errors import ConfigError
 
-HEADS = st.tuples(st.integers(1, 16), st.integers(1, 8)).map(lambda pair: (pair[0] * pair[1], pair[0]))
+HEADS = st.tuples(st.integers(1, 16), st.integers(1, 8)).map(
+    lambda pair: (pair[0] * pair[1], pair[0])
+)
 RANKS = st.integers(2, 32)
 
 
@@ -36,7 +40,9 @@ def test_volumes_are_those_that_the_choice_is_made_by(
 
 
 @given(HEADS, RANKS)
-def test_a_ring_sends_less_forward_below_one_plus_the_ratio(heads: tuple[int, int], ranks: int) -> None:
+def test_a_ring_sends_less_forward_below_one_plus_the_ratio(
+    heads: tuple[int, int], ranks: int
+) -> None:
     (full,) = bytes_table([heads], [ranks], is_causal=False, is_training=False)
     (zigzag,) = bytes_table([heads], [ranks], is_causal=True, is_training=False)
     ratio = 1 + heads[0] / heads[1]

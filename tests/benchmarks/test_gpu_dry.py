@@ -50,7 +50,9 @@ def test_every_set_of_features_computes_the_same() -> None:
     expected = torch.tensor(found.pop("transformers device"))
     assert len(found) >= 5
     for name, values in found.items():
-        torch.testing.assert_close(torch.tensor(values), expected, rtol=TOLERANCE, atol=0.0, msg=name)
+        torch.testing.assert_close(
+            torch.tensor(values), expected, rtol=TOLERANCE, atol=0.0, msg=name
+        )
 
 
 def test_the_longest_sequence_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from benchmarks.memory.step import preload
 # Before any test, because importing some of it sets environment variables.
 preload()
 
-# bfloat16 keeps 8 bits: sums of products with one or two roundings each, in every contender that is right.
+# bfloat16 keeps 8 bits: sums of products with one or two roundings each, in every contender that is
+# right.
 ROUNDING = 1e-2
 
 
@@ -33,12 +34,16 @@ def test_losses_that_are_scaled_afterwards_are_told_apart() -> None:
     # A loss over 32 whose weight's gradient is not: 31 times its norm too much.
     wrong = rows["DeepSpeed TiledFusedLogitsLoss, mean of tiles"]["scaled_errors"]["weight"]
     assert wrong == pytest.approx(31, rel=0.1)
-    assert "**wrong" in " ".join(memory.loss_cells(rows["DeepSpeed TiledFusedLogitsLoss, mean of tiles"]))
+    assert "**wrong" in " ".join(
+        memory.loss_cells(rows["DeepSpeed TiledFusedLogitsLoss, mean of tiles"])
+    )
 
 
 def test_a_layers_working_set_falls_feature_by_feature() -> None:
     rows = {row["implementation"]: row for row in layer_rows(1536, 0)}
-    plain, tiled, norms = (rows[name] for name in ("ours: checkpoint", "ours: + TiledMLP", "ours: + norms"))
+    plain, tiled, norms = (
+        rows[name] for name in ("ours: checkpoint", "ours: + TiledMLP", "ours: + norms")
+    )
     assert plain["working_set_u"] > tiled["working_set_u"] > norms["working_set_u"]
     # Three products forward, none in the recompute, eight backward.
     assert norms["mlp_products"] == pytest.approx(11, abs=1e-6)

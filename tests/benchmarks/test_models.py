@@ -1,4 +1,6 @@
-"""The walk over all architectures: what it takes, what it finds out about them, and how its verdicts are counted."""
+"""The walk over all architectures: what it takes, what it finds out about them, and how its
+verdicts are counted.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from benchmarks.models.__main__ import merge, prepare_case, run_chunk
 from benchmarks.models.batches import DOCUMENTS, IGNORED, documents_alone, make_batch, num_counted
 from benchmarks.models.heads import HEADS, architectures, choose
 from benchmarks.models.reference import Reference, State, compare, share_of_work
-from benchmarks.models.report import NOT_RUN, counts_of, document, is_eligible, lines_of, overall, verdict_of
+from benchmarks.models.report import (
+    NOT_RUN,
+    counts_of,
+    document,
+    is_eligible,
+    lines_of,
+    overall,
+    verdict_of,
+)
 from benchmarks.models.structure import structure_of
 from benchmarks.models.zoo import build, tiny_config
 
@@ -45,7 +55,9 @@ def refused(text: str = "not computed") -> dict[str, Any]:
     return {"status": "refused", "error": f"UnsupportedModelError: {text}", "where": "checks.py:1"}
 
 
-def row(verdict: str, *, routes: bool = True, mixes: tuple[str, ...] = (), head: str = "causal") -> dict[str, Any]:
+def row(
+    verdict: str, *, routes: bool = True, mixes: tuple[str, ...] = (), head: str = "causal"
+) -> dict[str, Any]:
     """A row whose only mode has a verdict."""
     mode = {"verdict": verdict, "why": "", "only": [], "worst_error": 1e-15, "kinds": {}}
     kept = {
@@ -111,7 +123,10 @@ def test_padded_batches_have_padding_on_both_sides_and_within() -> None:
         assert mask[1].tolist() == [1] * 20 + [0] * 12
         assert (labels[mask == 0] == IGNORED).all()
         assert (labels != IGNORED).any(dim=1).all()
-    assert make_batch("causal", "padded", model, {})["labels"][0, [3, 18]].tolist() == [IGNORED, IGNORED]
+    assert make_batch("causal", "padded", model, {})["labels"][0, [3, 18]].tolist() == [
+        IGNORED,
+        IGNORED,
+    ]
 
 
 def test_documents_alone_hold_every_counted_label_of_the_packed_batch() -> None:

@@ -68,20 +68,29 @@ def test_every_answer_counts(
     assert (handler.sp_seq_length, handler.sp_seq_length_is_variable) == (4096, False)
     assert handler.sp_attn_implementation == "eager"
     assert config.memory_config == MemoryConfig.alst()
-    assert plan_launch(["--config_file", str(file), "train.py"]).config.memory_config == config.memory_config
+    assert (
+        plan_launch(["--config_file", str(file), "train.py"]).config.memory_config
+        == config.memory_config
+    )
     if kind == "DEEPSPEED":
         assert stock.deepspeed_config["offload_optimizer_device"] == "cpu"
         assert stock.deepspeed_config["zero_stage"] == 3
 
 
-def test_a_ring_takes_its_part_of_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_takes_its_part_of_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "x.yaml"
     _answer(monkeypatch, "8", "4", "2", "striped", "ddp", "sdpa", "4096", "bf16", "none")
     assert main(["config", "--output", str(file)]) == 0
     plan = plan_launch(["--config_file", str(file), "train.py"])
     config = plan.config
     assert (config.cp_size, config.sp_size, config.dp_replicate_size) == (2, 2, 2)
-    assert (config.cp_handler.layout, config.cp_backend, plan.arguments.num_processes) == ("striped", "ring", 8)
+    assert (config.cp_handler.layout, config.cp_backend, plan.arguments.num_processes) == (
+        "striped",
+        "ring",
+        8,
+    )
 
 
 def test_wrong_answers_are_asked_again(
@@ -124,13 +133,17 @@ def test_wrong_answers_are_asked_again(
     assert ParallelismConfig.from_yaml(file).sp_size == 4
 
 
-def test_the_end_of_the_input_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_input_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _answer(monkeypatch, "4", "2")
     assert main(["config", "--output", str(tmp_path / "x.yaml")]) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_kept_unless_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_file_is_kept_unless_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "x.yaml"
     for answers, code in (([""], 1), (["what", "n"], 1), ([], 1), (["y", *[""] * 8], 0)):
         file.write_text("precious")
@@ -141,7 +154,9 @@ def test_an_existing_file_is_kept_unless_confirmed(tmp_path: Path, monkeypatch: 
 
 def test_the_default_place_is_accelerates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "default_config.yaml"
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_yaml_config_file", str(file))
+    monkeypatch.setattr(
+        "accelerate.commands.config.config_args.default_yaml_config_file", str(file)
+    )
     _answer(monkeypatch, *[""] * 8)
     assert config_wizard.configure([]) == 0
     assert ParallelismConfig.from_yaml(file).sp_size == 2

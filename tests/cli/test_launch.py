@@ -36,7 +36,9 @@ def _no_default_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for owner in (module, stock):
         monkeypatch.setattr(owner, "default_config_file", str(tmp_path / "none.yaml"))
     for variable in list(os.environ):
-        if variable.startswith(("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")):
+        if variable.startswith(
+            ("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")
+        ):
             monkeypatch.delenv(variable)
 
 
@@ -51,7 +53,10 @@ def _worker_environment(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> di
     with monkeypatch.context() as patch:
         for name, value in plan.environment.items():
             patch.setenv(name, value)
-        prepare = {"torchrun": prepare_multi_gpu_env, "deepspeed": lambda a: prepare_deepspeed_cmd_env(a)[1]}
+        prepare = {
+            "torchrun": prepare_multi_gpu_env,
+            "deepspeed": lambda a: prepare_deepspeed_cmd_env(a)[1],
+        }
         return dict(prepare[plan.starter](plan.arguments))
 
 
@@ -61,7 +66,11 @@ def _run(folder: Path, *argv: str) -> tuple[int, list[dict[str, Any]], str]:
     flags = [str(script) if word == "SCRIPT" else word for word in argv]
     code = "import sys; from ulysses_accel.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, "launch", *flags], capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, "-c", code, "launch", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
     return done.returncode, ranks, done.stderr
@@ -69,7 +78,14 @@ def _run(folder: Path, *argv: str) -> tuple[int, list[dict[str, Any]], str]:
 
 def test_flags_alone_reach_every_worker(tmp_path: Path) -> None:
     code, ranks, log = _run(
-        tmp_path, "--cpu", "--parallelism-config-sp-size", "2", "SCRIPT", str(tmp_path), "--lr", "1e-4"
+        tmp_path,
+        "--cpu",
+        "--parallelism-config-sp-size",
+        "2",
+        "SCRIPT",
+        str(tmp_path),
+        "--lr",
+        "1e-4",
     )
     assert code == 0, log
     assert [rank["RANK"] for rank in ranks] == ["0", "1"]
@@ -81,15 +97,21 @@ def test_flags_alone_reach_every_worker(tmp_path: Path) -> None:
 
 
 def test_exit_code_of_the_workers_is_ours(tmp_path: Path) -> None:
-    code, ranks, log = _run(tmp_path, "--cpu", "--num_processes", "2", "SCRIPT", str(tmp_path), "--fail", "7")
+    code, ranks, log = _run(
+        tmp_path, "--cpu", "--num_processes", "2", "SCRIPT", str(tmp_path), "--fail", "7"
+    )
     assert (code, len(ranks)) == (7, 2), log
-    code, ranks, log = _run(tmp_path, "--cpu", "--num_processes", "1", "SCRIPT", str(tmp_path), "--fail", "5")
+    code, ranks, log = _run(
+        tmp_path, "--cpu", "--num_processes", "1", "SCRIPT", str(tmp_path), "--fail", "5"
+    )
     assert code == 5, log
 
 
 def test_deepspeed_on_cpu_ranks_beside_a_yaml(tmp_path: Path) -> None:
     file = str(CONFIGS / "deepspeed_zero2_sp2.yaml")
-    code, ranks, log = _run(tmp_path, "--use_deepspeed", "--cpu", "--config_file", file, "SCRIPT", str(tmp_path))
+    code, ranks, log = _run(
+        tmp_path, "--use_deepspeed", "--cpu", "--config_file", file, "SCRIPT", str(tmp_path)
+    )
     assert (code, len(ranks)) == (0, 2), log
     for rank in ranks:
         assert rank["PARALLELISM_CONFIG_SP_SIZE"] == "2"
@@ -110,7 +132,9 @@ def test_a_yaml_section_stays_beside_use_deepspeed(monkeypatch: pytest.MonkeyPat
 
 
 def test_use_parallelism_config_without_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_launch(["--use_parallelism_config", "--parallelism_config_sp_size=4", "--cpu", "train.py"])
+    plan = plan_launch(
+        ["--use_parallelism_config", "--parallelism_config_sp_size=4", "--cpu", "train.py"]
+    )
     assert (plan.arguments.num_processes, plan.engine, plan.starter) == (4, "ddp", "torchrun")
     environment = _worker_environment(plan, monkeypatch)
     assert environment["PARALLELISM_CONFIG_SP_SIZE"] == "4"
@@ -119,7 +143,17 @@ def test_use_parallelism_config_without_fsdp(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_fsdp2_on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_launch(["--cpu", "--use_fsdp", "--num_processes", "4", "--parallelism-config-sp-size", "2", "train.py"])
+    plan = plan_launch(
+        [
+            "--cpu",
+            "--use_fsdp",
+            "--num_processes",
+            "4",
+            "--parallelism-config-sp-size",
+            "2",
+            "train.py",
+        ]
+    )
     environment = _worker_environment(plan, monkeypatch)
     assert environment["ACCELERATE_USE_FSDP"] == "true"
     assert environment["FSDP_VERSION"] == "2"
@@ -129,7 +163,9 @@ def test_fsdp2_on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.dp_shard_size, config.sp_size, config.total_size) == (2, 2, 4)
     assert str(config.source_of("dp_shard_size")).startswith("derived: 4 processes / 2")
     with pytest.raises(ConfigError, match="fsdp_version=1"):
-        plan_launch(["--use_fsdp", "--fsdp_version", "1", "--parallelism-config-sp-size", "2", "train.py"])
+        plan_launch(
+            ["--use_fsdp", "--fsdp_version", "1", "--parallelism-config-sp-size", "2", "train.py"]
+        )
 
 
 def test_cpu_is_forced_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,11 +181,18 @@ def test_cpu_is_forced_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_boolean_flag_means_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--parallelism_config_sp_size", "2", "--parallelism_config_sp_seq_length_is_variable", "False"]
+    flags = [
+        "--parallelism_config_sp_size",
+        "2",
+        "--parallelism_config_sp_seq_length_is_variable",
+        "False",
+    ]
     plan = plan_launch([*flags, "--parallelism_config_sp_seq_length", "64", "train.py"])
     handler = _worker_config(plan, monkeypatch).sp_handler
     assert (handler.sp_seq_length_is_variable, handler.sp_seq_length) == (False, 64)
-    with pytest.raises(ConfigError, match="command line --parallelism-config-sp-seq-length-is-variable"):
+    with pytest.raises(
+        ConfigError, match="command line --parallelism-config-sp-seq-length-is-variable"
+    ):
         plan_launch([*flags, "train.py"])
     with pytest.raises(ConfigError, match="Use 64 or 66 tokens"):
         plan_launch([*flags, "--parallelism_config_sp_seq_length", "65", "train.py"])
@@ -161,7 +204,11 @@ def test_precedence_and_provenance_reach_the_worker(monkeypatch: pytest.MonkeyPa
     file = str(CONFIGS / "ddp_sp2.yaml")
     plan = plan_launch(["--config_file", file, "--parallelism-config-sp-size", "8", "train.py"])
     config = _worker_config(plan, monkeypatch)
-    assert (config.sp_size, config.sp_handler.sp_seq_length, plan.arguments.num_processes) == (8, 4096, 8)
+    assert (config.sp_size, config.sp_handler.sp_seq_length, plan.arguments.num_processes) == (
+        8,
+        4096,
+        8,
+    )
     assert str(config.source_of("sp_size")) == "command line --parallelism-config-sp-size"
     assert str(config.source_of("sp_seq_length")) == "env PARALLELISM_CONFIG_SP_SEQ_LENGTH"
     assert str(config.source_of("sp_attn_implementation")).startswith(f"{file}:")
@@ -170,19 +217,35 @@ def test_precedence_and_provenance_reach_the_worker(monkeypatch: pytest.MonkeyPa
 
 def test_flags_of_settings_that_accelerate_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--parallelism-config-cp-size", "2", "--parallelism-config-cp-layout", "striped"]
-    flags += ["--parallelism_config_cp_exchange", "all_gather", "--parallelism-config-cp-head-stride=2"]
+    flags += [
+        "--parallelism_config_cp_exchange",
+        "all_gather",
+        "--parallelism-config-cp-head-stride=2",
+    ]
     flags += ["--parallelism-config-sp-head-chunks", "4"]
     config = _worker_config(plan_launch([*flags, "train.py"]), monkeypatch)
     ring = config.cp_handler
     assert (ring.layout, ring.exchange, ring.head_stride) == ("striped", "all_gather", 2)
     assert config.sp_handler.sp_head_chunks == 4
     assert str(config.source_of("cp_layout")) == "command line --parallelism-config-cp-layout"
-    stock_flag = ["--parallelism_config_cp_size", "2", "--parallelism_config_cp_comm_strategy", "allgather"]
-    assert _worker_config(plan_launch([*stock_flag, "train.py"]), monkeypatch).cp_handler.exchange == "all_gather"
-    with pytest.raises(ConfigError, match=r"cp_layout='spiral' .*command line --parallelism-config-cp-layout"):
+    stock_flag = [
+        "--parallelism_config_cp_size",
+        "2",
+        "--parallelism_config_cp_comm_strategy",
+        "allgather",
+    ]
+    assert (
+        _worker_config(plan_launch([*stock_flag, "train.py"]), monkeypatch).cp_handler.exchange
+        == "all_gather"
+    )
+    with pytest.raises(
+        ConfigError, match=r"cp_layout='spiral' .*command line --parallelism-config-cp-layout"
+    ):
         plan_launch(["--parallelism-config-cp-layout", "spiral", "train.py"])
     for setting in FIELDS.values():
-        with pytest.raises(ConfigError, match=rf"{setting.name}='\?!' \(from command line {setting.flag}\)"):
+        with pytest.raises(
+            ConfigError, match=rf"{setting.name}='\?!' \(from command line {setting.flag}\)"
+        ):
             plan_launch([setting.flag, "?!", "train.py"])
 
 
@@ -190,15 +253,30 @@ def test_degrees_are_chosen_before_the_workers_start(monkeypatch: pytest.MonkeyP
     flags = ["--parallelism-config-sp-size", "auto", "--parallelism-config-sp-auto-heads", "32/32"]
     plan = plan_launch([*flags, "--num_processes", "8", "train.py"])
     assert (plan.arguments.num_processes, plan.config.cp_size, plan.config.sp_size) == (8, 1, 8)
-    assert plan.notices[0].startswith("sp_size=8, cp_size=1: auto from command line --parallelism-config-sp-size")
+    assert plan.notices[0].startswith(
+        "sp_size=8, cp_size=1: auto from command line --parallelism-config-sp-size"
+    )
     config = _worker_config(plan, monkeypatch)
     assert config.sp_size == 8
-    assert str(config.source_of("sp_size")).startswith("auto from command line --parallelism-config-sp-size, 8 ranks")
-    machines = ["--num_processes", "16", "--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "h"]
+    assert str(config.source_of("sp_size")).startswith(
+        "auto from command line --parallelism-config-sp-size, 8 ranks"
+    )
+    machines = [
+        "--num_processes",
+        "16",
+        "--num_machines",
+        "2",
+        "--machine_rank",
+        "0",
+        "--main_process_ip",
+        "h",
+    ]
     grouped = ["--parallelism-config-sp-size", "auto", "--parallelism-config-sp-auto-heads", "32/8"]
     plan = plan_launch([*grouped, *machines, "train.py"])
     assert (plan.config.cp_size, plan.config.sp_size) == (2, 8)
-    plan = plan_launch([*flags, "--num_processes", "8", "--parallelism-config-dp-shard-size", "2", "train.py"])
+    plan = plan_launch(
+        [*flags, "--num_processes", "8", "--parallelism-config-dp-shard-size", "2", "train.py"]
+    )
     assert (plan.config.dp_shard_size, plan.config.sp_size) == (2, 4)
     monkeypatch.setattr(module, "_accelerator_count", lambda: 0)
     with pytest.raises(ConfigError, match=r"needs the number of processes.*--num_processes"):
@@ -209,7 +287,15 @@ def test_degrees_are_chosen_before_the_workers_start(monkeypatch: pytest.MonkeyP
 
 def test_backend_names_of_both_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("deepspeed", "ulysses"):
-        plan = plan_launch(["--parallelism-config-sp-size", "2", "--parallelism-config-sp-backend", name, "train.py"])
+        plan = plan_launch(
+            [
+                "--parallelism-config-sp-size",
+                "2",
+                "--parallelism-config-sp-backend",
+                name,
+                "train.py",
+            ]
+        )
         assert _worker_config(plan, monkeypatch).sp_backend == "ulysses"
 
 
@@ -222,7 +308,10 @@ def test_a_script_without_our_config_is_stopped(monkeypatch: pytest.MonkeyPatch)
             patch.setenv(name, value)
         with pytest.raises(ValueError, match="sp_backend"):
             StockParallelismConfig()
-    assert "ACCELERATE_USE_PARALLELISM_CONFIG" not in plan_launch(["--num_processes", "2", "train.py"]).environment
+    assert (
+        "ACCELERATE_USE_PARALLELISM_CONFIG"
+        not in plan_launch(["--num_processes", "2", "train.py"]).environment
+    )
 
 
 def test_the_number_of_processes() -> None:
@@ -240,7 +329,10 @@ def test_the_number_of_processes() -> None:
 
 def test_a_file_that_contradicts_itself(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
-    file.write_text("distributed_type: FSDP\nnum_processes: 8\nparallelism_config:\n  dp_shard_size: 2\n  sp_size: 2\n")
+    file.write_text(
+        "distributed_type: FSDP\nnum_processes: 8\nparallelism_config:\n  dp_shard_size: 2\n  "
+        "sp_size: 2\n"
+    )
     with pytest.raises(MeshError, match=r"= 4, but the number of processes is 8"):
         plan_launch(["--config_file", str(file), "train.py"])
 
@@ -254,7 +346,15 @@ def test_many_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (arguments.master_addr, arguments.master_port) == ("10.0.0.1", "29500")
     assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "2"
     assert arguments.rdzv_backend == "static"
-    flags = ["--cpu", "--num_machines", "2", "--parallelism-config-sp-size", "4", "--main_process_port", "29123"]
+    flags = [
+        "--cpu",
+        "--num_machines",
+        "2",
+        "--parallelism-config-sp-size",
+        "4",
+        "--main_process_port",
+        "29123",
+    ]
     plan = plan_launch(
         [
             *flags,
@@ -282,7 +382,10 @@ def test_many_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--parallelism_config_sp_sizee", "2", "train.py"], "Did you mean '--parallelism-config-sp-size'"),
+        (
+            ["--parallelism_config_sp_sizee", "2", "train.py"],
+            "Did you mean '--parallelism-config-sp-size'",
+        ),
         (["--num_processses", "2", "train.py"], "Did you mean '--num_processes'"),
         (
             ["--parallelism-config-sp-size", "two", "train.py"],
@@ -300,9 +403,7 @@ def test_wrong_flags_start_nothing(argv: list[str], message: str) -> None:
 
 def test_files_that_accelerate_cannot_use(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
-    sagemaker = (
-        "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\nec2_instance_type: x\niam_role_name: y\n"
-    )
+    sagemaker = "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\nec2_instance_type: x\niam_role_name: y\n"
     for text in (
         sagemaker,
         "parallelism_config:\n  sp_size: 2\n",

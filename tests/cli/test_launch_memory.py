@@ -1,4 +1,6 @@
-"""`ulysses-accel launch` carries the memory settings to the workers, from flags and from both kinds of file."""
+"""`ulysses-accel launch` carries the memory settings to the workers, from flags and from both kinds
+of file.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,14 @@ memory_config:
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for owner in (module, stock):
         monkeypatch.setattr(owner, "default_config_file", str(tmp_path / "none.yaml"))
-    ours = ("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_", "PYTORCH_ALLOC", "PYTORCH_CUDA_ALLOC")
+    ours = (
+        "PARALLELISM_CONFIG_",
+        "MEMORY_CONFIG_",
+        "ACCELERATE_",
+        "ULYSSES_",
+        "PYTORCH_ALLOC",
+        "PYTORCH_CUDA_ALLOC",
+    )
     for variable in list(os.environ):
         if variable.startswith(ours):
             monkeypatch.delenv(variable)
@@ -66,12 +75,23 @@ def test_a_section_and_a_flag_reach_every_worker(tmp_path: Path, file: Path) -> 
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     code = "import sys; from ulysses_accel.cli import main; sys.exit(main(sys.argv[1:]))"
-    flags = ["--config_file", str(file), "--memory-config-tiled-mlp", "false", "--memory-config-save-attention", "host"]
+    flags = [
+        "--config_file",
+        str(file),
+        "--memory-config-tiled-mlp",
+        "false",
+        "--memory-config-save-attention",
+        "host",
+    ]
     command = [sys.executable, "-c", code, "launch", *flags, str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    ranks: list[dict[str, Any]] = [json.loads(path.read_text()) for path in tmp_path.glob("rank*.json")]
+    ranks: list[dict[str, Any]] = [
+        json.loads(path.read_text()) for path in tmp_path.glob("rank*.json")
+    ]
     assert (done.returncode, len(ranks)) == (0, 2), done.stderr
-    expected = MemoryConfig(checkpoint=True, save_attention="host", expandable_segments=True).to_dict()
+    expected = MemoryConfig(
+        checkpoint=True, save_attention="host", expandable_segments=True
+    ).to_dict()
     for rank in ranks:
         assert (rank["memory"], rank["allocator"]) == (expected, "expandable_segments:True")
         assert "tiled_mlp = False (command line --memory-config-tiled-mlp)" in rank["explained"]
@@ -81,13 +101,23 @@ def test_a_section_and_a_flag_reach_every_worker(tmp_path: Path, file: Path) -> 
 def test_precedence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMORY_CONFIG_TILED_NORM", "true")
     monkeypatch.setenv("MEMORY_CONFIG_CHECKPOINT", "false")
-    flags = ["--config_file", str(file), "--memory_config_tiled_norm=false", "--memory-config-tiled-mlp-bytes", "4096"]
+    flags = [
+        "--config_file",
+        str(file),
+        "--memory_config_tiled_norm=false",
+        "--memory-config-tiled-mlp-bytes",
+        "4096",
+    ]
     plan = plan_launch([*flags, "train.py"])
     assert plan.arguments.config_file == str(file)
     config = _worker_config(plan, monkeypatch)
     assert config.memory_config == plan.config.memory_config
     assert config.memory_config == MemoryConfig(
-        tiled_mlp=True, tiled_mlp_bytes=4096, tiled_norm=False, checkpoint=False, expandable_segments=True
+        tiled_mlp=True,
+        tiled_mlp_bytes=4096,
+        tiled_norm=False,
+        checkpoint=False,
+        expandable_segments=True,
     )
     for name in ("tiled_mlp", "tiled_norm", "checkpoint"):
         assert str(config.source_of(name)) == str(plan.config.source_of(name))
@@ -97,7 +127,9 @@ def test_precedence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_any_setting_nothing_is_exported() -> None:
     plan = plan_launch(["--cpu", "--parallelism-config-sp-size", "2", "train.py"])
     assert plan.config.memory_config is None
-    assert not [name for name in plan.environment if name.startswith(("MEMORY_CONFIG_", "PYTORCH_"))]
+    assert not [
+        name for name in plan.environment if name.startswith(("MEMORY_CONFIG_", "PYTORCH_"))
+    ]
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -110,26 +142,39 @@ def test_the_users_allocator_settings_stay(variable: str, monkeypatch: pytest.Mo
 
 def test_a_file_whose_other_sections_accelerate_refuses_is_named(file: Path) -> None:
     file.write_text(FILE + "surprise: 1\n")
-    with pytest.raises(ConfigError, match=r"job\.yaml: accelerate can't use .*unknown keys \(\['surprise'\]\)"):
+    with pytest.raises(
+        ConfigError, match=r"job\.yaml: accelerate can't use .*unknown keys \(\['surprise'\]\)"
+    ):
         plan_launch(["--config_file", str(file), "train.py"])
 
 
 def test_a_json_file_may_have_the_section(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
-    content = {"distributed_type": "MULTI_GPU", "num_processes": 2, "memory_config": {"tiled_loss": "true"}}
+    content = {
+        "distributed_type": "MULTI_GPU",
+        "num_processes": 2,
+        "memory_config": {"tiled_loss": "true"},
+    }
     path.write_text(json.dumps(content))
     plan = plan_launch(["--config_file", str(path), "train.py"])
-    assert (plan.arguments.num_processes, plan.config.memory_config) == (2, MemoryConfig(tiled_loss=True))
+    assert (plan.arguments.num_processes, plan.config.memory_config) == (
+        2,
+        MemoryConfig(tiled_loss=True),
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--memory-config-tiled-mpl", "true"], "Did you mean '--memory-config-tiled-mlp'"),
-        (["--memory-config-tiled-mlp", "maybe"], r"\(from command line --memory-config-tiled-mlp\) must be true"),
+        (
+            ["--memory-config-tiled-mlp", "maybe"],
+            r"\(from command line --memory-config-tiled-mlp\) must be true",
+        ),
         (
             ["--memory-config-checkpoint-offload", "true"],
-            r"\(from command line --memory-config-checkpoint-offload\) means nothing with checkpoint=False",
+            r"\(from command line --memory-config-checkpoint-offload\) means nothing with "
+            r"checkpoint=False",
         ),
     ],
 )

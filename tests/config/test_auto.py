@@ -1,4 +1,6 @@
-"""Degrees that are `auto`: chosen from heads and ranks, with the reason, or refused with what is missing."""
+"""Degrees that are `auto`: chosen from heads and ranks, with the reason, or refused with what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,19 @@ from ulysses_accel.config.auto import Cluster, Heads, heads_of
 from ulysses_accel.config.parallelism import DeepSpeedSequenceParallelConfig, ParallelismConfig
 from ulysses_accel.errors import ConfigError, MeshError
 
-HEADS = LlamaConfig(hidden_size=64, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1, vocab_size=8)
+HEADS = LlamaConfig(
+    hidden_size=64, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1, vocab_size=8
+)
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in list(os.environ):
-        if variable.startswith("PARALLELISM_CONFIG_") or variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        if variable.startswith("PARALLELISM_CONFIG_") or variable in (
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "RANK",
+        ):
             monkeypatch.delenv(variable)
 
 
@@ -49,8 +57,12 @@ def test_heads_of_model_config_and_name(tmp_path: Path) -> None:
     for given in (HEADS, model, str(tmp_path)):
         heads = heads_of(given)
         assert (heads.num_heads, heads.num_key_value_heads, heads.head_dim) == expected
-    assert heads_of(SimpleNamespace(num_attention_heads=4, hidden_size=32)) == Heads(4, 4, 8, "model=SimpleNamespace")
-    with pytest.raises(ConfigError, match=r"model=SimpleNamespace has no num_attention_heads.*sp_auto_heads"):
+    assert heads_of(SimpleNamespace(num_attention_heads=4, hidden_size=32)) == Heads(
+        4, 4, 8, "model=SimpleNamespace"
+    )
+    with pytest.raises(
+        ConfigError, match=r"model=SimpleNamespace has no num_attention_heads.*sp_auto_heads"
+    ):
         heads_of(SimpleNamespace())
 
 
@@ -76,11 +88,17 @@ def test_one_node_of_many_heads_takes_ulysses(
 def test_few_key_heads_or_many_ranks_take_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 4)
     assert (
-        degrees(ParallelismConfig(sp_size="auto", model=LlamaConfig(num_attention_heads=32, num_key_value_heads=1)))[0]
+        degrees(
+            ParallelismConfig(
+                sp_size="auto", model=LlamaConfig(num_attention_heads=32, num_key_value_heads=1)
+            )
+        )[0]
         > 1
     )
     launched(monkeypatch, 16)
-    config = ParallelismConfig(sp_size="auto", model=LlamaConfig(num_attention_heads=4, num_key_value_heads=4))
+    config = ParallelismConfig(
+        sp_size="auto", model=LlamaConfig(num_attention_heads=4, num_key_value_heads=4)
+    )
     assert config.cp_size * config.sp_size == 16
     assert config.sp_size <= 4
 
@@ -92,10 +110,14 @@ def test_more_nodes_put_the_ring_between_them(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_other_axes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 16)
-    config = ParallelismConfig(dp_shard_size=4, sp_size="auto", model=LlamaConfig(num_attention_heads=8))
+    config = ParallelismConfig(
+        dp_shard_size=4, sp_size="auto", model=LlamaConfig(num_attention_heads=8)
+    )
     assert config.sequence_parallel_size == 4
     assert config.total_size == 16
-    with pytest.raises(MeshError, match=r"dp_shard_size=3 \(from constructor\) does not divide the 16 processes"):
+    with pytest.raises(
+        MeshError, match=r"dp_shard_size=3 \(from constructor\) does not divide the 16 processes"
+    ):
         ParallelismConfig(dp_shard_size=3, sp_size="auto", model=HEADS)
 
 
@@ -107,10 +129,15 @@ def test_a_degree_with_a_number_keeps_it(monkeypatch: pytest.MonkeyPatch) -> Non
         assert f"what cp_size={cp} leaves" in str(config.source_of("sp_size"))
         assert str(config.source_of("cp_size")) == "constructor"
     assert degrees(ParallelismConfig(cp_size="auto", sp_size=2, model=HEADS)) == (4, 2)
-    with pytest.raises(MeshError, match=r"cp_size=3 \(from constructor\) does not divide the 8 ranks"):
+    with pytest.raises(
+        MeshError, match=r"cp_size=3 \(from constructor\) does not divide the 8 ranks"
+    ):
         ParallelismConfig(cp_size=3, sp_size="auto", model=HEADS)
     few = LlamaConfig(num_attention_heads=4, num_key_value_heads=4)
-    with pytest.raises(ConfigError, match=r"cp_size=1 .* sp_size=8: sp_size=8 is more than num_heads=4. Let both be"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cp_size=1 .* sp_size=8: sp_size=8 is more than num_heads=4. Let both be",
+    ):
         ParallelismConfig(cp_size=1, sp_size="auto", model=few)
 
 
@@ -118,7 +145,9 @@ def test_a_fixed_length_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 4)
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length=12, sp_seq_length_is_variable=False)
     config = ParallelismConfig(
-        sp_size="auto", model=LlamaConfig(num_attention_heads=32, num_key_value_heads=1), sp_handler=handler
+        sp_size="auto",
+        model=LlamaConfig(num_attention_heads=32, num_key_value_heads=1),
+        sp_handler=handler,
     )
     # A zigzag ring of four would need a multiple of 8.
     assert config.cp_size < 4
@@ -126,22 +155,30 @@ def test_a_fixed_length_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
         ParallelismConfig.for_model(HEADS, sp_seq_length=13, sp_seq_length_is_variable=False)
 
 
-def test_heads_in_a_file_and_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_in_a_file_and_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched(monkeypatch, 8)
     file = tmp_path / "x.yaml"
     file.write_text(
-        "parallelism_config:\n  parallelism_config_sp_size: auto\n  parallelism_config_sp_auto_heads: 64/64\n"
+        "parallelism_config:\n  parallelism_config_sp_size: auto\n  "
+        "parallelism_config_sp_auto_heads: 64/64\n"
     )
     config = ParallelismConfig.from_yaml(file)
     assert degrees(config) == (1, 8)
-    assert str(config.source_of("sp_size")).startswith(f"auto from {file}:2 (parallelism_config_sp_size), 8 ranks")
+    assert str(config.source_of("sp_size")).startswith(
+        f"auto from {file}:2 (parallelism_config_sp_size), 8 ranks"
+    )
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "auto")
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_AUTO_HEADS", "64/64")
     assert degrees(ParallelismConfig()) == (1, 8)
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"sp_size=auto \(from constructor\) needs the model's heads.*sp_auto_heads"):
+    with pytest.raises(
+        ConfigError,
+        match=r"sp_size=auto \(from constructor\) needs the model's heads.*sp_auto_heads",
+    ):
         ParallelismConfig(sp_size="auto")
     with pytest.raises(ConfigError, match=r"needs the number of processes.*--num_processes"):
         ParallelismConfig.for_model(HEADS, cluster=Cluster(None))
@@ -153,14 +190,20 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_for_model_takes_cluster_and_settings() -> None:
-    slow = ParallelismConfig.for_model(HEADS, cluster=Cluster(16, 8, bandwidth_between=1.0), cp_layout="contiguous")
+    slow = ParallelismConfig.for_model(
+        HEADS, cluster=Cluster(16, 8, bandwidth_between=1.0), cp_layout="contiguous"
+    )
     assert (degrees(slow), slow.cp_handler.layout) == ((2, 8), "contiguous")
     level = ParallelismConfig.for_model(
-        LlamaConfig(num_attention_heads=64, num_key_value_heads=64), cluster=Cluster(16, 8, 1.0, 1.0)
+        LlamaConfig(num_attention_heads=64, num_key_value_heads=64),
+        cluster=Cluster(16, 8, 1.0, 1.0),
     )
     assert degrees(level) == (1, 16)
 
 
 def test_tensor_parallel_ranks_must_divide_all_heads() -> None:
-    with pytest.raises(ConfigError, match=r"tp_size=16 \(from constructor\) does not divide 32 query and 8 key/value"):
+    with pytest.raises(
+        ConfigError,
+        match=r"tp_size=16 \(from constructor\) does not divide 32 query and 8 key/value",
+    ):
         ParallelismConfig.for_model(HEADS, cluster=Cluster(32), tp_size=16)

@@ -44,7 +44,9 @@ MACHINE = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in list(os.environ):
-        if variable.startswith(("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")):
+        if variable.startswith(
+            ("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")
+        ):
             monkeypatch.delenv(variable)
 
 
@@ -78,14 +80,20 @@ def test_our_launcher_and_our_config_read_it(file: Path) -> None:
         assert (config.cp_handler.layout, config.cp_handler.exchange) == ("zigzag", "p2p")
         name = "cp_size" if file.stem in RINGS else "sp_size"
         assert str(config.source_of(name)).startswith(f"{file}:")
-        assert config.memory_config == (MemoryConfig.alst() if file.stem.startswith("alst_") else None)
+        assert config.memory_config == (
+            MemoryConfig.alst() if file.stem.startswith("alst_") else None
+        )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_stock_accelerate_takes_it_with_a_size_flag(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_accelerate_takes_it_with_a_size_flag(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, _, processes = SIZES[file.stem]
     if file.stem in ("ddp_sp8", "deepspeed_zero3_offload_sp8") or file.stem.startswith("alst_"):
-        data = processes // 2  # nobody sets data parallelism there: what the smaller degree leaves is derived
+        data = (
+            processes // 2
+        )  # nobody sets data parallelism there: what the smaller degree leaves is derived
     ring = RINGS.get(file.stem, 1)
     world_size = data * 2 * ring * TENSORS.get(file.stem, 1)
     flags = ["--config_file", str(file), *_machine(file), "--num_processes", str(world_size)]
@@ -116,13 +124,30 @@ def test_stock_accelerate_starts_it(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
         "import os, json, sys\n"
-        "keep = {k: v for k, v in os.environ.items() if k.startswith(('PARALLELISM_CONFIG_', 'WORLD_SIZE'))}\n"
+        "keep = {k: v for k, v in os.environ.items() if k.startswith(('PARALLELISM_CONFIG_', "
+        "'WORLD_SIZE'))}\n"
         "open(f\"{sys.argv[1]}/{os.environ['RANK']}.json\", 'w').write(json.dumps(keep))\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-    command += [str(FOLDER / "cpu_sp2.yaml"), "--main_process_port", "0", "--parallelism-config-sp-size", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+    ]
+    command += [
+        str(FOLDER / "cpu_sp2.yaml"),
+        "--main_process_port",
+        "0",
+        "--parallelism-config-sp-size",
+        "2",
+    ]
     done = subprocess.run(
-        [*command, str(script), str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
+        [*command, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     ranks = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
     assert len(ranks) == 2, done.stderr

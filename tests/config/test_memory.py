@@ -20,7 +20,13 @@ import ulysses_accel
 from ulysses_accel.config.memory import ALST, MemoryConfig
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.config.settings import FIELDS, MEMORY_FIELDS
-from ulysses_accel.config.sources import command_line_layer, environment_layer, export_environment, resolve, yaml_layer
+from ulysses_accel.config.sources import (
+    command_line_layer,
+    environment_layer,
+    export_environment,
+    resolve,
+    yaml_layer,
+)
 from ulysses_accel.config.yaml_file import parse_yaml_layer
 from ulysses_accel.errors import ConfigError
 
@@ -47,7 +53,9 @@ SECTION = "memory_config:\n" + "".join(f"  {name}: {value}\n" for name, value in
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in list(os.environ):
-        if variable.startswith(("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")):
+        if variable.startswith(
+            ("PARALLELISM_CONFIG_", "MEMORY_CONFIG_", "ACCELERATE_", "ULYSSES_")
+        ):
             monkeypatch.delenv(variable)
 
 
@@ -65,11 +73,17 @@ def test_by_default_nothing_is_on() -> None:
     config = MemoryConfig()
     assert config.to_dict() == {name: field.default for name, field in MEMORY_FIELDS.items()}
     assert not config.is_active
-    assert (config.checkpoint_every_n_layers, config.checkpoint_keep_last, config.save_attention) == (1, 1, "no")
+    assert (
+        config.checkpoint_every_n_layers,
+        config.checkpoint_keep_last,
+        config.save_attention,
+    ) == (1, 1, "no")
     assert "tiled_mlp = False (default)" in config.explain()
 
 
-@pytest.mark.parametrize("name", [name for name, value in EVERYTHING.items() if value is True and name in ALST])
+@pytest.mark.parametrize(
+    "name", [name for name, value in EVERYTHING.items() if value is True and name in ALST]
+)
 def test_each_feature_makes_it_active(name: str) -> None:
     needed: dict[str, Any] = {"checkpoint": True} if name == "checkpoint_offload" else {}
     assert MemoryConfig(**{**needed, name: True}).is_active
@@ -111,18 +125,39 @@ def test_by_yaml_in_the_section_that_accelerate_knows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("memory_config: {tiled_mpl: true}", r"x.yaml:1: unknown key 'tiled_mpl' .*Did you mean 'tiled_mlp'"),
-        ("memory_config: {sp_size: 2}", r"unknown key 'sp_size' .*belongs below 'parallelism_config:'"),
-        ("parallelism_config: {tiled_mlp: true}", r"unknown key 'tiled_mlp' .*belongs below 'memory_config:'"),
-        ("parallelism_config: {memory_config_tiled: 1}", r"unknown key 'memory_config_tiled'.*Did you mean 'tiled_"),
+        (
+            "memory_config: {tiled_mpl: true}",
+            r"x.yaml:1: unknown key 'tiled_mpl' .*Did you mean 'tiled_mlp'",
+        ),
+        (
+            "memory_config: {sp_size: 2}",
+            r"unknown key 'sp_size' .*belongs below 'parallelism_config:'",
+        ),
+        (
+            "parallelism_config: {tiled_mlp: true}",
+            r"unknown key 'tiled_mlp' .*belongs below 'memory_config:'",
+        ),
+        (
+            "parallelism_config: {memory_config_tiled: 1}",
+            r"unknown key 'memory_config_tiled'.*Did you mean 'tiled_",
+        ),
         ("memory_config: {tiled_mlp: [1]}", "must be one value"),
         ("memory_config: {tiled_mlp: 1, memory_config_tiled_mlp: 1}", "tiled_mlp is set twice"),
-        ("parallelism_config: {memory_config_tiled_mlp: 1}\nmemory_config: {tiled_mlp: 1}", "tiled_mlp is set twice"),
+        (
+            "parallelism_config: {memory_config_tiled_mlp: 1}\nmemory_config: {tiled_mlp: 1}",
+            "tiled_mlp is set twice",
+        ),
         ("memory_config: {}\nmemory_config: {}", "second section 'memory_config:'"),
         ("memory_config: 3", "must hold `key: value` lines, such as tiled_mlp: true"),
         ("memory_confg: {tiled_mlp: true}", "Did you mean 'memory_config:'"),
-        ("memory_config_tiled_mlp: true", "outside of the section. Indent it below 'memory_config:'"),
-        ("memory_config: {tiled_mlp: perhaps}", r"tiled_mlp='perhaps' \(from x.yaml:1 \(tiled_mlp\)\) must be true"),
+        (
+            "memory_config_tiled_mlp: true",
+            "outside of the section. Indent it below 'memory_config:'",
+        ),
+        (
+            "memory_config: {tiled_mlp: perhaps}",
+            r"tiled_mlp='perhaps' \(from x.yaml:1 \(tiled_mlp\)\) must be true",
+        ),
     ],
 )
 def test_illegal_yaml(text: str, message: str) -> None:
@@ -131,7 +166,10 @@ def test_illegal_yaml(text: str, message: str) -> None:
 
 
 def test_other_programs_words_are_left_alone() -> None:
-    assert parse_yaml_layer("checkpoint: out/\nmemory: {tiled: true}\nsave_attention: 3\n", "x.yaml") == {}
+    assert (
+        parse_yaml_layer("checkpoint: out/\nmemory: {tiled: true}\nsave_attention: 3\n", "x.yaml")
+        == {}
+    )
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -159,14 +197,23 @@ def test_precedence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_liger_loss": True}, r"use_liger_loss=True \(from constructor\) .*tiled_loss=False \(default\)"),
+        (
+            {"use_liger_loss": True},
+            r"use_liger_loss=True \(from constructor\) .*tiled_loss=False \(default\)",
+        ),
         ({"tiled_loss_tokens": 5}, "tiled_loss=False"),
         ({"tiled_mlp_bytes": 5}, "tiled_mlp=False"),
-        ({"checkpoint_offload": True}, r"checkpoint=False \(default\)\. Use checkpoint=True, or leave checkpoint_off"),
+        (
+            {"checkpoint_offload": True},
+            r"checkpoint=False \(default\)\. Use checkpoint=True, or leave checkpoint_off",
+        ),
         ({"checkpoint_every_n_layers": 2}, "checkpoint=False"),
         ({"checkpoint_keep_last": 0, "checkpoint": False}, r"checkpoint=False \(constructor\)"),
         ({"save_attention": "host"}, "checkpoint=False"),
-        ({"save_exchange": True, "checkpoint": True}, "save_attention=no .*Use save_attention='device' or 'host'"),
+        (
+            {"save_exchange": True, "checkpoint": True},
+            "save_attention=no .*Use save_attention='device' or 'host'",
+        ),
         ({"save_attention_bytes": 9, "checkpoint": True}, "save_attention=no"),
         ({"save_exchange": True, "save_attention": "device"}, "checkpoint=False"),
     ],
@@ -176,11 +223,15 @@ def test_contradictions(values: dict[str, Any], message: str) -> None:
         MemoryConfig(**values)
 
 
-def test_a_contradiction_names_both_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contradiction_names_both_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("memory_config:\n  checkpoint: true\n  checkpoint_offload: true\n")
     monkeypatch.setenv("MEMORY_CONFIG_CHECKPOINT", "false")
-    with pytest.raises(ConfigError, match=r"x.yaml:3 \(checkpoint_offload\)\) .*\(env MEMORY_CONFIG_CHECKPOINT\)"):
+    with pytest.raises(
+        ConfigError, match=r"x.yaml:3 \(checkpoint_offload\)\) .*\(env MEMORY_CONFIG_CHECKPOINT\)"
+    ):
         ParallelismConfig.from_yaml(file)
 
 
@@ -230,7 +281,8 @@ def test_alst() -> None:
         "tiled_mlp_bytes": 7,
         "tiled_norm": False,
     }
-    # Offloading goes with the checkpoints whose inputs it puts away; what the user asks for does not go silently.
+    # Offloading goes with the checkpoints whose inputs it puts away; what the user asks for does
+    # not go silently.
     assert MemoryConfig.alst(checkpoint=False).checkpoint_offload is False
     with pytest.raises(ConfigError, match="checkpoint_offload=True"):
         MemoryConfig.alst(checkpoint=False, checkpoint_offload=True)
@@ -254,7 +306,9 @@ def test_a_parallelism_config_carries_it() -> None:
     twin = copy.deepcopy(config)
     assert (twin, twin.memory_config is config.memory_config) == (config, False)
     assert copy.copy(config) == config
-    assert ParallelismConfig.for_model(None, sp_size=2, memory_config=memory).memory_config == memory
+    assert (
+        ParallelismConfig.for_model(None, sp_size=2, memory_config=memory).memory_config == memory
+    )
     inactive = ParallelismConfig(memory_config=MemoryConfig())
     assert inactive.memory_config == MemoryConfig()
     assert ParallelismConfig.from_dict(inactive.to_dict()) == inactive
@@ -281,13 +335,17 @@ def test_stock_accelerate_takes_a_config_with_it(monkeypatch: pytest.MonkeyPatch
 
 
 FAST = settings(max_examples=100, deadline=None)
-SWITCHES = {name: st.booleans() for name in ("tiled_norm", "expandable_segments", "bf16_gradient_reduction")}
+SWITCHES = {
+    name: st.booleans() for name in ("tiled_norm", "expandable_segments", "bf16_gradient_reduction")
+}
 LIMITS = st.none() | st.integers(1, 2**60)
 ON = st.just(True)
 LEGAL = st.one_of(
     st.fixed_dictionaries({}, optional=SWITCHES),
     st.fixed_dictionaries({"tiled_mlp": ON, "tiled_mlp_bytes": LIMITS}, optional=SWITCHES),
-    st.fixed_dictionaries({"tiled_loss": ON, "tiled_loss_tokens": LIMITS, "use_liger_loss": st.booleans()}),
+    st.fixed_dictionaries(
+        {"tiled_loss": ON, "tiled_loss_tokens": LIMITS, "use_liger_loss": st.booleans()}
+    ),
     st.fixed_dictionaries(
         {"checkpoint": ON, "save_attention": st.sampled_from(["device", "host"])},
         optional={
@@ -324,13 +382,20 @@ def test_exported_settings_come_back_with_their_sources(values: dict[str, Any]) 
 
 
 @FAST
-@given(st.dictionaries(st.sampled_from(sorted(MEMORY_FIELDS)), st.sampled_from(["true", "0", "1", "no", "host", "-"])))
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(MEMORY_FIELDS)),
+        st.sampled_from(["true", "0", "1", "no", "host", "-"]),
+    )
+)
 def test_any_environment_gives_a_config_or_names_a_variable(values: dict[str, str]) -> None:
     variables = {FIELDS[name].variable: value for name, value in values.items()}
     try:
         outcome = ParallelismConfig.from_layers(environment_layer(variables)).explain()
     except ConfigError as error:
         outcome = str(error)
-        variables = {variable: value for variable, value in variables.items() if f"env {variable}" in outcome}
+        variables = {
+            variable: value for variable, value in variables.items() if f"env {variable}" in outcome
+        }
         assert len(variables) in (1, 2)
     assert all(f"env {variable}" in outcome for variable in variables)

@@ -1,4 +1,6 @@
-"""`sequence_parallelism_mode`: what each word makes of the sizes, where it is read from, and what contradicts it."""
+"""`sequence_parallelism_mode`: what each word makes of the sizes, where it is read from, and what
+contradicts it.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"sp_size": 2},
         "but tp_size=1 (default), cp_size=1 (default), sp_size=2 (constructor). Set tp_size.",
     ),
-    ("all_to_all", {"tp_size": 2}, "is Ulysses over sp_size ranks alone, but tp_size=2 (constructor)"),
-    ("all_to_all", {"cp_size": 2, "sp_size": 2}, "Leave sequence_parallelism_mode out to use several kinds together"),
-    ("ring_attn", {"cp_size": 2, "sp_size": 2}, "has one degree, but tp_size=1 (default), cp_size=2 (constructor)"),
+    (
+        "all_to_all",
+        {"tp_size": 2},
+        "is Ulysses over sp_size ranks alone, but tp_size=2 (constructor)",
+    ),
+    (
+        "all_to_all",
+        {"cp_size": 2, "sp_size": 2},
+        "Leave sequence_parallelism_mode out to use several kinds together",
+    ),
+    (
+        "ring_attn",
+        {"cp_size": 2, "sp_size": 2},
+        "has one degree, but tp_size=1 (default), cp_size=2 (constructor)",
+    ),
     ("ring_attn", {"tp_size": 2}, "needs the ring's degree"),
     ("ring", {"sp_size": 2}, "must be one of split_gather, all_to_all, ring_attn"),
 ]
@@ -45,7 +59,9 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("mode", "arguments", "sizes"), SIZES)
-def test_a_mode_decides_the_sizes(mode: str, arguments: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+def test_a_mode_decides_the_sizes(
+    mode: str, arguments: dict[str, Any], sizes: tuple[int, int, int]
+) -> None:
     config = ParallelismConfig(sequence_parallelism_mode=mode, **arguments)
     assert (config.tp_size, config.cp_size, config.sp_size) == sizes
     assert config.sequence_parallelism_mode == mode.strip().lower()
@@ -54,7 +70,9 @@ def test_a_mode_decides_the_sizes(mode: str, arguments: dict[str, Any], sizes: t
 
 
 @pytest.mark.parametrize(("mode", "arguments", "words"), REFUSED)
-def test_a_contradiction_is_refused_with_the_values(mode: str, arguments: dict[str, Any], words: str) -> None:
+def test_a_contradiction_is_refused_with_the_values(
+    mode: str, arguments: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError) as refusal:
         ParallelismConfig(sequence_parallelism_mode=mode, **arguments)
     assert words in str(refusal.value)
@@ -79,21 +97,37 @@ def test_it_is_read_like_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = ParallelismConfig.from_yaml(file)
     assert (config.cp_size, config.sp_size) == (1, 4)
     assert (
-        "sequence_parallelism_mode = all_to_all (env PARALLELISM_CONFIG_SEQUENCE_PARALLELISM_MODE)" in config.explain()
+        "sequence_parallelism_mode = all_to_all (env PARALLELISM_CONFIG_SEQUENCE_PARALLELISM_MODE)"
+        in config.explain()
     )
 
 
 @pytest.mark.parametrize(("mode", "sizes"), [("all_to_all", (1, 4)), ("ring_attn", (4, 1))])
 def test_auto_keeps_to_it(mode: str, sizes: tuple[int, int]) -> None:
-    arguments = {"sp_size": "auto", "tp_size": 2, "sp_auto_heads": "16/8", "sequence_parallelism_mode": mode}
+    arguments = {
+        "sp_size": "auto",
+        "tp_size": 2,
+        "sp_auto_heads": "16/8",
+        "sequence_parallelism_mode": mode,
+    }
     layer = argument_layer(arguments, Source("constructor"))
     config = ParallelismConfig.from_layers(layer, cluster=Cluster(num_ranks=8))
     assert (config.cp_size, config.sp_size) == sizes
 
 
 def test_the_launcher_takes_it() -> None:
-    flags = ["--num_processes", "8", "--cpu", "--parallelism-config-tp-size", "2", "--parallelism-config-sp-size", "4"]
-    plan = plan_launch([*flags, "--parallelism-config-sequence-parallelism-mode", "ring_attn", "train.py"])
+    flags = [
+        "--num_processes",
+        "8",
+        "--cpu",
+        "--parallelism-config-tp-size",
+        "2",
+        "--parallelism-config-sp-size",
+        "4",
+    ]
+    plan = plan_launch(
+        [*flags, "--parallelism-config-sequence-parallelism-mode", "ring_attn", "train.py"]
+    )
     assert (plan.config.tp_size, plan.config.cp_size, plan.config.sp_size) == (2, 4, 1)
 
 

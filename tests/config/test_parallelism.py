@@ -1,4 +1,6 @@
-"""ParallelismConfig and its handler: values, sources, names, and what stock accelerate sees of them."""
+"""ParallelismConfig and its handler: values, sources, names, and what stock accelerate sees of
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ import pytest
 from accelerate.utils import DeepSpeedSequenceParallelConfig as StockHandler
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
-from ulysses_accel.config.parallelism import DeepSpeedSequenceParallelConfig, ParallelismConfig, RingAttentionConfig
+from ulysses_accel.config.parallelism import (
+    DeepSpeedSequenceParallelConfig,
+    ParallelismConfig,
+    RingAttentionConfig,
+)
 from ulysses_accel.errors import ConfigError, MeshError
 
 
@@ -22,7 +28,8 @@ from ulysses_accel.errors import ConfigError, MeshError
 def yaml_file(tmp_path: Path) -> Path:
     file = tmp_path / "x.yaml"
     file.write_text(
-        "distributed_type: FSDP\nnum_processes: 8\nparallelism_config:\n  sp_size: 4\n  dp_shard_size: 2\n"
+        "distributed_type: FSDP\nnum_processes: 8\nparallelism_config:\n  sp_size: 4\n  "
+        "dp_shard_size: 2\n"
         "  sp_attn_implementation: eager\nmemory: {tiled: true}\n"
     )
     return file
@@ -48,7 +55,9 @@ def test_no_stock_branch_for_deepspeed_is_ever_taken(backend: str | None) -> Non
 def test_no_stock_branch_for_context_parallelism_is_ever_taken() -> None:
     config = ParallelismConfig(cp_size=2, sp_size=2, cp_backend="torch")
     assert (config.cp_enabled, config.cp_backend, config.cp_size) == (False, "ring", 2)
-    assert config.cp_handler == RingAttentionConfig(layout="zigzag", exchange="p2p", head_stride=None)
+    assert config.cp_handler == RingAttentionConfig(
+        layout="zigzag", exchange="p2p", head_stride=None
+    )
     assert config.sequence_parallel_size == 4
 
 
@@ -57,12 +66,19 @@ def test_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SEQ_LENGTH", "64")
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
     config = ParallelismConfig(dp_shard_size=2)
-    assert (config.sp_size, config.sp_handler.sp_seq_length, config.sp_handler.sp_seq_length_is_variable) == (
+    assert (
+        config.sp_size,
+        config.sp_handler.sp_seq_length,
+        config.sp_handler.sp_seq_length_is_variable,
+    ) == (
         2,
         64,
         True,
     )
-    assert 'sp_backend = ulysses (from "deepspeed", env PARALLELISM_CONFIG_SP_BACKEND)' in config.explain()
+    assert (
+        'sp_backend = ulysses (from "deepspeed", env PARALLELISM_CONFIG_SP_BACKEND)'
+        in config.explain()
+    )
     assert "dp_shard_size = 2 (constructor)" in config.explain()
     assert "tp_size = 1 (default)" in config.explain()
     assert ParallelismConfig(sp_size=1).sp_size == 1
@@ -73,29 +89,45 @@ def test_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_yaml(yaml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ParallelismConfig.from_yaml(yaml_file)
-    assert (config.sp_size, config.dp_shard_size, config.sp_handler.sp_attn_implementation) == (4, 2, "eager")
+    assert (config.sp_size, config.dp_shard_size, config.sp_handler.sp_attn_implementation) == (
+        4,
+        2,
+        "eager",
+    )
     assert str(config.source_of("sp_size")) == f"{yaml_file}:4 (sp_size)"
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length=64)
     config = ParallelismConfig.from_yaml(yaml_file, dp_shard_size=1, sp_handler=handler)
     assert (config.sp_size, config.dp_shard_size) == (2, 1)
-    assert (config.sp_handler.sp_seq_length, config.sp_handler.sp_attn_implementation) == (64, "eager")
+    assert (config.sp_handler.sp_seq_length, config.sp_handler.sp_attn_implementation) == (
+        64,
+        "eager",
+    )
     assert (
-        ParallelismConfig.from_yaml(yaml_file, sp_attn_implementation="sdpa").sp_handler.sp_attn_implementation
+        ParallelismConfig.from_yaml(
+            yaml_file, sp_attn_implementation="sdpa"
+        ).sp_handler.sp_attn_implementation
         == "sdpa"
     )
     with pytest.raises(ConfigError, match="Did you mean 'sp_size'"):
         ParallelismConfig.from_yaml(yaml_file, spsize=2)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"])
+@pytest.mark.parametrize(
+    "name", ["sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"]
+)
 def test_attention_cores(name: str) -> None:
-    assert DeepSpeedSequenceParallelConfig(sp_attn_implementation=name).sp_attn_implementation == name
+    assert (
+        DeepSpeedSequenceParallelConfig(sp_attn_implementation=name).sp_attn_implementation == name
+    )
 
 
 def test_hub_kernels_only_from_the_trusted_organization() -> None:
     for name in ("kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3@v1:entry"):
-        assert DeepSpeedSequenceParallelConfig(sp_attn_implementation=name).sp_attn_implementation == name
+        assert (
+            DeepSpeedSequenceParallelConfig(sp_attn_implementation=name).sp_attn_implementation
+            == name
+        )
     for name in ("evil/flash-attn2", "kernels-community/other", "a/kernels-community/flash-attn"):
         with pytest.raises(ConfigError, match="not a trusted hub kernel"):
             DeepSpeedSequenceParallelConfig(sp_attn_implementation=name)
@@ -108,9 +140,13 @@ def test_a_fixed_length_must_be_given_and_divide() -> None:
     with pytest.raises(ConfigError, match=r"sp_seq_length=15 .* 2 × 2 = 4 .* Use 12 or 16 tokens"):
         ParallelismConfig(cp_size=2, sp_size=2, sp_handler=handler)
     zigzag = DeepSpeedSequenceParallelConfig(sp_seq_length=6, sp_seq_length_is_variable=False)
-    with pytest.raises(ConfigError, match=r"dealt zigzag, so must be a multiple of 4\. Use 4 or 8 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"dealt zigzag, so must be a multiple of 4\. Use 4 or 8 tokens"
+    ):
         ParallelismConfig(cp_size=2, sp_handler=zigzag)
-    striped = ParallelismConfig(cp_size=2, sp_handler=zigzag, cp_handler=RingAttentionConfig(layout="striped"))
+    striped = ParallelismConfig(
+        cp_size=2, sp_handler=zigzag, cp_handler=RingAttentionConfig(layout="striped")
+    )
     assert striped.sp_handler.sp_seq_length == 6
     assert ParallelismConfig(sp_size=5, sp_handler=handler).sp_handler == handler
     variable = DeepSpeedSequenceParallelConfig(sp_seq_length=15)
@@ -128,7 +164,9 @@ def test_stock_handlers_are_taken_and_wrong_ones_refused() -> None:
             ParallelismConfig(**{name: {}})
 
 
-@pytest.mark.parametrize(("strategy", "exchange"), [("allgather", "all_gather"), ("alltoall", "p2p")])
+@pytest.mark.parametrize(
+    ("strategy", "exchange"), [("allgather", "all_gather"), ("alltoall", "p2p")]
+)
 def test_stock_ring_handlers_are_taken(strategy: str, exchange: str) -> None:
     handler = TorchContextParallelConfig(cp_comm_strategy=strategy)
     config = ParallelismConfig(cp_size=2, cp_handler=handler)
@@ -137,16 +175,23 @@ def test_stock_ring_handlers_are_taken(strategy: str, exchange: str) -> None:
     assert f'cp_exchange = {exchange} (from "{strategy}", constructor)' in config.explain()
 
 
-def test_the_ring_is_configured_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ring_is_configured_in_every_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handler = RingAttentionConfig(layout="striped", exchange="all_gather", head_stride=2)
     config = ParallelismConfig(cp_size=2, cp_handler=handler)
     assert config.cp_handler == handler
     assert "cp_head_stride = 2 (constructor)" in config.explain()
     file = tmp_path / "x.yaml"
-    file.write_text("parallelism_config:\n  cp_layout: contiguous\n  cp_exchange: all_gather\n  cp_head_stride: 4\n")
+    file.write_text(
+        "parallelism_config:\n  cp_layout: contiguous\n  cp_exchange: all_gather\n  "
+        "cp_head_stride: 4\n"
+    )
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_LAYOUT", "striped")
     config = ParallelismConfig.from_yaml(file, cp_size=2)
-    assert config.cp_handler == RingAttentionConfig(layout="striped", exchange="all_gather", head_stride=4)
+    assert config.cp_handler == RingAttentionConfig(
+        layout="striped", exchange="all_gather", head_stride=4
+    )
     assert str(config.source_of("cp_layout")) == "env PARALLELISM_CONFIG_CP_LAYOUT"
     assert str(config.source_of("cp_head_stride")) == f"{file}:4 (cp_head_stride)"
     assert ParallelismConfig.from_dict(json.loads(config.to_json())) == config
@@ -154,7 +199,9 @@ def test_the_ring_is_configured_in_every_way(tmp_path: Path, monkeypatch: pytest
     assert "cp_layout = zigzag (assigned after construction)" in config.explain()
     with pytest.raises(ConfigError, match=r"cp_head_stride=2 .*Use exchange='all_gather'"):
         RingAttentionConfig(head_stride=2)
-    with pytest.raises(ConfigError, match=r"cp_layout='spiral' \(from constructor\) must be one of zigzag"):
+    with pytest.raises(
+        ConfigError, match=r"cp_layout='spiral' \(from constructor\) must be one of zigzag"
+    ):
         RingAttentionConfig(layout="spiral")
 
 
@@ -162,10 +209,16 @@ def test_two_names_of_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "allgather")
     assert ParallelismConfig(cp_size=2).cp_handler.exchange == "all_gather"
     # The stronger layer's word holds, whichever name it uses.
-    assert ParallelismConfig(cp_size=2, cp_handler=RingAttentionConfig(exchange="p2p")).cp_handler.exchange == "p2p"
+    assert (
+        ParallelismConfig(
+            cp_size=2, cp_handler=RingAttentionConfig(exchange="p2p")
+        ).cp_handler.exchange
+        == "p2p"
+    )
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_EXCHANGE", "p2p")
     with pytest.raises(
-        ConfigError, match=r"cp_exchange=p2p \(from env .*contradict each other.*Keep cp_exchange alone"
+        ConfigError,
+        match=r"cp_exchange=p2p \(from env .*contradict each other.*Keep cp_exchange alone",
     ):
         ParallelismConfig(cp_size=2)
     monkeypatch.delenv("PARALLELISM_CONFIG_CP_EXCHANGE")
@@ -178,10 +231,14 @@ def test_two_names_of_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_head_chunks_are_a_setting() -> None:
-    config = ParallelismConfig(sp_size=2, sp_handler=DeepSpeedSequenceParallelConfig(sp_head_chunks=4))
+    config = ParallelismConfig(
+        sp_size=2, sp_handler=DeepSpeedSequenceParallelConfig(sp_head_chunks=4)
+    )
     assert config.sp_handler.sp_head_chunks == 4
     assert ParallelismConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match=r"sp_head_chunks=0 \(from constructor\) must be .*at least 1"):
+    with pytest.raises(
+        ConfigError, match=r"sp_head_chunks=0 \(from constructor\) must be .*at least 1"
+    ):
         DeepSpeedSequenceParallelConfig(sp_head_chunks=0)
 
 
@@ -192,7 +249,9 @@ def test_illegal_sizes_name_value_and_source(value: Any) -> None:
 
 
 def test_mesh_names() -> None:
-    config = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2, cp_size=2, sp_size=2, tp_size=2)
+    config = ParallelismConfig(
+        dp_replicate_size=2, dp_shard_size=2, cp_size=2, sp_size=2, tp_size=2
+    )
     assert config.dp_dim_names == ["dp_replicate", "dp_shard"]
     assert config.non_dp_dim_names == ["cp", "sp", "tp"]
     assert config.dp_shard_cp_dim_names == ["dp_shard", "cp", "sp"]
@@ -200,9 +259,16 @@ def test_mesh_names() -> None:
     assert config.fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
     assert config.active_mesh_dims == ["dp_replicate", "dp_shard", "cp", "sp", "tp"]
     assert config._get_mesh() == (("dp_replicate", "dp_shard", "cp", "sp", "tp"), (2, 2, 2, 2, 2))
-    assert (config.total_size, config.data_parallel_size, config.non_data_parallel_size) == (32, 4, 8)
+    assert (config.total_size, config.data_parallel_size, config.non_data_parallel_size) == (
+        32,
+        4,
+        8,
+    )
     assert isinstance(config.tp_handler, TorchTensorParallelConfig)
-    assert ParallelismConfig(dp_replicate_size=2, sp_size=2).fsdp_dim_names == ["dp_replicate", "dp_shard_cp"]
+    assert ParallelismConfig(dp_replicate_size=2, sp_size=2).fsdp_dim_names == [
+        "dp_replicate",
+        "dp_shard_cp",
+    ]
     assert ParallelismConfig(dp_replicate_size=2).fsdp_dim_names == ["dp_replicate"]
     assert ParallelismConfig().fsdp_dim_names == []
 

@@ -31,7 +31,8 @@ def test_resolving_needs_neither_torch_nor_accelerate() -> None:
 def test_each_layer_beats_the_one_before(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(
-        "distributed_type: FSDP\nparallelism_config:\n  sp_size: 2\n  parallelism_config_cp_size: 2\n  tp_size: 2\n"
+        "distributed_type: FSDP\nparallelism_config:\n  sp_size: 2\n  parallelism_config_cp_size: "
+        "2\n  tp_size: 2\n"
     )
     layers = [
         yaml_layer(file),
@@ -39,12 +40,20 @@ def test_each_layer_beats_the_one_before(tmp_path: Path) -> None:
         command_line_layer({"sp_size": "8"}),
     ]
     settled = resolve(*layers)
-    assert [settled[f"{axis}_size"].value for axis in ("dp_shard", "tp", "cp", "sp")] == [1, 2, 4, 8]
+    assert [settled[f"{axis}_size"].value for axis in ("dp_shard", "tp", "cp", "sp")] == [
+        1,
+        2,
+        4,
+        8,
+    ]
     assert str(settled["dp_shard_size"].source) == "default"
     assert str(settled["tp_size"].source) == f"{file}:5 (tp_size)"
     assert str(settled["cp_size"].source) == "env PARALLELISM_CONFIG_CP_SIZE"
     assert str(settled["sp_size"].source) == "command line --parallelism-config-sp-size"
-    assert resolve(*layers, argument_layer({"sp_size": 16}, Source("constructor")))["sp_size"].value == 16
+    assert (
+        resolve(*layers, argument_layer({"sp_size": 16}, Source("constructor")))["sp_size"].value
+        == 16
+    )
 
 
 @pytest.mark.parametrize("word", ["true", "Yes", "ON", "1", " TRUE "])
@@ -65,7 +74,11 @@ def test_words_for_false(word: str) -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "message"),
     [
-        ("PARALLELISM_CONFIG_SP_SIZE", "0", r"sp_size=0 \(from env PARALLELISM_CONFIG_SP_SIZE\) must be at least 1"),
+        (
+            "PARALLELISM_CONFIG_SP_SIZE",
+            "0",
+            r"sp_size=0 \(from env PARALLELISM_CONFIG_SP_SIZE\) must be at least 1",
+        ),
         ("PARALLELISM_CONFIG_SP_SIZE", "two", r"sp_size='two' .* whole number"),
         ("PARALLELISM_CONFIG_SP_SIZE", "2.0", "whole number"),
         ("PARALLELISM_CONFIG_SP_SIZE", "010", "whole number"),
@@ -84,8 +97,16 @@ def test_words_for_false(word: str) -> None:
         ("PARALLELISM_CONFIG_SP_AUTO_HEADS", "32/5", "do not divide 32 query heads"),
         ("PARALLELISM_CONFIG_DP_SHARD_SIZE", "auto", "whole number"),
         ("PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION", "flex_attention", "sdpa"),
-        ("PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION", "someone/flash-attn2", "not a trusted hub kernel"),
-        ("PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION", "kernels-community/../x/flash-attn", "not a trusted hub kernel"),
+        (
+            "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION",
+            "someone/flash-attn2",
+            "not a trusted hub kernel",
+        ),
+        (
+            "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION",
+            "kernels-community/../x/flash-attn",
+            "not a trusted hub kernel",
+        ),
         ("PARALLELISM_CONFIG_SP_SIZEE", "2", "Did you mean 'PARALLELISM_CONFIG_SP_SIZE'"),
     ],
 )
@@ -95,7 +116,9 @@ def test_illegal_variables(variable: str, text: str, message: str) -> None:
 
 
 def test_empty_variables_count_as_unset() -> None:
-    assert environment_layer({"PARALLELISM_CONFIG_SP_SIZE": "", "PARALLELISM_CONFIG_TYPO": " "}) == {}
+    assert (
+        environment_layer({"PARALLELISM_CONFIG_SP_SIZE": "", "PARALLELISM_CONFIG_TYPO": " "}) == {}
+    )
 
 
 def test_none_is_a_length() -> None:
@@ -105,7 +128,10 @@ def test_none_is_a_length() -> None:
 
 def test_heads_are_written_in_one_way() -> None:
     for text, value in (("32/8", "32/8"), (" 32 / 8 ", "32/8"), ("32", "32/32"), ("None", None)):
-        assert environment_layer({"PARALLELISM_CONFIG_SP_AUTO_HEADS": text})["sp_auto_heads"].value == value
+        assert (
+            environment_layer({"PARALLELISM_CONFIG_SP_AUTO_HEADS": text})["sp_auto_heads"].value
+            == value
+        )
 
 
 def test_what_accelerate_launch_exports_for_nobody_is_told_apart() -> None:
@@ -125,7 +151,10 @@ def test_what_accelerate_launch_exports_for_nobody_is_told_apart() -> None:
         ("just words", "top level"),
         ("a: [", "not valid YAML"),
         ("a: \x00", "not valid YAML"),
-        ("parallelism_config:\n  sp_sizee: 2\n", r"x.yaml:2: unknown key 'sp_sizee' .* Did you mean 'sp_size'"),
+        (
+            "parallelism_config:\n  sp_sizee: 2\n",
+            r"x.yaml:2: unknown key 'sp_sizee' .* Did you mean 'sp_size'",
+        ),
         ("parallelism_config:\n  sp_size: [2]\n", "one value"),
         ("parallelism_config:\n  sp_size: 2\n  parallelism_config_sp_size: 4\n", "set twice"),
         ("parallelism_config: 3\n", "must hold"),
@@ -182,7 +211,16 @@ def test_a_recorded_source_is_believed_only_for_its_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", ["{", "[]", "3", '{"sp_size": 3}', '{"sp_size": {"value": "2"}}', "[" * 30000, json.dumps({"x": {}})]
+    "record",
+    [
+        "{",
+        "[]",
+        "3",
+        '{"sp_size": 3}',
+        '{"sp_size": {"value": "2"}}',
+        "[" * 30000,
+        json.dumps({"x": {}}),
+    ],
 )
 def test_damaged_records_are_ignored(record: str) -> None:
     layer = environment_layer({"PARALLELISM_CONFIG_SP_SIZE": "2", SOURCES_VARIABLE: record})

@@ -1,4 +1,6 @@
-"""Settings of the attention reach a stock accelerator's model and loader, and change no number of the training."""
+"""Settings of the attention reach a stock accelerator's model and loader, and change no number of
+the training.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def train(plans: dict[str, list[Step]], layout: tuple[int, int, int]) -> tuple[I
     ],
     ids=["striped", "gathered", "chunks", "chunks in a ring"],
 )
-def test_settings_train_the_same(layout: tuple[int, int, int], settings: dict[str, str], wanted: Installed) -> None:
+def test_settings_train_the_same(
+    layout: tuple[int, int, int], settings: dict[str, str], wanted: Installed
+) -> None:
     plans = {"llama": expected_steps("llama", layout[0], True)}
     env = {PREFIX + name: value for name, value in settings.items()}
     ranks = run_ranks(train, math.prod(layout), plans, layout, init=False, env=env)

@@ -1,4 +1,6 @@
-"""The table of known keys, and the schema of a configuration: each tensor comes back whole from its shards."""
+"""The table of known keys, and the schema of a configuration: each tensor comes back whole from its
+shards.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.layout import ring_order
 from ulysses_accel.sequence.sharding import shard, unshard
 
-SEQUENCES = sorted(name for name, key in KNOWN_KEYS.items() if key.dim is not None and name != "labels")
+SEQUENCES = sorted(
+    name for name, key in KNOWN_KEYS.items() if key.dim is not None and name != "labels"
+)
 WHOLE = sorted(name for name, key in KNOWN_KEYS.items() if key.dim is None)
 MERGING = BatchRules(merges=True)
 sizes = st.integers(1, 3)
@@ -39,7 +43,11 @@ def tensor(name: str, batch_size: int, length: int, extra: list[int], planes: in
     if name == "position_ids":
         # mRoPE's planes; none is [B, S].
         shape = [*([planes] if planes else []), batch_size, length]
-        return torch.arange(length).expand(shape) if planes < 3 else torch.arange(length).expand(shape) + 7
+        return (
+            torch.arange(length).expand(shape)
+            if planes < 3
+            else torch.arange(length).expand(shape) + 7
+        )
     if name == "attention_mask":
         return torch.ones(batch_size, length, dtype=torch.long)
     shape = [batch_size, length, *(extra[:1] if name == "inputs_embeds" else [])]
@@ -61,12 +69,16 @@ def batches(draw: st.DrawFn) -> tuple[dict[str, Tensor], BatchLayout]:
     batch["mine"] = torch.rand([*[1, 2, 3, 4][:own], length, *extra])
     ring, ulysses = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (4, 1)]))
     layout = draw(st.sampled_from(["contiguous", "zigzag", "striped"]))
-    return batch, BatchLayout(ring * ulysses, key_rules={"mine": own}, ring_size=ring, ring_layout=layout)
+    return batch, BatchLayout(
+        ring * ulysses, key_rules={"mine": own}, ring_size=ring, ring_layout=layout
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(batches())
-def test_every_tensor_comes_back_from_its_shards(drawn: tuple[dict[str, Tensor], BatchLayout]) -> None:
+def test_every_tensor_comes_back_from_its_shards(
+    drawn: tuple[dict[str, Tensor], BatchLayout],
+) -> None:
     batch, layout = drawn
     done = complete(batch, layout)
     parts = [done.local_batch(rank) for rank in range(layout.num_shards)]
@@ -102,7 +114,12 @@ def test_numbers_of_samples_or_tokens() -> None:
 @pytest.mark.parametrize("name", MERGED_KEYS)
 def test_tokens_beside_images_or_sound_stay_whole(name: str) -> None:
     tokens = torch.arange(14).reshape(2, 7)
-    batch = {"input_ids": tokens, "labels": tokens, "mm_token_type_ids": tokens % 2, name: torch.ones(3, 2)}
+    batch = {
+        "input_ids": tokens,
+        "labels": tokens,
+        "mm_token_type_ids": tokens % 2,
+        name: torch.ones(3, 2),
+    }
     layout = BatchLayout(2, ring_size=2, ring_layout="zigzag")
     done = complete(batch, layout, MERGING)
     part = done.local_batch(1)
@@ -111,14 +128,18 @@ def test_tokens_beside_images_or_sound_stay_whole(name: str) -> None:
     # What only decoder and loss see is cut: the second rank of a zigzag ring has the tokens 2 to 5.
     assert part["shift_labels"].tolist() == [[3, 4, 5, 6], [10, 11, 12, 13]]
     assert part["position_ids"].tolist() == [[2, 3, 4, 5]] * 2
-    own = complete({**batch, "position_ids": torch.arange(7).expand(3, 2, 7)}, layout, MERGING).local_batch(1)
+    own = complete(
+        {**batch, "position_ids": torch.arange(7).expand(3, 2, 7)}, layout, MERGING
+    ).local_batch(1)
     assert own["position_ids"].shape == (3, 2, 8)
     # Without images nothing is whole, and neither is it for a model that merges none.
     text = {key: value for key, value in batch.items() if key != name}
     assert complete(text, layout, MERGING).local_batch(1)["input_ids"].shape == (2, 4)
     assert complete(batch, layout).local_batch(1)["input_ids"].shape == (2, 4)
     # Whole tokens count, where ranks are asked whether they drew the same.
-    assert done.checksum() != complete({**batch, "input_ids": tokens + 1}, layout, MERGING).checksum()
+    assert (
+        done.checksum() != complete({**batch, "input_ids": tokens + 1}, layout, MERGING).checksum()
+    )
 
 
 def own_rows(tensor: Tensor, description: SequenceDescription, rank: int) -> Tensor:
@@ -136,9 +157,13 @@ def with_functions() -> list[Any]:
         return tensor
 
     options: dict[str, Any] = {"same_batch": True}
-    failing = error_of(lambda: list(adapt(from_list([batch]), key_rules={"scores": fails}, **options)))
+    failing = error_of(
+        lambda: list(adapt(from_list([batch]), key_rules={"scores": fails}, **options))
+    )
     nothing: Any = lambda *_: None  # noqa: E731
-    empty = error_of(lambda: list(adapt(from_list([batch]), key_rules={"scores": nothing}, **options)))
+    empty = error_of(
+        lambda: list(adapt(from_list([batch]), key_rules={"scores": nothing}, **options))
+    )
     own = error_of(lambda: adapt(loader(Samples(1)), key_rules={"scores": own_rows}))
     return [part["scores"], failing, empty, own]
 
@@ -149,12 +174,17 @@ def test_a_function_cuts_for_its_own_rank() -> None:
         assert failing == "BatchError: rank 1 failed to produce a batch: ValueError: no such rows"
         assert "the function of key_rules['scores'] returned a NoneType" in empty
         assert own.startswith("ConfigError: key_rules has a function")
-    with pytest.raises(ConfigError, match=r"key_rules\['labels'\] is a function, but .* made of 'labels'"):
+    with pytest.raises(
+        ConfigError, match=r"key_rules\['labels'\] is a function, but .* made of 'labels'"
+    ):
         BatchLayout(2, key_rules={"labels": own_rows})
 
 
 def prepared(configs: list[Any]) -> list[dict[str, list[int]]]:
-    samples = [{**one, "weights": torch.rand(16), "bias": torch.rand(3, 16)} for one in batches_of(2).dataset]
+    samples = [
+        {**one, "weights": torch.rand(16), "bias": torch.rand(3, 16)}
+        for one in batches_of(2).dataset
+    ]
     found = []
     for config in configs:
         AcceleratorState._reset_state(True)
@@ -166,7 +196,9 @@ def prepared(configs: list[Any]) -> list[dict[str, list[int]]]:
 
 def test_schema_of_a_configuration(tmp_path: Path, support: Support) -> None:
     path = tmp_path / "schema.yaml"
-    path.write_text("parallelism_config:\n  sp_size: 2\n  batch_schema: bias=2, weights=replicate\n")
+    path.write_text(
+        "parallelism_config:\n  sp_size: 2\n  batch_schema: bias=2, weights=replicate\n"
+    )
     given: Any = {"bias": lambda tensor, description, rank: tensor[:, rank], "weights": 1}
     configs: list[Any] = [
         lambda: ulysses_accel.ParallelismConfig.from_yaml(path),
@@ -189,7 +221,10 @@ def test_schema_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = ulysses_accel.ParallelismConfig(batch_schema={"scores": own_rows})
     assert "batch_schema = scores=own_rows() (constructor)" in mine.explain()
     assert mine.batch_schema["scores"] is own_rows
-    with pytest.raises(ConfigError, match=r"the rule 'own_rows\(\)' for the key 'scores'.* a function only in Python"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the rule 'own_rows\(\)' for the key 'scores'.* a function only in Python",
+    ):
         ulysses_accel.ParallelismConfig.from_dict(mine.to_dict())
 
 

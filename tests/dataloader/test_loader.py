@@ -1,4 +1,6 @@
-"""The adapter over real loaders: what each rank gets, in both modes, and how it behaves as a data loader."""
+"""The adapter over real loaders: what each rank gets, in both modes, and how it behaves as a data
+loader.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,18 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.helpers.loader_samples import Samples, Stream, adapt, error_of, from_list, ids, joined, loader, plain, sample
+from tests.helpers.loader_samples import (
+    Samples,
+    Stream,
+    adapt,
+    error_of,
+    from_list,
+    ids,
+    joined,
+    loader,
+    plain,
+    sample,
+)
 from tests.helpers.ranks import run_ranks
 from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter
 from ulysses_accel.errors import ConfigError
@@ -25,13 +38,19 @@ def tokens(index: int, length: int = 4) -> list[list[int]]:
 def test_same_batch_gives_each_rank_its_shard(size: int, workers: int) -> None:
     def body() -> Any:
         adapter = adapt(loader(Samples(3), num_workers=workers), same_batch=True)
-        return [len(adapter), [plain(batch) for batch in adapter], [plain(batch) for batch in adapter]]
+        return [
+            len(adapter),
+            [plain(batch) for batch in adapter],
+            [plain(batch) for batch in adapter],
+        ]
 
     ranks = run_ranks(body, size)
     assert [rank[0] for rank in ranks] == [3] * size
     for epoch in (1, 2):
         assert joined([rank[epoch] for rank in ranks]) == [tokens(0), tokens(1), tokens(2)]
-    labels = [[label for rank in ranks for label in rank[1][step]["shift_labels"][0]] for step in range(3)]
+    labels = [
+        [label for rank in ranks for label in rank[1][step]["shift_labels"][0]] for step in range(3)
+    ]
     assert labels == [[*tokens(step)[0][1:], -100] for step in range(3)]
 
 
@@ -52,7 +71,9 @@ def test_own_batches_become_micro_steps(size: int, workers: int) -> None:
 def test_own_batches_may_differ_in_length_and_rows() -> None:
     def body() -> Any:
         rank = dist.get_rank()
-        adapter = adapt(loader(Samples(1 + rank, length=3 + 4 * rank, base=10 * rank), batch_size=1 + rank))
+        adapter = adapt(
+            loader(Samples(1 + rank, length=3 + 4 * rank, base=10 * rank), batch_size=1 + rank)
+        )
         return [plain(batch) for batch in adapter]
 
     ranks = run_ranks(body, 2)
@@ -83,7 +104,11 @@ def test_every_kind_of_entry_arrives() -> None:
     def body() -> Any:
         steps = list(adapt(from_list([batch(dist.get_rank())])))
         kept = [
-            [str(step["loss_weights"].dtype), str(step["features"].dtype), list(step["features"].shape)]
+            [
+                str(step["loss_weights"].dtype),
+                str(step["features"].dtype),
+                list(step["features"].shape),
+            ]
             for step in steps
         ]
         return [[plain(step) for step in steps], kept]
@@ -94,8 +119,16 @@ def test_every_kind_of_entry_arrives() -> None:
         for source, step in enumerate(steps):
             assert step["name"] == f"sample ö {source}"
             assert (step["tags"], step["nothing"]) == (["a", {"n": source}], None)
-            assert (step["scale"], step["each"], step["grid"]) == (source + 0.5, [source], [[source, 2, 3]])
-            assert step["attention_mask"] == [[True, True, True]] if rank == 0 else [[True, True, False]]
+            assert (step["scale"], step["each"], step["grid"]) == (
+                source + 0.5,
+                [source],
+                [[source, 2, 3]],
+            )
+            assert (
+                step["attention_mask"] == [[True, True, True]]
+                if rank == 0
+                else [[True, True, False]]
+            )
             assert step["position_ids"] == [[[3 * rank, 3 * rank + 1, 3 * rank + 2]]] * 3
             assert step["rows"] == [[[0, 5]]]
 
@@ -105,9 +138,23 @@ def test_one_exchange_and_one_agreement_per_refill() -> None:
         counts = []
         for same in (True, False):
             with torch.profiler.profile() as profile:
-                steps = len(list(adapt(loader(Samples(3, base=0 if same else 10 * dist.get_rank())), same_batch=same)))
-            calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
-            gathers, exchanges = calls.pop("c10d::_allgather_base_", 0), calls.pop("c10d::alltoall_base_", 0)
+                steps = len(
+                    list(
+                        adapt(
+                            loader(Samples(3, base=0 if same else 10 * dist.get_rank())),
+                            same_batch=same,
+                        )
+                    )
+                )
+            calls = {
+                event.key: event.count
+                for event in profile.key_averages()
+                if event.key.startswith("c10d::")
+            }
+            gathers, exchanges = (
+                calls.pop("c10d::_allgather_base_", 0),
+                calls.pop("c10d::alltoall_base_", 0),
+            )
             assert not calls
             counts.append([steps, gathers, exchanges])
         return counts
@@ -194,7 +241,9 @@ def test_the_epoch_reaches_iterable_datasets(workers: int) -> None:
     adapter = adapt(loader(Stream(2), num_workers=workers))
     for epoch in (0, 3):
         adapter.set_epoch(epoch)
-        assert [ids(batch) for batch in adapter] == [tokens(1000 * epoch + index) for index in range(2)]
+        assert [ids(batch) for batch in adapter] == [
+            tokens(1000 * epoch + index) for index in range(2)
+        ]
 
 
 def test_it_shows_the_wrapped_loader() -> None:
@@ -222,7 +271,9 @@ def test_it_shows_the_wrapped_loader() -> None:
 def test_tensors_go_to_the_device_and_own_their_memory() -> None:
     adapter = adapt(loader(Samples(1, length=8)), size=1, device="meta")
     batch = next(iter(adapter))
-    assert all(value.device.type == "meta" for value in batch.values() if isinstance(value, torch.Tensor))
+    assert all(
+        value.device.type == "meta" for value in batch.values() if isinstance(value, torch.Tensor)
+    )
 
     def body() -> Any:
         found = []
@@ -230,7 +281,9 @@ def test_tensors_go_to_the_device_and_own_their_memory() -> None:
             dl = loader(Samples(1, length=8, base=0 if same else dist.get_rank()), batch_size=1)
             for batch in adapt(dl, same_batch=same):
                 found += [
-                    value.untyped_storage().nbytes() for value in batch.values() if isinstance(value, torch.Tensor)
+                    value.untyped_storage().nbytes()
+                    for value in batch.values()
+                    if isinstance(value, torch.Tensor)
                 ]
         return found
 
@@ -260,7 +313,9 @@ def test_the_last_micro_step_is_known_before_it_is_yielded() -> None:
 
 def test_the_last_micro_step_with_uneven_ranks() -> None:
     def body(policy: str) -> Any:
-        adapter = adapt(loader(Samples(2 + dist.get_rank(), base=10 * dist.get_rank())), on_uneven=policy)
+        adapter = adapt(
+            loader(Samples(2 + dist.get_rank(), base=10 * dist.get_rank())), on_uneven=policy
+        )
         return [adapter.end_of_dataloader for _ in adapter]
 
     assert run_ranks(body, 2, "drop") == [[False] * 3 + [True]] * 2
@@ -278,7 +333,13 @@ def test_the_last_micro_step_with_uneven_ranks() -> None:
     ],
 )
 def test_arguments_that_are_not_legal(options: dict[str, Any], message: str) -> None:
-    arguments = {"dl": loader(Samples(1)), "sp_rank": 0, "sp_group": None, "sp_world_size": 1, "device": None}
+    arguments = {
+        "dl": loader(Samples(1)),
+        "sp_rank": 0,
+        "sp_group": None,
+        "sp_world_size": 1,
+        "device": None,
+    }
     with pytest.raises(ConfigError, match=message):
         UlyssesSPDataLoaderAdapter(**{**arguments, **options})
 

@@ -1,4 +1,6 @@
-"""Resume: the continuation after `load_state_dict` is bit-identical to the run that was not interrupted."""
+"""Resume: the continuation after `load_state_dict` is bit-identical to the run that was not
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.helpers.loader_samples import Samples, Stream, adapt, error_of, from_list, ids, loader, plain, sample
+from tests.helpers.loader_samples import (
+    Samples,
+    Stream,
+    adapt,
+    error_of,
+    from_list,
+    ids,
+    loader,
+    plain,
+    sample,
+)
 from tests.helpers.ranks import run_ranks
 from ulysses_accel.errors import CheckpointError
 
@@ -26,7 +38,9 @@ def shuffled(data: Any, kind: str, workers: int = 0) -> DataLoader[Any]:
         return loader(data, shuffle=True, num_workers=workers, persistent_workers=kept)
     if kind.startswith("generator"):
         generator = torch.Generator().manual_seed(7)
-        return loader(data, shuffle=True, num_workers=workers, generator=generator, persistent_workers=kept)
+        return loader(
+            data, shuffle=True, num_workers=workers, generator=generator, persistent_workers=kept
+        )
     if kind == "epoch":
         sampler: Any = DistributedSampler(data, num_replicas=1, rank=0, seed=3)
         return loader(data, sampler=sampler, num_workers=workers)
@@ -34,9 +48,11 @@ def shuffled(data: Any, kind: str, workers: int = 0) -> DataLoader[Any]:
 
 
 def walk(adapter: Any, epochs: range, set_epoch: bool, save_at: int = -1) -> tuple[list[Any], str]:
-    """All steps of these epochs with a draw of the model's own random numbers at each, and the state at one of them.
+    """All steps of these epochs with a draw of the model's own random numbers at each, and the
+    state at one of them.
 
-    The first step may come after a state was loaded; `save_at` counts micro-steps, epoch ends not included.
+    The first step may come after a state was loaded; `save_at` counts micro-steps, epoch ends not
+    included.
     """
     steps: list[Any] = []
     state = json.dumps(adapter.state_dict()) if save_at == 0 else ""
@@ -69,7 +85,9 @@ def test_resume_at_every_step_in_one_process(kind: str, workers: int) -> None:
     points = (2, count + 1) if workers else range(1, 2 * count + 1)
     for point in points:
         torch.manual_seed(0)
-        again, saved = walk(adapt(shuffled(Samples(count), kind, workers)), range(EPOCHS), kind == "epoch", point)
+        again, saved = walk(
+            adapt(shuffled(Samples(count), kind, workers)), range(EPOCHS), kind == "epoch", point
+        )
         assert again == whole  # taking the state changes nothing
         state, epoch, rng = json.loads(saved)
         fresh = adapt(shuffled(Samples(count), kind, workers))
@@ -87,7 +105,10 @@ def test_resume_before_the_first_step_and_between_epochs(kind: str) -> None:
         walk(adapter, range(done), kind == "epoch")
         state, rng = json.loads(json.dumps(adapter.state_dict())), torch.get_rng_state()
         expected, _ = walk(adapter, range(done, EPOCHS), kind == "epoch")
-        for restored in (True, False):  # with and without the caller putting its own random state back
+        for restored in (
+            True,
+            False,
+        ):  # with and without the caller putting its own random state back
             fresh = adapt(shuffled(Samples(4), kind))
             fresh.load_state_dict(state)
             torch.manual_seed(99)
@@ -121,7 +142,9 @@ def test_resume_at_every_micro_step_over_ranks(same: bool) -> None:
             fresh.load_state_dict(json.loads(state))
             assert json.dumps(fresh.state_dict()) == state
             epochs_left = EPOCHS - (max(point - 1, 0) // per_epoch)
-            matches.append([plain(batch) for _ in range(epochs_left) for batch in fresh] == whole[point:])
+            matches.append(
+                [plain(batch) for _ in range(epochs_left) for batch in fresh] == whole[point:]
+            )
         return matches
 
     for matches in run_ranks(body, 2):
@@ -267,7 +290,14 @@ def test_accelerates_loader_resumes_with_its_gradient_state() -> None:
         whole, states = [], []
         for epoch in range(3):
             for batch in adapter:
-                whole.append([epoch, plain(batch), gradient_state.end_of_dataloader, gradient_state.remainder])
+                whole.append(
+                    [
+                        epoch,
+                        plain(batch),
+                        gradient_state.end_of_dataloader,
+                        gradient_state.remainder,
+                    ]
+                )
                 states.append(json.dumps(adapter.state_dict()))
         found = []
         for point, state in enumerate(states, 1):
@@ -276,9 +306,19 @@ def test_accelerates_loader_resumes_with_its_gradient_state() -> None:
             rest = []
             for epoch in range((point - 1) // 5, 3):
                 for batch in fresh:
-                    rest.append([epoch, plain(batch), gradient_state.end_of_dataloader, gradient_state.remainder])
+                    rest.append(
+                        [
+                            epoch,
+                            plain(batch),
+                            gradient_state.end_of_dataloader,
+                            gradient_state.remainder,
+                        ]
+                    )
             found.append(rest == whole[point:])
-        orders = {json.dumps([step[1]["input_ids"] for step in whole if step[0] == epoch]) for epoch in range(3)}
+        orders = {
+            json.dumps([step[1]["input_ids"] for step in whole if step[0] == epoch])
+            for epoch in range(3)
+        }
         return [found, len(orders)]
 
     assert run_ranks(body, 2, env={"ACCELERATE_USE_CPU": "true"}) == [[[True] * 15, 3]] * 2
@@ -324,19 +364,28 @@ def test_states_of_another_job_are_refused(change: dict[str, Any], message: str)
 
 def test_a_state_with_a_generator_needs_one() -> None:
     state = adapt(shuffled(Samples(3), "generator")).state_dict()
-    with pytest.raises(CheckpointError, match="random generator at 'generator', but the loader has none there"):
+    with pytest.raises(
+        CheckpointError, match="random generator at 'generator', but the loader has none there"
+    ):
         adapt(shuffled(Samples(3), "plain")).load_state_dict(state)
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(json_values, st.dictionaries(st.sampled_from(["epoch", "batches", "random", "inner", "version"]), json_values))
+@given(
+    json_values,
+    st.dictionaries(
+        st.sampled_from(["epoch", "batches", "random", "inner", "version"]), json_values
+    ),
+)
 def test_any_json_is_a_state_or_refused(anything: Any, damage: dict[str, Any]) -> None:
     adapter = adapt(loader(Samples(2)))
     assert error_of(adapter.load_state_dict, anything).startswith("CheckpointError")
@@ -346,7 +395,9 @@ def test_any_json_is_a_state_or_refused(anything: Any, damage: dict[str, Any]) -
 
 def test_ranks_that_load_different_states_are_told() -> None:
     def body() -> str:
-        adapter = adapt(from_list([{"input_ids": torch.ones(1, 4, dtype=torch.long)}] * 4), same_batch=True)
+        adapter = adapt(
+            from_list([{"input_ids": torch.ones(1, 4, dtype=torch.long)}] * 4), same_batch=True
+        )
         state = adapter.state_dict()
         adapter.load_state_dict({**state, "batches": dist.get_rank()})
         return error_of(lambda: next(iter(adapter)))
@@ -359,7 +410,9 @@ def test_ranks_that_load_different_states_are_told() -> None:
 def test_ranks_that_resume_within_a_refill_at_different_micro_steps_are_told() -> None:
     def body() -> str:
         adapter = adapt(loader(Samples(4, base=10 * dist.get_rank())))
-        adapter.load_state_dict({**adapter.state_dict(), "batches": 1, "micro_step": dist.get_rank()})
+        adapter.load_state_dict(
+            {**adapter.state_dict(), "batches": 1, "micro_step": dist.get_rank()}
+        )
         return error_of(lambda: next(iter(adapter)))
 
     first, second = run_ranks(body, 2)

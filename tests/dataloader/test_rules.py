@@ -1,4 +1,6 @@
-"""The adapter asks what the model wants when an epoch begins, and fails on all ranks where it can't be told."""
+"""The adapter asks what the model wants when an epoch begins, and fails on all ranks where it can't
+be told.
+"""
 
 from __future__ import annotations
 

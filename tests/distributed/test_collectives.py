@@ -1,4 +1,6 @@
-"""Every collective's backward is its exact adjoint: <A x, y> = <x, A^T y>, summed over the group's ranks."""
+"""Every collective's backward is its exact adjoint: <A x, y> = <x, A^T y>, summed over the group's
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,20 @@ MATRICES = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_siz
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A collective with shapes for two ranks; `matrix[i][j]` are the rows that rank i sends to rank j."""
-    kind = draw(st.sampled_from(["all_to_all", "uneven", "all_gather", "reduce_scatter", "all_reduce"]))
+    """A collective with shapes for two ranks; `matrix[i][j]` are the rows that rank i sends to rank
+    j.
+    """
+    kind = draw(
+        st.sampled_from(["all_to_all", "uneven", "all_gather", "reduce_scatter", "all_reduce"])
+    )
     shape = draw(SHAPES)
     if kind in ("all_gather", "reduce_scatter") and shape:
         return {"kind": kind, "shape": shape, "dim": draw(st.integers(-len(shape), len(shape) - 1))}
-    return {"kind": kind if kind != "reduce_scatter" else "all_gather", "shape": shape, "matrix": draw(MATRICES)}
+    return {
+        "kind": kind if kind != "reduce_scatter" else "all_gather",
+        "shape": shape,
+        "matrix": draw(MATRICES),
+    }
 
 
 def drawn_cases(count: int) -> list[Case]:
@@ -98,7 +108,9 @@ def adjoint_error(case: Case, group: ProcessGroup) -> float:
 
 
 def subgroups() -> ProcessGroup:
-    """Returns this rank's of the groups {0, 2} and {1, 3}: one of them does not hold global rank 0."""
+    """Returns this rank's of the groups {0, 2} and {1, 3}: one of them does not hold global
+    rank 0.
+    """
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     return groups[dist.get_rank() % 2]
 
@@ -126,7 +138,9 @@ def values() -> dict[str, Any]:
     own = torch.tensor(float(rank))
     return {
         "all_to_all": collectives.all_to_all(rows, group).tolist(),
-        "uneven": collectives.all_to_all(rows, group, [1, 3], [1, 1] if rank == 0 else [3, 3]).tolist(),
+        "uneven": collectives.all_to_all(
+            rows, group, [1, 3], [1, 1] if rank == 0 else [3, 3]
+        ).tolist(),
         "gathered": collectives.all_gather(own, group).tolist(),
         "columns": collectives.all_gather(rows.view(2, 2), group, dim=1).tolist(),
         "scattered": collectives.reduce_scatter(rows, group).tolist(),
@@ -137,7 +151,10 @@ def values() -> dict[str, Any]:
 
 def test_values() -> None:
     first, second = run_ranks(values, 2)
-    assert (first["all_to_all"], second["all_to_all"]) == ([0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0])
+    assert (first["all_to_all"], second["all_to_all"]) == (
+        [0.0, 1.0, 10.0, 11.0],
+        [2.0, 3.0, 12.0, 13.0],
+    )
     assert (first["uneven"], second["uneven"]) == ([0.0, 10.0], [1.0, 2.0, 3.0, 11.0, 12.0, 13.0])
     assert first["gathered"] == second["gathered"] == [0.0, 1.0]
     assert first["columns"] == [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]]
@@ -149,11 +166,15 @@ def test_values() -> None:
 def refusals() -> None:
     group = dist.group.WORLD
     assert group is not None
-    with pytest.raises(ShapeError, match=r"3 rows .* can't be split evenly over 2 ranks. Give send_sizes"):
+    with pytest.raises(
+        ShapeError, match=r"3 rows .* can't be split evenly over 2 ranks. Give send_sizes"
+    ):
         collectives.all_to_all(torch.zeros(3), group)
     with pytest.raises(ShapeError, match=r"send_sizes=\[1, 1\] .* do not split 3 rows"):
         collectives.all_to_all(torch.zeros(3), group, [1, 1], [1, 1])
-    with pytest.raises(ShapeError, match=r"dim 1 of shape \(2, 3\) can't be split over 2 ranks. Pad it"):
+    with pytest.raises(
+        ShapeError, match=r"dim 1 of shape \(2, 3\) can't be split over 2 ranks. Pad it"
+    ):
         collectives.reduce_scatter(torch.zeros(2, 3), group, dim=1)
 
 
@@ -162,7 +183,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def compiled() -> dict[str, float]:
-    """The exchange inside of a compiled function, where an operator that fills a buffer would lose its gradient."""
+    """The exchange inside of a compiled function, where an operator that fills a buffer would lose
+    its gradient.
+    """
     group = subgroups()
     torch.manual_seed(dist.get_rank())
     send, receive = ([1, 3], [1, 2]) if group.rank() == 0 else ([2, 2], [3, 2])

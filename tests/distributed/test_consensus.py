@@ -26,7 +26,13 @@ from ulysses_accel.dataloader.agreement import (
     explain,
     make_entries,
 )
-from ulysses_accel.distributed.consensus import MAX_TEXT, agree, gather_bytes, gather_ints, same_everywhere
+from ulysses_accel.distributed.consensus import (
+    MAX_TEXT,
+    agree,
+    gather_bytes,
+    gather_ints,
+    same_everywhere,
+)
 from ulysses_accel.errors import BatchError, RankDisagreementError, UlyssesAccelError
 
 
@@ -45,7 +51,9 @@ def headers(draw: st.DrawFn) -> Header:
     entries = []
     for key in sorted(keys):
         shape = tuple(draw(st.lists(st.integers(0, 2**31), max_size=MAX_DIMS)))
-        entries.append(Entry(key, draw(st.sampled_from(DTYPES)), draw(st.integers(-1, len(shape) - 1)), shape))
+        entries.append(
+            Entry(key, draw(st.sampled_from(DTYPES)), draw(st.integers(-1, len(shape) - 1)), shape)
+        )
     return Header(
         draw(st.sampled_from(Status)),
         draw(st.integers(0, 2)),
@@ -67,8 +75,15 @@ def test_a_header_survives_its_encoding(header: Header) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(headers(), st.lists(st.tuples(st.integers(0, HEADER_SIZE - 1), st.integers(-(2**63), 2**63 - 1)), max_size=3))
-def test_damaged_headers_are_headers_or_typed_errors(header: Header, damage: list[tuple[int, int]]) -> None:
+@given(
+    headers(),
+    st.lists(
+        st.tuples(st.integers(0, HEADER_SIZE - 1), st.integers(-(2**63), 2**63 - 1)), max_size=3
+    ),
+)
+def test_damaged_headers_are_headers_or_typed_errors(
+    header: Header, damage: list[tuple[int, int]]
+) -> None:
     values = header.encode()
     for place, value in damage:
         values[place] = value
@@ -97,10 +112,17 @@ def test_random_numbers_are_no_header(values: list[int]) -> None:
     st.booleans(),
     st.booleans(),
 )
-def test_a_decision_follows_from_the_headers_alone(all_: list[Header], policy: str, same: bool, distinct: bool) -> None:
+def test_a_decision_follows_from_the_headers_alone(
+    all_: list[Header], policy: str, same: bool, distinct: bool
+) -> None:
     encoded = [header.encode() for header in all_]
     decisions = [
-        check([decode(values) for values in encoded], on_uneven=policy, same_batch=same, distinct=distinct)
+        check(
+            [decode(values) for values in encoded],
+            on_uneven=policy,
+            same_batch=same,
+            distinct=distinct,
+        )
         for _ in all_
     ]
     assert len(set(decisions)) == 1
@@ -148,7 +170,9 @@ def test_the_failure_of_one_rank_is_raised_on_all() -> None:
         rank, group = dist.get_rank(), dist.group.WORLD
         agree(None, group)
         return [
-            message_of(agree, OSError("disk is full") if rank == 1 else None, group, "failed to save"),
+            message_of(
+                agree, OSError("disk is full") if rank == 1 else None, group, "failed to save"
+            ),
             message_of(agree, ValueError("x" * 9000 + "ä"), group),
             message_of(agree, KeyError() if rank else RuntimeError("a\nb"), group),
         ]
@@ -157,7 +181,9 @@ def test_the_failure_of_one_rank_is_raised_on_all() -> None:
     assert first == {"RankDisagreementError: rank 1 failed to save: OSError: disk is full"}
     assert len(second) == 1
     assert len(second.pop()) < MAX_TEXT + 100
-    assert third == {"RankDisagreementError: rank 0 failed: RuntimeError: a b; ranks [1, 2] failed: KeyError"}
+    assert third == {
+        "RankDisagreementError: rank 0 failed: RuntimeError: a b; ranks [1, 2] failed: KeyError"
+    }
 
 
 def test_different_values_are_named_with_their_ranks() -> None:
@@ -188,4 +214,6 @@ def test_agreement_in_a_group_names_global_ranks() -> None:
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         return message_of(agree, OSError("gone") if rank == 3 else None, groups[rank // 2])
 
-    assert run_ranks(body, 4) == ["", ""] + ["RankDisagreementError: rank 3 failed: OSError: gone"] * 2
+    assert (
+        run_ranks(body, 4) == ["", ""] + ["RankDisagreementError: rank 3 failed: OSError: gone"] * 2
+    )

@@ -1,4 +1,6 @@
-"""Every factorization of up to 1,024 ranks: who shares a group with whom, in which order, and that all ranks agree."""
+"""Every factorization of up to 1,024 ranks: who shares a group with whom, in which order, and that
+all ranks agree.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,13 @@ def place(rank: int, sizes: Sizes) -> dict[str, int]:
 
 
 def sharing(rank: int, sizes: Sizes, axes: tuple[str, ...]) -> list[int]:
-    """The ranks that differ from `rank` in the given axes only, in the order of their coordinates."""
+    """The ranks that differ from `rank` in the given axes only, in the order of their
+    coordinates.
+    """
     own = place(rank, sizes)
-    strides = {axis: math.prod(sizes[later] for later in AXES[AXES.index(axis) + 1 :]) for axis in AXES}
+    strides = {
+        axis: math.prod(sizes[later] for later in AXES[AXES.index(axis) + 1 :]) for axis in AXES
+    }
     base = sum(own[axis] * strides[axis] for axis in AXES if axis not in axes)
     ordered = [axis for axis in AXES if axis in axes]
     return [
@@ -88,10 +94,14 @@ def test_groups_partition_the_ranks_for_every_factorization(world_size: int) -> 
             assert sizes["tp"] > 1 or group == list(range(group[0], group[0] + len(group)))
         for name, axes in joint_axes(sizes).items():
             assert axes == tuple(axis for axis in JOINT_AXES[name] if axis in active)
-            assert math.prod(sizes[axis] for axis in axes) == math.prod(sizes[axis] for axis in JOINT_AXES[name])
+            assert math.prod(sizes[axis] for axis in axes) == math.prod(
+                sizes[axis] for axis in JOINT_AXES[name]
+            )
         count += 1
     exponents = [sum(1 for _ in _powers(world_size, prime)) for prime in (2, 3, 5)]
-    assert count == math.prod(math.comb(exponent + len(AXES) - 1, len(AXES) - 1) for exponent in exponents)
+    assert count == math.prod(
+        math.comb(exponent + len(AXES) - 1, len(AXES) - 1) for exponent in exponents
+    )
 
 
 def _powers(number: int, prime: int) -> Iterator[int]:
@@ -130,7 +140,9 @@ SAMPLED = [
 
 
 def seen_by(rank: int, sizes: Sizes) -> tuple[dict[str, Any], list[list[int]]]:
-    """Builds the mesh as one rank of many would; returns its groups, and all groups in the order of their making."""
+    """Builds the mesh as one rank of many would; returns its groups, and all groups in the order of
+    their making.
+    """
     world_size = math.prod(sizes.values())
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     made: list[list[int]] = []
@@ -145,11 +157,20 @@ def seen_by(rank: int, sizes: Sizes) -> tuple[dict[str, Any], list[list[int]]]:
         mesh = build_mesh(sizes, "cpu")
         groups = sequence_groups(mesh)
         names = [*active_axes(sizes), *joint_axes(sizes)]
-        found: dict[str, Any] = {name: dist.get_process_group_ranks(mesh[name].get_group()) for name in names}
-        found["place"] = [groups.size, groups.rank, groups.data_parallel_size, groups.data_parallel_rank]
+        found: dict[str, Any] = {
+            name: dist.get_process_group_ranks(mesh[name].get_group()) for name in names
+        }
+        found["place"] = [
+            groups.size,
+            groups.rank,
+            groups.data_parallel_size,
+            groups.data_parallel_rank,
+        ]
         members = (groups.group, groups.cpu_group, groups.world_group, groups.sp_group)
         found["groups"] = [dist.get_process_group_ranks(group) for group in members]
-        found["ring"] = [] if groups.cp_group is None else dist.get_process_group_ranks(groups.cp_group)
+        found["ring"] = (
+            [] if groups.cp_group is None else dist.get_process_group_ranks(groups.cp_group)
+        )
     finally:
         device_mesh.new_group = stock
         dist.destroy_process_group()
@@ -162,7 +183,8 @@ def sampled_ranks(world_size: int) -> list[int]:
 
 def sampled() -> list[list[tuple[dict[str, Any], list[list[int]]]]]:
     return [
-        [seen_by(rank, dict(zip(AXES, factors))) for rank in sampled_ranks(math.prod(factors))] for factors in SAMPLED
+        [seen_by(rank, dict(zip(AXES, factors))) for rank in sampled_ranks(math.prod(factors))]
+        for factors in SAMPLED
     ]
 
 
@@ -206,5 +228,8 @@ def wrong_product() -> str:
 
 def test_a_wrong_product_is_refused_on_every_rank() -> None:
     for message in run_ranks(wrong_product, 2):
-        assert "dp_replicate=2 × dp_shard=1 × cp=1 × sp=2 × tp=1 has 4 ranks, but 2 processes were launched" in message
+        assert (
+            "dp_replicate=2 × dp_shard=1 × cp=1 × sp=2 × tp=1 has 4 ranks, but 2 processes were "
+            "launched" in message
+        )
         assert "launch 4 processes" in message

@@ -1,7 +1,9 @@
-"""BERT as a user pre-trains it: text is prepared, and the curve of the loss does not depend on the number of ranks.
+"""BERT as a user pre-trains it: text is prepared, and the curve of the loss does not depend on the
+number of ranks.
 
-Tolerance of a curve in float64: 1e-10 after five AdamW steps. A step's sums in another order cost some 1e-15, and AdamW
-divides by the gradient's own size, so that tiny elements, which are mostly rounding, move as far as large ones.
+Tolerance of a curve in float64: 1e-10 after five AdamW steps. A step's sums in another order cost
+some 1e-15, and AdamW divides by the gradient's own size, so that tiny elements, which are mostly
+rounding, move as far as large ones.
 """
 
 from __future__ import annotations
@@ -30,12 +32,32 @@ from tests.helpers.ranks import run_ranks
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "bert"
 CURVE_EXACT = 1e-10
-DOCUMENTS = ["ast", "argparse", "calendar", "configparser", "csv", "dataclasses", "difflib", "dis", "doctest", "enum"]
+DOCUMENTS = [
+    "ast",
+    "argparse",
+    "calendar",
+    "configparser",
+    "csv",
+    "dataclasses",
+    "difflib",
+    "dis",
+    "doctest",
+    "enum",
+]
 LENGTH = 64
 STEPS = 5
 SETTINGS = [
     *("--steps", str(STEPS), "--print-every", "1", "--batch-size", "6", "--hidden-size", "32"),
-    *("--max-positions", str(LENGTH), "--dtype", "float64", "--dropout", "0", "--learning-rate", "3e-3"),
+    *(
+        "--max-positions",
+        str(LENGTH),
+        "--dtype",
+        "float64",
+        "--dropout",
+        "0",
+        "--learning-rate",
+        "3e-3",
+    ),
 ]
 HELD_OUT = ("--held-out-documents", "2")
 LAYOUTS = {"cp": (1, 2), "cp × sp": (2, 2)}
@@ -45,11 +67,18 @@ MEASURES = ("loss", "mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy", "mas
 
 @pytest.fixture(scope="module")
 def example() -> SimpleNamespace:
-    """The example's modules, which find each other by short names that are nobody else's business."""
+    """The example's modules, which find each other by short names that are nobody else's
+    business.
+    """
     names = ("data", "prepare", "pairs", "positions", "train", "embed")
-    path, known = list(sys.path), {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    path, known = (
+        list(sys.path),
+        {name: sys.modules.pop(name) for name in names if name in sys.modules},
+    )
     sys.path.insert(0, str(FOLDER))
-    modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in ("prepare", *names[2:])}
+    modules: dict[str, ModuleType] = {
+        name: importlib.import_module(name) for name in ("prepare", *names[2:])
+    }
     sys.path[:] = path
     for name in names:
         sys.modules.pop(name, None)
@@ -65,7 +94,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, example: Any) -> Path:
     for name in DOCUMENTS:
         source = Path(sysconfig.get_paths()["stdlib"], f"{name}.py")
         (root / "text" / source.name).write_text(source.read_text())
-    flags = ["--text", str(root / "text"), "--output", str(root), "--sequence-length", str(LENGTH), *HELD_OUT]
+    flags = [
+        "--text",
+        str(root / "text"),
+        "--output",
+        str(root),
+        "--sequence-length",
+        str(LENGTH),
+        *HELD_OUT,
+    ]
     # In a process of its own, because of the threads that it starts.
     (told,) = run_ranks(told_by, 1, example.prepare.main, flags, init=False)
     assert "pairs of segments" in told
@@ -99,9 +136,22 @@ def launch(root: Path, script: str, *flags: str) -> str:
 def train(example: Any, folder: Path, sp_size: int, cp_size: int, *flags: str) -> Path:
     """Trains on as many forked ranks; returns the output's folder."""
     output = folder / f"sp{sp_size}-cp{cp_size}"
-    paths = ["--data-path", str(folder / "dataset"), "--vocab-path", str(folder / "vocab"), "--output", str(output)]
+    paths = [
+        "--data-path",
+        str(folder / "dataset"),
+        "--vocab-path",
+        str(folder / "vocab"),
+        "--output",
+        str(output),
+    ]
     sizes = ["--sp-size", str(sp_size), "--cp-size", str(cp_size)]
-    run_ranks(told_by, sp_size * cp_size, example.train.main, [*SETTINGS, *paths, *sizes, *flags], init=False)
+    run_ranks(
+        told_by,
+        sp_size * cp_size,
+        example.train.main,
+        [*SETTINGS, *paths, *sizes, *flags],
+        init=False,
+    )
     return output
 
 
@@ -123,16 +173,18 @@ def alone(example: Any, folder: Path) -> Path:
 
 def test_pairs_are_of_real_sentences(folder: Path, example: Any) -> None:
     dataset, tokenizer = load_from_disk(str(folder / "dataset")), load_tokenizer(folder)
-    text = " ".join(example.prepare.prose((folder / "text" / f"{name}.py").read_text()) for name in DOCUMENTS)
+    text = " ".join(
+        example.prepare.prose((folder / "text" / f"{name}.py").read_text()) for name in DOCUMENTS
+    )
     known = tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     for pair in [*dataset["train"].select(range(20)), *dataset["held_out"].select(range(5))]:
         decoded = tokenizer.decode(pair["input_ids"])
         first, second, rest = decoded.removeprefix("[CLS] ").split(" [SEP]")
         assert rest == ""
         assert len(pair["input_ids"]) <= LENGTH
-        assert pair["token_type_ids"] == [0] * (pair["input_ids"].index(tokenizer.sep_token_id) + 1) + [1] * (
-            len(pair["input_ids"]) - pair["input_ids"].index(tokenizer.sep_token_id) - 1
-        )
+        assert pair["token_type_ids"] == [0] * (
+            pair["input_ids"].index(tokenizer.sep_token_id) + 1
+        ) + [1] * (len(pair["input_ids"]) - pair["input_ids"].index(tokenizer.sep_token_id) - 1)
         words = (second if pair["next_sentence_label"] else first).strip().split()[:4]
         assert " ".join(words) in known
     assert set(dataset["train"]["next_sentence_label"]) == {0, 1}
@@ -190,7 +242,9 @@ def test_the_loss_falls(alone: Path) -> None:
     assert after[1] < before[1] - 0.1
 
 
-def test_a_saved_model_is_gone_on_from_with_more_positions(example: Any, folder: Path, alone: Path) -> None:
+def test_a_saved_model_is_gone_on_from_with_more_positions(
+    example: Any, folder: Path, alone: Path
+) -> None:
     flags = ["--model", str(alone / "model"), "--max-positions", str(2 * LENGTH), "--steps", "1"]
     output = train(example, folder, 2, 1, *flags)
     # The same pairs, masked alike, and none of the new positions in use.
@@ -202,7 +256,9 @@ def test_a_saved_model_is_gone_on_from_with_more_positions(example: Any, folder:
 def test_embeddings_of_texts_longer_than_the_position_table(example: Any, folder: Path) -> None:
     flags = ["--text", str(folder / "text"), "--texts", "3", "--max-length", "640"]
     (alone,) = run_ranks(told_by, 1, example.embed.main, flags, init=False)
-    shared, silent = run_ranks(told_by, 2, example.embed.main, [*flags, "--sp-size", "2"], init=False)
+    shared, silent = run_ranks(
+        told_by, 2, example.embed.main, [*flags, "--sp-size", "2"], init=False
+    )
     assert silent == ""
     assert len(alone.splitlines()) == 3
     for line, expected in zip(shared.splitlines(), alone.splitlines(), strict=True):

@@ -1,4 +1,6 @@
-"""The benchmark in ColossalAI's three modes: the same losses, from a fourth of the tokens on each process."""
+"""The benchmark in ColossalAI's three modes: the same losses, from a fourth of the tokens on each
+process.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def _script() -> ModuleType:
 def _run(script: ModuleType, mode: str) -> dict[str, Any]:
     AcceleratorState._reset_state(True)
     tp_size, sp_size, _ = MODES[mode]
-    found: dict[str, Any] = script.main([*SHORT, "--tp", str(tp_size), "--sp", str(sp_size), "--mode", mode])
+    found: dict[str, Any] = script.main(
+        [*SHORT, "--tp", str(tp_size), "--sp", str(sp_size), "--mode", mode]
+    )
     return found
 
 

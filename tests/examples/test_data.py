@@ -1,4 +1,6 @@
-"""Rows of the example: every label is predicted from its own document, and held-out documents are never trained on."""
+"""Rows of the example: every label is predicted from its own document, and held-out documents are
+never trained on.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_held_out_documents_are_not_trained_on(data: ModuleType) -> None:
 
 def test_folders_hold_text_and_jsonl(data: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("two", "one", "three")))
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("two", "one", "three"))
+    )
     assert data.load_documents([str(tmp_path)]) == ["one", "two", "three"]
 
 

@@ -10,7 +10,16 @@ from tests.helpers.example_runs import run_example, write_documents
 
 def test_pooled_vectors_learn_which_texts_belong_together(tmp_path: Path) -> None:
     write_documents(tmp_path)
-    sizes = ("--sequence-length", "64", "--batch-size", "8", "--eval-documents", "4", "--steps", "30")
+    sizes = (
+        "--sequence-length",
+        "64",
+        "--batch-size",
+        "8",
+        "--eval-documents",
+        "4",
+        "--steps",
+        "30",
+    )
     printed = run_example("embedding/train.py", "--sp-size", "2", "--data", str(tmp_path), *sizes)
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", printed)]
     assert len(losses) == 3

@@ -1,4 +1,6 @@
-"""The mixture-of-experts example: two processes that share sequences and experts print what one process prints."""
+"""The mixture-of-experts example: two processes that share sequences and experts print what one
+process prints.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,35 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "moe" / "train.py"
-_LINE = re.compile(r"step (\d+): loss ([\d.]+), router loss ([\d.]+), tokens per expert \[([\d, ]+)\]")
+_LINE = re.compile(
+    r"step (\d+): loss ([\d.]+), router loss ([\d.]+), tokens per expert \[([\d, ]+)\]"
+)
 
 
 def printed(num_processes: int, *flags: str) -> tuple[str, list[tuple[float, float, list[int]]]]:
     """Runs the example; returns all that it printed, and the numbers of each step."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--standalone"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(num_processes),
+        "--standalone",
+    ]
     command = [sys.executable, *(torchrun if num_processes > 1 else []), str(SCRIPT), *flags]
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     sizes = ("--steps", "4", "--print-every", "1", "--documents", "1")
     done = subprocess.run(
-        [*command, *sizes], env={**os.environ, **settings}, capture_output=True, text=True, timeout=150
+        [*command, *sizes],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = _LINE.findall(done.stdout)
     return done.stdout, [
-        (float(loss), float(aux), [int(n) for n in counts.split(",")]) for _, loss, aux, counts in found
+        (float(loss), float(aux), [int(n) for n in counts.split(",")])
+        for _, loss, aux, counts in found
     ]
 
 
@@ -43,4 +58,9 @@ def test_two_processes_train_as_one(support: Any) -> None:
         assert aux == pytest.approx(one_aux, abs=5e-4)
         assert sum(counts) == 2 * 512 * 2
         assert sum(abs(count - other) for count, other in zip(counts, one_counts, strict=True)) <= 8
-    support("system", "Ulysses with experts dealt to ranks", "ep × sp", code="ParallelismConfig(sp_size=2, ep_size=2)")
+    support(
+        "system",
+        "Ulysses with experts dealt to ranks",
+        "ep × sp",
+        code="ParallelismConfig(sp_size=2, ep_size=2)",
+    )

@@ -1,4 +1,6 @@
-"""The main job as a user runs it: two processes share each sequence, and the result does not depend on that."""
+"""The main job as a user runs it: two processes share each sequence, and the result does not depend
+on that.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,18 @@ SETTINGS = [
     *("--sequence-length", "256", "--steps", str(NUM_STEPS), "--warmup-steps", "2"),
     *("--gradient-accumulation-steps", "2", "--save-every", str(SAVE_EVERY)),
 ]
-DOCUMENTS = ["ast", "argparse", "calendar", "configparser", "csv", "dataclasses", "difflib", "dis", "doctest", "enum"]
+DOCUMENTS = [
+    "ast",
+    "argparse",
+    "calendar",
+    "configparser",
+    "csv",
+    "dataclasses",
+    "difflib",
+    "dis",
+    "doctest",
+    "enum",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +63,31 @@ def alone(folder: Path) -> Path:
 
 def train(folder: Path, name: str, num_processes: int, sp_size: int, *flags: str) -> Path:
     output = folder / name
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--standalone"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(num_processes),
+        "--standalone",
+    ]
     launcher = [sys.executable, *(torchrun if num_processes > 1 else [])]
-    command = [*launcher, str(ROOT / "examples/alst/train.py"), "--sp-size", str(sp_size), *SETTINGS, *flags]
+    command = [
+        *launcher,
+        str(ROOT / "examples/alst/train.py"),
+        "--sp-size",
+        str(sp_size),
+        *SETTINGS,
+        *flags,
+    ]
     paths = ["--data", str(folder / "documents"), "--output", str(output), "--eval-documents", "2"]
     # The package of this checkout, installed or not.
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, *paths], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120
+        [*command, *paths],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return output
@@ -81,7 +111,10 @@ def test_every_step_is_recorded(shared: Path) -> None:
     assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
     assert all(set(step) == METRICS for step in steps)
     assert all(507 <= step["num_tokens"] <= 510 for step in steps)
-    assert all(step["tokens_per_second"] > 0 and step["grad_norm"] > 0 and step["peak_bytes"] > 0 for step in steps)
+    assert all(
+        step["tokens_per_second"] > 0 and step["grad_norm"] > 0 and step["peak_bytes"] > 0
+        for step in steps
+    )
 
 
 def test_the_loss_is_drawn(shared: Path) -> None:
@@ -91,9 +124,15 @@ def test_the_loss_is_drawn(shared: Path) -> None:
 def test_sharing_a_sequence_changes_nothing(shared: Path, alone: Path) -> None:
     for key in ("loss", "grad_norm", "num_tokens"):
         expected = [step[key] for step in records(alone)]
-        assert [step[key] for step in records(shared)] == pytest.approx(expected, abs=1e-4, rel=1e-4)
-    assert summary(shared)["held_out_before"] == pytest.approx(summary(alone)["held_out_before"], abs=1e-5)
-    assert summary(shared)["held_out_after"] == pytest.approx(summary(alone)["held_out_after"], abs=1e-4)
+        assert [step[key] for step in records(shared)] == pytest.approx(
+            expected, abs=1e-4, rel=1e-4
+        )
+    assert summary(shared)["held_out_before"] == pytest.approx(
+        summary(alone)["held_out_before"], abs=1e-5
+    )
+    assert summary(shared)["held_out_after"] == pytest.approx(
+        summary(alone)["held_out_after"], abs=1e-4
+    )
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(folder: Path, shared: Path) -> None:
@@ -109,10 +148,16 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(folder: Path, shared: Path)
     assert summary(interrupted)["held_out_after"] == summary(shared)["held_out_after"]
 
 
-def test_saving_memory_changes_nothing_but_the_rounding_of_reduced_gradients(folder: Path, shared: Path) -> None:
+def test_saving_memory_changes_nothing_but_the_rounding_of_reduced_gradients(
+    folder: Path, shared: Path
+) -> None:
     saving = train(folder, "alst", 2, 2, "--memory", "alst")
-    assert summary(saving)["held_out_before"] == pytest.approx(summary(shared)["held_out_before"], abs=1e-5)
+    assert summary(saving)["held_out_before"] == pytest.approx(
+        summary(shared)["held_out_before"], abs=1e-5
+    )
     first, *_, last = (pytest.approx(step["loss"], rel=2e-2) for step in records(shared))
     assert (records(saving)[0]["loss"], records(saving)[-1]["loss"]) == (first, last)
     # bfloat16 has 8 bits: a norm of many rounded terms is off by far less than one of them, 2^-9.
-    assert records(saving)[0]["grad_norm"] == pytest.approx(records(shared)[0]["grad_norm"], rel=2**-9)
+    assert records(saving)[0]["grad_norm"] == pytest.approx(
+        records(shared)[0]["grad_norm"], rel=2**-9
+    )

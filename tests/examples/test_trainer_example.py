@@ -1,4 +1,6 @@
-"""The Trainer example as a user runs it: two processes that share each row print what one process prints."""
+"""The Trainer example as a user runs it: two processes that share each row print what one process
+prints.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ def history(folder: Path, step: int) -> list[dict[str, Any]]:
     """Returns what the Trainer logged up to a checkpoint, without times."""
     state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
     return [
-        {name: value for name, value in entry.items() if "second" not in name and "runtime" not in name}
+        {
+            name: value
+            for name, value in entry.items()
+            if "second" not in name and "runtime" not in name
+        }
         for entry in state["log_history"]
     ]
 
@@ -45,7 +51,14 @@ def test_two_processes_print_what_one_prints(tmp_path: Path) -> None:
     for name in DOCUMENTS:
         text = Path(sysconfig.get_paths()["stdlib"], f"{name}.py").read_text()[:600]
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
-    data = ("--data", str(tmp_path / "texts"), "--sequence-length", "64", "--save-steps", str(SAVED))
+    data = (
+        "--data",
+        str(tmp_path / "texts"),
+        "--sequence-length",
+        "64",
+        "--save-steps",
+        str(SAVED),
+    )
     output = {name: tmp_path / name for name in ("alone", "shared", "resumed")}
     whole = ("--steps", str(STEPS), "--output")
     run_ranks(run, 1, *data, *whole, str(output["alone"]), init=False)
@@ -61,6 +74,8 @@ def test_two_processes_print_what_one_prints(tmp_path: Path) -> None:
     checkpoint = output["resumed"] / f"checkpoint-{SAVED}"
     checkpoint.parent.mkdir()
     (output["shared"] / f"checkpoint-{SAVED}").rename(checkpoint)
-    run_ranks(run, 2, *data, *whole, str(output["resumed"]), "--sp-size", "2", "--resume", init=False)
+    run_ranks(
+        run, 2, *data, *whole, str(output["resumed"]), "--sp-size", "2", "--resume", init=False
+    )
     again = [entry for entry in history(output["resumed"], STEPS) if "loss" in entry]
     assert again == [entry for entry in found if "loss" in entry]

@@ -1,4 +1,6 @@
-"""The TRL jobs as a user runs them: two processes share each sequence, and what is logged does not depend on that."""
+"""The TRL jobs as a user runs them: two processes share each sequence, and what is logged does not
+depend on that.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,22 @@ def run(script: str, folder: str, *flags: str) -> None:
 def launch(script: str, folder: Path, *flags: str) -> list[dict[str, Any]]:
     """Runs an example by torchrun on two processes, and returns its steps."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [sys.executable, *torchrun, str(ROOT / "examples/trl" / script), "--steps", "3", "--output", str(folder)]
+    command = [
+        sys.executable,
+        *torchrun,
+        str(ROOT / "examples/trl" / script),
+        "--steps",
+        "3",
+        "--output",
+        str(folder),
+    ]
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, *flags], env={**os.environ, **settings}, capture_output=True, text=True, timeout=150
+        [*command, *flags],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return steps_of(done.stdout)
@@ -56,7 +70,9 @@ def check_same(alone: list[dict[str, Any]], shared: list[dict[str, Any]]) -> Non
     for one, two in zip(alone, shared, strict=True):
         assert one["num_tokens"] == two["num_tokens"]
         for name in ("loss", "grad_norm", "entropy"):
-            assert abs(float(one[name]) - float(two[name])) <= CLOSE * max(1.0, abs(float(one[name]))), (name, one, two)
+            assert abs(float(one[name]) - float(two[name])) <= CLOSE * max(
+                1.0, abs(float(one[name]))
+            ), (name, one, two)
 
 
 def test_an_adapter_on_packed_rows_and_a_ring(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The document's loop as a user runs it: two processes that share each sequence print what one process prints."""
+"""The document's loop as a user runs it: two processes that share each sequence print what one
+process prints.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,15 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def losses(example: ModuleType, flags: list[str], slurm: bool) -> list[float]:
     if slurm:
         # As srun leaves them; run_ranks sets torchrun's.
-        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-        os.environ.update({name: os.environ.pop(old) for old, name in names.items()}, SLURM_NODELIST="127.0.0.1,b[2-3]")
+        names = {
+            "RANK": "SLURM_PROCID",
+            "WORLD_SIZE": "SLURM_NTASKS",
+            "LOCAL_RANK": "SLURM_LOCALID",
+        }
+        os.environ.update(
+            {name: os.environ.pop(old) for old, name in names.items()},
+            SLURM_NODELIST="127.0.0.1,b[2-3]",
+        )
         del os.environ["MASTER_ADDR"]
         flags = ["--launcher", "slurm", *flags]
     found: list[float] = example.train(example.parse_args(flags))
@@ -60,7 +69,14 @@ def alone(example: ModuleType, flags: list[str]) -> list[float]:
 
 
 def test_two_processes_train_as_one(alone: list[float], flags: list[str], support: Support) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(FOLDER / "train.py"), "--sequence-parallel-size", "2", *flags],
@@ -76,12 +92,19 @@ def test_two_processes_train_as_one(alone: list[float], flags: list[str], suppor
     assert shared == pytest.approx(alone, abs=2e-4)
     assert shared[-1] < 0.9 * shared[0]
     support(
-        "system", "XTuner: the five functions", "sp", code="from ulysses_accel.compat.xtuner import dispatch_modules"
+        "system",
+        "XTuner: the five functions",
+        "sp",
+        code="from ulysses_accel.compat.xtuner import dispatch_modules",
     )
 
 
-def test_slurm_tasks_train_as_one_process(example: ModuleType, alone: list[float], flags: list[str]) -> None:
-    for rank in run_ranks(losses, 2, example, ["--sequence-parallel-size", "2", *flags], True, init=False):
+def test_slurm_tasks_train_as_one_process(
+    example: ModuleType, alone: list[float], flags: list[str]
+) -> None:
+    for rank in run_ranks(
+        losses, 2, example, ["--sequence-parallel-size", "2", *flags], True, init=False
+    ):
         assert rank == pytest.approx(alone, abs=2e-4)
 
 
@@ -95,6 +118,7 @@ def test_the_slurm_file_starts_the_script(example: ModuleType) -> None:
     assert (args.launcher, args.sequence_parallel_size, args.steps) == ("slurm", 16, 3)
     # One task for each process.
     nodes, tasks = (
-        int(re.findall(rf"^#SBATCH --{name}=(\d+)$", script, re.M)[0]) for name in ("nodes", "ntasks-per-node")
+        int(re.findall(rf"^#SBATCH --{name}=(\d+)$", script, re.M)[0])
+        for name in ("nodes", "ntasks-per-node")
     )
     assert nodes * tasks == args.sequence_parallel_size

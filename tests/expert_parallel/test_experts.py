@@ -1,4 +1,6 @@
-"""Experts dealt to ranks: loss, every gradient, clipping and AdamW's steps equal one process's that has all experts."""
+"""Experts dealt to ranks: loss, every gradient, clipping and AdamW's steps equal one process's that
+has all experts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tests.forward.test_router_loss import MODELS, build_experts, keep_float64, reference_loss, seen_rows
+from tests.forward.test_router_loss import (
+    MODELS,
+    build_experts,
+    keep_float64,
+    reference_loss,
+    seen_rows,
+)
 from tests.helpers.batches import CASES, Sample, loader
 from tests.helpers.engine_jobs import error_of
 from tests.helpers.models import HIDDEN, VOCAB, build
@@ -80,7 +88,8 @@ def build_model(name: str) -> Any:
     if name == "DeepSeek-V3":
         for module in model.modules():
             if hasattr(module, "e_score_correction_bias"):
-                # Nobody chooses the last experts: their owner computes nothing, and must take part all the same.
+                # Nobody chooses the last experts: their owner computes nothing, and must take part
+                # all the same.
                 module.e_score_correction_bias[2:] = -100.0
     return model
 
@@ -88,18 +97,27 @@ def build_model(name: str) -> Any:
 def expected_steps(names: list[str], case: str, dp_size: int) -> dict[str, Step]:
     samples = [CASES[case](rank) for rank in range(dp_size)]
     return {
-        name: (samples, *plain_step(build_model(name), samples, plain_loss if name in LATENT else reference_loss))
+        name: (
+            samples,
+            *plain_step(
+                build_model(name), samples, plain_loss if name in LATENT else reference_loss
+            ),
+        )
         for name in names
     }
 
 
-def accelerator_of(engine: str, sp_size: int, dp_size: int, ep_size: int, **kwargs: Any) -> Accelerator:
+def accelerator_of(
+    engine: str, sp_size: int, dp_size: int, ep_size: int, **kwargs: Any
+) -> Accelerator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARALLELISM_CONFIG_EP_SIZE", str(ep_size))
         return Engine(engine).accelerator(sp_size, dp_size, **kwargs)
 
 
-def parity_job(engine: str, steps: dict[str, Step], sizes: Sizes, prepare: Callable[[Any], Any]) -> Report:
+def parity_job(
+    engine: str, steps: dict[str, Step], sizes: Sizes, prepare: Callable[[Any], Any]
+) -> Report:
     sp_size, dp_size, ep_size = sizes
     found: Report = {}
     for name, (samples, losses, grads) in steps.items():
@@ -108,7 +126,9 @@ def parity_job(engine: str, steps: dict[str, Step], sizes: Sizes, prepare: Calla
         prepare(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         rows = seen_rows(model)
-        model, _, batches = accelerator.prepare(model, optimizer, loader(samples, plain=sp_size == 1))
+        model, _, batches = accelerator.prepare(
+            model, optimizer, loader(samples, plain=sp_size == 1)
+        )
         (batch,) = batches
         loss = model(**batch).loss
         accelerator.backward(loss)
@@ -116,7 +136,9 @@ def parity_job(engine: str, steps: dict[str, Step], sizes: Sizes, prepare: Calla
         assert {len(parameter.to_local()) for parameter in dealt} == {NUM_EXPERTS // ep_size}
         assert rows[0] == samples[0].plain["input_ids"].numel() // sp_size
         own = losses[data_rank(accelerator)]
-        found[f"{engine}, {name}, {sizes}"] = report(compare(float(loss.detach()), full_gradients(model), own, grads))
+        found[f"{engine}, {name}, {sizes}"] = report(
+            compare(float(loss.detach()), full_gradients(model), own, grads)
+        )
     return found
 
 
@@ -155,7 +177,13 @@ def test_over_data_parallel_ranks_alone(support: Any) -> None:
     steps = expected_steps(list(LATENT), "padded right", 2)
     for engine in ("ddp", "fsdp2"):
         assert_parity(run_ranks(parity_job, 2, engine, steps, (1, 2, 2), plain), count=2)
-        support("system", "expert parallelism", "ep", code="ParallelismConfig(ep_size=2)", engine=ENGINES[engine])
+        support(
+            "system",
+            "expert parallelism",
+            "ep",
+            code="ParallelismConfig(ep_size=2)",
+            engine=ENGINES[engine],
+        )
 
 
 def test_recompute() -> None:
@@ -178,7 +206,9 @@ def accumulation_job(samples: list[Sample], losses: list[float], grads: Grads) -
             loss = model(**batch).loss
             accelerator.backward(loss)
         total += float(loss.detach()) / len(samples)
-    return {"step": report(compare(total, full_gradients(model), sum(losses) / len(samples), grads))}
+    return {
+        "step": report(compare(total, full_gradients(model), sum(losses) / len(samples), grads))
+    }
 
 
 def test_accumulation() -> None:
@@ -200,11 +230,15 @@ def plain_training(samples: list[Sample]) -> tuple[float, Grads]:
         reference_loss(model, sample).backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
-    return norms[0], {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return norms[0], {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
 
 
 def training_job(engine: str, samples: list[Sample], folder: str) -> dict[str, Any]:
-    """Trains two steps, of which the second is made by another accelerator from the first one's checkpoint."""
+    """Trains two steps, of which the second is made by another accelerator from the first one's
+    checkpoint.
+    """
     norms: list[float] = []
 
     def prepared() -> tuple[Accelerator, Any, Any, Any]:
@@ -214,7 +248,12 @@ def training_job(engine: str, samples: list[Sample], folder: str) -> dict[str, A
         if engine == "ddp":
             # In a call of its own, before the experts are dealt; FSDP2 wants both together.
             optimizer = accelerator.prepare(optimizer)
-            return accelerator, accelerator.prepare(model), optimizer, accelerator.prepare(loader(samples))
+            return (
+                accelerator,
+                accelerator.prepare(model),
+                optimizer,
+                accelerator.prepare(loader(samples)),
+            )
         return accelerator, *accelerator.prepare(model, optimizer, loader(samples))
 
     def step(accelerator: Accelerator, model: Any, optimizer: Any, batch: Any) -> None:
@@ -249,14 +288,26 @@ def test_clipped_steps_and_resume(engine: str, tmp_path: Path, support: Any) -> 
     for rank, found in enumerate(reports):
         assert found["norm"] == pytest.approx(norm, rel=1e-12)
         for name, expected in whole.items():
-            # AdamW divides by the root of a squared gradient, which magnifies roundings of small ones.
+            # AdamW divides by the root of a squared gradient, which magnifies roundings of small
+            # ones.
             torch.testing.assert_close(found["whole"][name], expected, rtol=0, atol=1e-9, msg=name)
         assert found["same"]
         assert rank > 0 or set(found["saved"]) == set(whole)
         assert engine == "fsdp2" or "accelerator.get_state_dict(model)" in found["alone"]
     if engine == "ddp":
-        assert load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.experts.down_proj"].shape[0] == NUM_EXPERTS
-    support("system", "expert parallelism, clipping and resume", "ep × sp", code=CODE, engine=ENGINES[engine])
+        assert (
+            load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.experts.down_proj"].shape[
+                0
+            ]
+            == NUM_EXPERTS
+        )
+    support(
+        "system",
+        "expert parallelism, clipping and resume",
+        "ep × sp",
+        code=CODE,
+        engine=ENGINES[engine],
+    )
 
 
 def refusals_job() -> dict[str, str]:
@@ -293,14 +344,19 @@ def test_refusals(support: Any) -> None:
     first, second = run_ranks(refusals_job, 2)
     assert first == second
     assert "LlamaForCausalLM has no experts" in first["dense"]
-    assert "ep_size=2 does not divide the 3 experts of model.layers.0.mlp.experts. Use one of [1, 3]." in first["odd"]
+    assert (
+        "ep_size=2 does not divide the 3 experts of model.layers.0.mlp.experts. Use one of [1, 3]."
+        in first["odd"]
+    )
     assert "MixtralExperts" in first["tiled"]
     assert "tiled_mlp=True" in first["tiled"]
     assert "has made steps" in first["stepped"]
     assert "ep_size=3 does not divide 2 launched processes. Use one of [1, 2]." in first["world"]
     assert "from env PARALLELISM_CONFIG_EP_SIZE) with DeepSpeed" in first["deepspeed"]
     assert "mixed_precision='fp16'" in first["half"]
-    support.refused("system", "expert parallelism, DeepSpeed", "ep × sp", "its engines average over all ranks")
+    support.refused(
+        "system", "expert parallelism, DeepSpeed", "ep × sp", "its engines average over all ranks"
+    )
 
 
 def uninstall_job() -> bool:
@@ -308,7 +364,9 @@ def uninstall_job() -> bool:
     model = accelerator.unwrap_model(accelerator.prepare(build_experts("Mixtral")))
     # Takes off what lies on top of it first, the experts' part.
     accelerator.sequence_parallel.uninstall()
-    assert not {"prepare", "prepare_model", "save_state", "expert_parallel"} & vars(accelerator).keys()
+    assert (
+        not {"prepare", "prepare_model", "save_state", "expert_parallel"} & vars(accelerator).keys()
+    )
     # A DDP that is made of it now averages all parameters.
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
     before = dict(build_experts("Mixtral").named_parameters())

@@ -1,7 +1,8 @@
-"""Faults in the batches of one rank: handled, or the same typed error on every rank, and never a hang.
+"""Faults in the batches of one rank: handled, or the same typed error on every rank, and never a
+hang.
 
-The numbers are those of the fault list that DeepSpeed's adapter was measured with. Every case has a timeout far below
-that of the process group.
+The numbers are those of the fault list that DeepSpeed's adapter was measured with. Every case has a
+timeout far below that of the process group.
 """
 
 from __future__ import annotations
@@ -17,19 +18,36 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from tests.helpers.loader_samples import Samples, adapt, error_of, from_list, joined, loader, plain, stack
+from tests.helpers.loader_samples import (
+    Samples,
+    adapt,
+    error_of,
+    from_list,
+    joined,
+    loader,
+    plain,
+    stack,
+)
 from tests.helpers.ranks import RankFailure, run_ranks
 
 T = 20.0
 
 
-def batch(rank: int, step: int = 0, length: int = 8, rows: int = 1, dtype: torch.dtype = torch.long) -> dict[str, Any]:
+def batch(
+    rank: int, step: int = 0, length: int = 8, rows: int = 1, dtype: torch.dtype = torch.long
+) -> dict[str, Any]:
     tokens = (torch.arange(rows * length).view(rows, length) + 1000 * rank + 100 * step).to(dtype)
-    return {"input_ids": tokens, "labels": tokens.clone(), "position_ids": torch.arange(length).expand(rows, length)}
+    return {
+        "input_ids": tokens,
+        "labels": tokens.clone(),
+        "position_ids": torch.arange(length).expand(rows, length),
+    }
 
 
 def outcome(make: Callable[[int], Any], **options: Any) -> tuple[list[Any], list[str]]:
-    """Iterates an adapter over `make(rank)` on two ranks, then meets in a collective; steps and errors by rank."""
+    """Iterates an adapter over `make(rank)` on two ranks, then meets in a collective; steps and
+    errors by rank.
+    """
 
     def body() -> Any:
         steps: list[Any] = []
@@ -76,7 +94,9 @@ def one(**changes: Any) -> Callable[[int], Any]:
 
 def test_f00_healthy() -> None:
     ranks = expect_handled(lambda rank: from_list([batch(rank, step) for step in range(3)]), 6)
-    assert joined(ranks) == [batch(rank, step)["input_ids"].tolist() for step in range(3) for rank in range(2)]
+    assert joined(ranks) == [
+        batch(rank, step)["input_ids"].tolist() for step in range(3) for rank in range(2)
+    ]
 
 
 def uneven(rank: int) -> Any:
@@ -84,20 +104,34 @@ def uneven(rank: int) -> Any:
 
 
 def test_f01_a_rank_runs_out_of_batches() -> None:
-    expect_refused(uneven, "RankDisagreementError", "ranks [1] ran out of batches while ranks [0] still have data")
+    expect_refused(
+        uneven,
+        "RankDisagreementError",
+        "ranks [1] ran out of batches while ranks [0] still have data",
+    )
 
 
 def test_f01_drop_stops_all_at_the_first_end() -> None:
     ranks = expect_handled(uneven, 4, on_uneven="drop")
-    assert joined(ranks) == [batch(rank, step)["input_ids"].tolist() for step in range(2) for rank in range(2)]
+    assert joined(ranks) == [
+        batch(rank, step)["input_ids"].tolist() for step in range(2) for rank in range(2)
+    ]
 
 
 def test_f01_pad_counts_each_label_once() -> None:
     ranks = expect_handled(uneven, 6, on_uneven="pad")
     assert all(label == -100 for rank in ranks for label in rank[-1]["shift_labels"][0])
-    counted = sorted(label for rank in ranks for step in rank for label in step["shift_labels"][0] if label != -100)
+    counted = sorted(
+        label
+        for rank in ranks
+        for step in rank
+        for label in step["shift_labels"][0]
+        if label != -100
+    )
     batches = [(rank, step) for rank in range(2) for step in range(3 - rank)]
-    assert counted == sorted(label for place in batches for label in batch(*place)["labels"][0, 1:].tolist())
+    assert counted == sorted(
+        label for place in batches for label in batch(*place)["labels"][0, 1:].tolist()
+    )
 
 
 def test_f01_pad_with_a_rank_that_never_had_data() -> None:
@@ -107,7 +141,9 @@ def test_f01_pad_with_a_rank_that_never_had_data() -> None:
 
 def test_f01_pad_needs_labels() -> None:
     def make(rank: int) -> Any:
-        return from_list([{"input_ids": batch(rank, step)["input_ids"]} for step in range(2 - rank)])
+        return from_list(
+            [{"input_ids": batch(rank, step)["input_ids"]} for step in range(2 - rank)]
+        )
 
     expect_refused(make, "BatchError", "have no labels", on_uneven="pad")
 
@@ -146,7 +182,9 @@ def test_f03_lengths_differ() -> None:
 
 def test_f04_a_length_that_does_not_divide() -> None:
     for uneven_rank in (0, 1):  # F04b: on one rank only
-        ranks = expect_handled(lambda rank, on=uneven_rank: from_list([batch(rank, length=7 if rank >= on else 8)]), 2)
+        ranks = expect_handled(
+            lambda rank, on=uneven_rank: from_list([batch(rank, length=7 if rank >= on else 8)]), 2
+        )
         assert joined(ranks)[1] == [[*batch(1, length=7)["input_ids"][0].tolist(), 0]]
         assert [rank[1]["shift_labels"][0][-1] for rank in ranks][1] == -100
 
@@ -159,17 +197,26 @@ def test_f05_positions_are_missing_on_one_rank() -> None:
 def test_f06_no_labels() -> None:
     ranks = expect_handled(lambda rank: from_list([{"input_ids": batch(rank)["input_ids"]}]), 2)
     assert "shift_labels" not in ranks[0][0]
-    expect_refused(one(labels=None), "RankDisagreementError", "'shift_labels' int64 2-D", "nothing more on ranks [1]")
+    expect_refused(
+        one(labels=None),
+        "RankDisagreementError",
+        "'shift_labels' int64 2-D",
+        "nothing more on ranks [1]",
+    )
 
 
 def test_f07_a_further_key_on_one_rank() -> None:
     expect_refused(
-        one(weights=torch.ones(1, 8)), "RankDisagreementError", "'weights' float32 2-D sharded on dim 1 on ranks [1]"
+        one(weights=torch.ones(1, 8)),
+        "RankDisagreementError",
+        "'weights' float32 2-D sharded on dim 1 on ranks [1]",
     )
 
 
 def test_f07b_another_order_of_keys() -> None:
-    expect_handled(lambda rank: from_list([dict(sorted(batch(rank).items(), reverse=rank == 1))]), 2)
+    expect_handled(
+        lambda rank: from_list([dict(sorted(batch(rank).items(), reverse=rank == 1))]), 2
+    )
 
 
 def test_f08_dtypes_differ() -> None:
@@ -182,18 +229,27 @@ def test_f08_dtypes_differ() -> None:
 
 
 def test_f09_more_dims() -> None:
-    ranks = expect_handled(lambda rank: from_list([{**batch(rank), "extra": torch.full((1, 8, 3), float(rank))}]), 2)
-    assert [step["extra"] for step in ranks[0]] == [[[[float(source)] * 3] * 4] for source in range(2)]
+    ranks = expect_handled(
+        lambda rank: from_list([{**batch(rank), "extra": torch.full((1, 8, 3), float(rank))}]), 2
+    )
+    assert [step["extra"] for step in ranks[0]] == [
+        [[[float(source)] * 3] * 4] for source in range(2)
+    ]
     expect_refused(
-        lambda rank: from_list([{**batch(rank), "extra": torch.zeros(1, 8, 8)}]), "BatchError", "key_rules={'extra'"
+        lambda rank: from_list([{**batch(rank), "extra": torch.zeros(1, 8, 8)}]),
+        "BatchError",
+        "key_rules={'extra'",
     )
 
 
 def test_f10_entries_that_are_no_tensors() -> None:
     ranks = expect_handled(
-        lambda rank: from_list([{**batch(rank), "name": f"doc {rank}", "n": None, "l": [1, "a"]}]), 2
+        lambda rank: from_list([{**batch(rank), "name": f"doc {rank}", "n": None, "l": [1, "a"]}]),
+        2,
     )
-    assert [(step["name"], step["n"], step["l"]) for step in ranks[1]] == [(f"doc {r}", None, [1, "a"]) for r in (0, 1)]
+    assert [(step["name"], step["n"], step["l"]) for step in ranks[1]] == [
+        (f"doc {r}", None, [1, "a"]) for r in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 0), (0, 8)])
@@ -201,13 +257,17 @@ def test_f11_empty_batches(rows: int, length: int) -> None:
     sentence = expect_refused(
         one(**batch(1, rows=rows, length=length)), "BatchError", f"{rows} rows of {length} tokens"
     )
-    assert sentence.startswith("BatchError: rank 1 failed to produce a batch: BatchError: the batch is empty")
+    assert sentence.startswith(
+        "BatchError: rank 1 failed to produce a batch: BatchError: the batch is empty"
+    )
 
 
 def test_f12_the_dataset_raises_on_one_rank() -> None:
     for workers in (0, 1):
         expect_refused(
-            lambda rank, n=workers: loader(Samples(4, base=10 * rank, fail_at=2 if rank else None), num_workers=n),
+            lambda rank, n=workers: loader(
+                Samples(4, base=10 * rank, fail_at=2 if rank else None), num_workers=n
+            ),
             "BatchError",
             "rank 1 failed to produce a batch: OSError: ",
             "disk read failed",
@@ -217,7 +277,15 @@ def test_f12_the_dataset_raises_on_one_rank() -> None:
 def test_f12_the_cause_is_chained_on_the_failing_rank() -> None:
     def body() -> str:
         try:
-            list(adapt(loader(Samples(2, base=10 * dist.get_rank(), fail_at=1 if dist.get_rank() else None))))
+            list(
+                adapt(
+                    loader(
+                        Samples(
+                            2, base=10 * dist.get_rank(), fail_at=1 if dist.get_rank() else None
+                        )
+                    )
+                )
+            )
         except RuntimeError as error:
             return type(error.__cause__).__name__
         return "no error"
@@ -271,15 +339,23 @@ def test_f14_a_rank_is_killed() -> None:
                 return super().__getitem__(index)
 
         sentence = error_of(lambda: list(adapt(loader(Killing(3, base=10 * rank)))))
-        os.write(1, f"SURVIVOR: {sentence}".encode())  # the rank's log; pytest has its own sys.stdout
+        os.write(
+            1, f"SURVIVOR: {sentence}".encode()
+        )  # the rank's log; pytest has its own sys.stdout
 
-    with pytest.raises(RankFailure, match="SURVIVOR: RankDisagreementError: rank 0 lost contact with the other ranks"):
+    with pytest.raises(
+        RankFailure,
+        match="SURVIVOR: RankDisagreementError: rank 0 lost contact with the other ranks",
+    ):
         run_ranks(body, 2, timeout=T)
 
 
 def test_f16_scalars_and_one_number_for_each_sample() -> None:
     ranks = expect_handled(
-        lambda rank: from_list([{**batch(rank, rows=2), "s": torch.tensor(rank), "each": torch.tensor([rank, 7])}]), 2
+        lambda rank: from_list(
+            [{**batch(rank, rows=2), "s": torch.tensor(rank), "each": torch.tensor([rank, 7])}]
+        ),
+        2,
     )
     assert [(step["s"], step["each"]) for step in ranks[0]] == [(0, [0, 7]), (1, [1, 7])]
 
@@ -296,7 +372,12 @@ class Evil:
 
 def test_f17_objects_are_not_sent(tmp_path: Path) -> None:
     canary = tmp_path / "executed"
-    expect_refused(one(extra=Evil(str(canary))), "BatchError", "rank 1", "'extra' holds a Evil, which is not sent")
+    expect_refused(
+        one(extra=Evil(str(canary))),
+        "BatchError",
+        "rank 1",
+        "'extra' holds a Evil, which is not sent",
+    )
     expect_refused(one(extra=[{"a": Evil(str(canary))}]), "BatchError", "'extra' holds a Evil")
     assert not canary.exists()
 
@@ -312,7 +393,12 @@ def test_f21_the_same_batch_where_it_must_differ() -> None:
     def make(rank: int) -> Any:
         return from_list([batch(0), batch(0)])
 
-    expect_refused(make, "RankDisagreementError", "ranks [0, 1] drew the same first batch", "DistributedSampler")
+    expect_refused(
+        make,
+        "RankDisagreementError",
+        "ranks [0, 1] drew the same first batch",
+        "DistributedSampler",
+    )
     expect_handled(make, 4, allow_duplicates=True)
 
 
@@ -331,7 +417,8 @@ def test_all_ranks_fail_alike() -> None:
     expect_refused(
         lambda rank: from_list([{**batch(0), "attention_mask": torch.ones(1, 1, 8, 8)}]),
         "BatchError",
-        "ranks [0, 1] failed to produce a batch: BatchError: the 4-D 'attention_mask' has values that change scores",
+        "ranks [0, 1] failed to produce a batch: BatchError: the 4-D 'attention_mask' has values "
+        "that change scores",
         same_batch=True,
     )
 
@@ -356,7 +443,9 @@ def test_a_fixed_length_is_exceeded_on_one_rank() -> None:
 
 def test_an_error_ahead_is_raised_in_its_turn() -> None:
     """The refill is drawn one step ahead; what went before is delivered first."""
-    ranks, errors = outcome(lambda rank: loader(Samples(4, base=10 * rank, fail_at=2 if rank else None)))
+    ranks, errors = outcome(
+        lambda rank: loader(Samples(4, base=10 * rank, fail_at=2 if rank else None))
+    )
     assert [len(rank) for rank in ranks] == [4, 4]
     assert errors[0] == errors[1] != ""
 

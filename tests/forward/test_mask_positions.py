@@ -1,4 +1,6 @@
-"""Models that count positions by the attention mask get those of the whole row, whichever side is padded."""
+"""Models that count positions by the attention mask get those of the whole row, whichever side is
+padded.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ def forward(batch: dict[str, Tensor]) -> Tensor:
         {"input_ids": TOKENS, "attention_mask": LEFT},
         {"input_ids": TOKENS, "attention_mask": LEFT.flip(1)},
         {"input_ids": TOKENS, "attention_mask": HOLE},
-        {"input_ids": TOKENS, "attention_mask": LEFT, "position_ids": (LEFT.cumsum(1) - 1).clamp(min=0)},
+        {
+            "input_ids": TOKENS,
+            "attention_mask": LEFT,
+            "position_ids": (LEFT.cumsum(1) - 1).clamp(min=0),
+        },
     ],
     ids=["left", "right", "hole", "given"],
 )

@@ -1,4 +1,6 @@
-"""Images and sound merged before the cut: what the decoder is given, forwards before one backward, what is refused."""
+"""Images and sound merged before the cut: what the decoder is given, forwards before one backward,
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def loader(*batches: Batch) -> DataLoader[Any]:
 
 
 def packed() -> Batch:
-    """Returns two documents in a row, each with an image, told apart by the first of four planes of positions."""
+    """Returns two documents in a row, each with an image, told apart by the first of four planes of
+    positions.
+    """
     batch = make_batch(QWEN, "right")
     del batch["attention_mask"]
     tokens = batch["input_ids"][:1].clone()
@@ -51,13 +55,24 @@ def packed() -> Batch:
     text = torch.tensor([*range(7), *range(9)])
     planes = torch.stack([text, text, text + 1, text + 2])[:, None]
     types = (tokens == IMAGE).int()
-    return {**batch, "input_ids": tokens, "labels": labels, "position_ids": planes, "mm_token_type_ids": types}
+    return {
+        **batch,
+        "input_ids": tokens,
+        "labels": labels,
+        "position_ids": planes,
+        "mm_token_type_ids": types,
+    }
 
 
 def steps_of(
-    model: nn.Module, batches: list[Batch], backward: Callable[[Tensor], None], in_double: bool = True
+    model: nn.Module,
+    batches: list[Batch],
+    backward: Callable[[Tensor], None],
+    in_double: bool = True,
 ) -> tuple[float, Grads]:
-    """Returns the sum of the losses of batches that are all forwarded before the one backward, and its gradients."""
+    """Returns the sum of the losses of batches that are all forwarded before the one backward, and
+    its gradients.
+    """
     zero_gradients(model)
     with InDouble() if in_double else nullcontext():
         loss = torch.stack([model(**batch).loss for batch in batches]).sum()
@@ -70,7 +85,10 @@ def plans() -> dict[str, tuple[float, Grads]]:
     def backward(loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    both, one = [make_batch(QWEN, "border"), make_batch(QWEN, "text")], [{**packed(), "use_cache": False}]
+    both, one = (
+        [make_batch(QWEN, "border"), make_batch(QWEN, "text")],
+        [{**packed(), "use_cache": False}],
+    )
     return {
         "two forwards": steps_of(build(QWEN), both, backward),
         "packed": steps_of(build(QWEN), one, backward),
@@ -96,10 +114,14 @@ def sharded(expected: dict[str, tuple[float, Grads]]) -> dict[str, Any]:
     # A recompute does not see that all is computed in float64, so both are as they come.
     kept = steps_of(model, [images, text], accelerator.backward, in_double=False)
     inner.gradient_checkpointing_enable()
-    found["checkpointed"] = apart(steps_of(model, [images, text], accelerator.backward, in_double=False), kept)
+    found["checkpointed"] = apart(
+        steps_of(model, [images, text], accelerator.backward, in_double=False), kept
+    )
     inner.gradient_checkpointing_disable()
     found["positions"] = positions_given(accelerator, inner, images)
-    tokens = shard_sequence(images["input_ids"], images["sequence_description"], accelerator.sequence_parallel.group)
+    tokens = shard_sequence(
+        images["input_ids"], images["sequence_description"], accelerator.sequence_parallel.group
+    )
     found["sharded tokens"] = error_of(model, **{**images, "input_ids": tokens})
     lost = {key: value for key, value in images.items() if key != "sequence_description"}
     found["lost"] = error_of(model, **lost)
@@ -109,7 +131,9 @@ def sharded(expected: dict[str, tuple[float, Grads]]) -> dict[str, Any]:
 
 
 def positions_given(accelerator: Any, inner: Any, images: Batch) -> list[bool]:
-    """Returns whether the decoder's positions are this rank's part of the whole ones that the model makes."""
+    """Returns whether the decoder's positions are this rank's part of the whole ones that the model
+    makes.
+    """
     seen: list[Tensor] = []
     rotary = inner.get_decoder().rotary_emb
     handle = rotary.register_forward_pre_hook(lambda _module, args: seen.append(args[1]))
@@ -127,23 +151,38 @@ def test_forwards_positions_and_hooks(support: Support) -> None:
     for found in run_ranks(sharded, 2, plans(), init=False):
         assert max(found["two forwards"], found["packed"], found["checkpointed"]) <= EXACT
         assert found["positions"] == [True]
-        assert found["sharded tokens"].startswith("BatchError: the batch has (2, 8) rows and tokens on this rank")
-        assert "says (2, 16) (16 tokens over 2 ranks, whole beside images or sound)" in found["sharded tokens"]
+        assert found["sharded tokens"].startswith(
+            "BatchError: the batch has (2, 8) rows and tokens on this rank"
+        )
+        assert (
+            "says (2, 16) (16 tokens over 2 ranks, whole beside images or sound)"
+            in found["sharded tokens"]
+        )
         assert "came without its sequence_description" in found["lost"]
         assert found["hooks left"] == 0
     code = "model(**batch)  # position_ids [4, B, S], text positions first, start over in each document"
     support("batch", "packed documents with images", "cp", code=code)
-    support("batch", "mRoPE ids [3, B, S] and [4, B, S]", "cp", code="model(**batch)  # position_ids [3, B, S]")
+    support(
+        "batch",
+        "mRoPE ids [3, B, S] and [4, B, S]",
+        "cp",
+        code="model(**batch)  # position_ids [3, B, S]",
+    )
 
 
 def with_less_memory() -> float:
     """Returns how far a step with all that saves memory is from the same without."""
     found = []
-    for memory in (None, ulysses_accel.MemoryConfig(tiled_mlp=True, tiled_loss=True, checkpoint=True)):
+    for memory in (
+        None,
+        ulysses_accel.MemoryConfig(tiled_mlp=True, tiled_loss=True, checkpoint=True),
+    ):
         AcceleratorState._reset_state(True)
         config = ulysses_accel.ParallelismConfig(sp_size=2, memory_config=memory)
         accelerator = Accelerator(cpu=True, parallelism_config=config)
-        model, batches = accelerator.prepare(build("qwen2_vl"), loader(make_batch("qwen2_vl", "border")))
+        model, batches = accelerator.prepare(
+            build("qwen2_vl"), loader(make_batch("qwen2_vl", "border"))
+        )
         found.append(steps_of(model, list(batches), accelerator.backward, in_double=False))
     return apart(found[1], found[0])
 
@@ -155,13 +194,21 @@ def test_what_saves_memory_works_beside_images() -> None:
 
 def _siglip() -> Any:
     return hf.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
 
 
 def paligemma() -> Any:
     config = hf.PaliGemmaConfig(
-        text_config=hf.GemmaConfig(**GROUPED), vision_config=_siglip(), image_token_index=IMAGE, projection_dim=32
+        text_config=hf.GemmaConfig(**GROUPED),
+        vision_config=_siglip(),
+        image_token_index=IMAGE,
+        projection_dim=32,
     )
     return hf.PaliGemmaForConditionalGeneration._from_config(config)
 
@@ -181,7 +228,9 @@ def mllama() -> Any:
         "intermediate_layers_indices": [0],
         "supported_aspect_ratios": [[1, 1]],
     }
-    return hf.MllamaForConditionalGeneration._from_config(hf.MllamaConfig(text_config=text, vision_config=vision))
+    return hf.MllamaForConditionalGeneration._from_config(
+        hf.MllamaConfig(text_config=text, vision_config=vision)
+    )
 
 
 def refusals() -> dict[str, str]:
@@ -189,7 +238,10 @@ def refusals() -> dict[str, str]:
     types = (batch["input_ids"] == IMAGE).long()
     cases: dict[str, tuple[Callable[[], Any], Batch]] = {
         "gemma3": (lambda: build("gemma3"), {**batch, "token_type_ids": types}),
-        "mllama": (mllama, {**make_batch("llava", "text"), "pixel_values": torch.randn(2, 1, 1, 3, 8, 8)}),
+        "mllama": (
+            mllama,
+            {**make_batch("llava", "text"), "pixel_values": torch.randn(2, 1, 1, 3, 8, 8)},
+        ),
     }
     found = {}
     for name, (make, whole) in cases.items():
@@ -201,9 +253,13 @@ def refusals() -> dict[str, str]:
 
 def test_refusals_by_name(support: Support) -> None:
     for found in run_ranks(refusals, 2, init=False):
-        assert found["gemma3"].startswith("UnsupportedModelError: by the batch's token_type_ids the model lets tokens")
+        assert found["gemma3"].startswith(
+            "UnsupportedModelError: by the batch's token_type_ids the model lets tokens"
+        )
         assert "Leave token_type_ids out" in found["gemma3"]
-        assert found["mllama"].startswith("BatchError: the batch has pixel_values beside sharded tokens")
+        assert found["mllama"].startswith(
+            "BatchError: the batch has pixel_values beside sharded tokens"
+        )
     # Gemma 3 is causal without token_type_ids, PaliGemma never.
     (finding,) = supports(paligemma(), ulysses_accel.ParallelismConfig(sp_size=2))
     assert "its decoder lets the tokens of an image and its prompt see each other" in finding.fact
@@ -221,7 +277,12 @@ def test_where_models_merge(name: str) -> None:
     names = {module: name for name, module in model.named_modules()}
     assert names[merging.decoder] in ("model.language_model", "model.text_model")
     (tower,) = (names[module] for module in merging.towers)
-    assert tower in ("model.visual", "model.vision_tower", "model.vision_model", "model.audio_tower")
+    assert tower in (
+        "model.visual",
+        "model.vision_tower",
+        "model.vision_model",
+        "model.audio_tower",
+    )
     assert merging.has_blocks == (name == "gemma3")
 
 

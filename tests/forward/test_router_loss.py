@@ -1,7 +1,8 @@
-"""The load balancing loss of routers over a sharded sequence equals one process's, and so do all gradients.
+"""The load balancing loss of routers over a sharded sequence equals one process's, and so do all
+gradients.
 
-The reference computes it in float64 of the router logits of the whole batch; transformers' own function, which sums in
-float32, is compared with it to 1e-6.
+The reference computes it in float64 of the router logits of the whole batch; transformers' own
+function, which sums in float32, is compared with it to 1e-6.
 """
 
 from __future__ import annotations
@@ -68,14 +69,20 @@ COEFFICIENT = 0.7
 
 @pytest.fixture(autouse=True)
 def _float64_routers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Routers cast to float32, whose rounding would hide a wrong term of the router loss below 1e-7."""
+    """Routers cast to float32, whose rounding would hide a wrong term of the router loss below
+    1e-7.
+    """
     keep_float64(monkeypatch.setattr)
 
 
 def keep_float64(put: Callable[..., None]) -> None:
     softmax, cast = nn.functional.softmax, torch.Tensor.type
     put(torch.Tensor, "float", torch.Tensor.double)
-    put(torch.Tensor, "type", lambda tensor, kind: cast(tensor, torch.float64 if kind is torch.float32 else kind))
+    put(
+        torch.Tensor,
+        "type",
+        lambda tensor, kind: cast(tensor, torch.float64 if kind is torch.float32 else kind),
+    )
     put(nn.functional, "softmax", lambda tensor, dim=None, dtype=None: softmax(tensor, dim=dim))
 
 
@@ -86,12 +93,19 @@ def build_experts(name: str) -> Any:
 
 
 def balance(logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-    """Returns the loss as the paper writes it: experts times the sum of shares of choices times mean probabilities."""
+    """Returns the loss as the paper writes it: experts times the sum of shares of choices times
+    mean probabilities.
+    """
     rows = torch.cat(logits)
     if mask is not None:
         rows = rows[mask.bool().reshape(-1).repeat(len(logits))]
     probabilities = rows.softmax(-1)
-    chosen = nn.functional.one_hot(probabilities.topk(2, -1).indices, rows.shape[-1]).double().sum(1).mean(0)
+    chosen = (
+        nn.functional.one_hot(probabilities.topk(2, -1).indices, rows.shape[-1])
+        .double()
+        .sum(1)
+        .mean(0)
+    )
     return rows.shape[-1] * (chosen * probabilities.mean(0)).sum()
 
 
@@ -104,13 +118,17 @@ def reference_loss(model: Any, sample: Sample, num_items: int | None = None) -> 
     return loss
 
 
-def reference_steps(names: list[str], cases: list[str], dp_size: int) -> dict[str, list[tuple[str, Any]]]:
+def reference_steps(
+    names: list[str], cases: list[str], dp_size: int
+) -> dict[str, list[tuple[str, Any]]]:
     steps: dict[str, list[tuple[str, Any]]] = {}
     for name in names:
         model = build_experts(name)
         for number, case in enumerate(cases):
             samples = [CASES[case](2 * number + rank) for rank in range(dp_size)]
-            steps.setdefault(name, []).append((case, (samples, *plain_step(model, samples, reference_loss))))
+            steps.setdefault(name, []).append(
+                (case, (samples, *plain_step(model, samples, reference_loss)))
+            )
     return steps
 
 
@@ -124,7 +142,11 @@ def seen_rows(model: Any) -> list[int]:
 
 
 def parity_job(
-    steps: dict[str, list[tuple[str, Any]]], sp_size: int, cp_size: int, dp_size: int, prepare: Callable[[Any], Any]
+    steps: dict[str, list[tuple[str, Any]]],
+    sp_size: int,
+    cp_size: int,
+    dp_size: int,
+    prepare: Callable[[Any], Any],
 ) -> Report:
     found: Report = {}
     for name, cases in steps.items():
@@ -138,11 +160,15 @@ def parity_job(
             zero_gradients(model)
             output = model(**batch)
             description = batch["sequence_description"]
-            assert rows[-1] == description.batch_size * description.sequence_length // (sp_size * cp_size)
+            assert rows[-1] == description.batch_size * description.sequence_length // (
+                sp_size * cp_size
+            )
             assert output.router_logits is None
             accelerator.backward(output.loss)
             own = losses[data_rank(accelerator)]
-            found[f"{name}: {case}"] = report(compare(float(output.loss.detach()), full_gradients(model), own, grads))
+            found[f"{name}: {case}"] = report(
+                compare(float(output.loss.detach()), full_gradients(model), own, grads)
+            )
     return found
 
 
@@ -159,7 +185,9 @@ CODE = 'model = AutoModelForCausalLM.from_pretrained("...", output_router_logits
 def test_two_ranks(mesh: str, support: Any) -> None:
     sizes = (2, 1, 1) if mesh == "sp" else (1, 2, 1)
     steps = reference_steps(list(MODELS), CASE_NAMES[mesh], 1)
-    assert_parity(run_ranks(parity_job, 2, steps, *sizes, plain), count=len(CASE_NAMES[mesh]) * len(MODELS))
+    assert_parity(
+        run_ranks(parity_job, 2, steps, *sizes, plain), count=len(CASE_NAMES[mesh]) * len(MODELS)
+    )
     for name in MODELS:
         support("model", f"{name}, router loss", mesh, code=CODE)
 
@@ -176,8 +204,12 @@ def test_four_ranks(mesh: str, support: Any) -> None:
 def engine_job(engine: Engine, steps: dict[str, list[tuple[str, Any]]]) -> Report:
     (case, ((sample,), (loss,), grads)) = steps["Mixtral"][0]
     accelerator = engine.accelerator(2)
-    model = build_experts("Mixtral").to(torch.float32 if engine.name == "deepspeed" else torch.float64)
-    model, _, batches = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0), loader([sample]))
+    model = build_experts("Mixtral").to(
+        torch.float32 if engine.name == "deepspeed" else torch.float64
+    )
+    model, _, batches = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), loader([sample])
+    )
     gradients = keep_gradients(model)
     (batch,) = batches
     output = model(**batch)
@@ -187,48 +219,73 @@ def engine_job(engine: Engine, steps: dict[str, list[tuple[str, Any]]]) -> Repor
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("FSDP2", Engine("fsdp2")), ("ZeRO-2", Engine("deepspeed", 2)), ("ZeRO-3", Engine("deepspeed", 3))],
+    [
+        ("FSDP2", Engine("fsdp2")),
+        ("ZeRO-2", Engine("deepspeed", 2)),
+        ("ZeRO-3", Engine("deepspeed", 3)),
+    ],
 )
 def test_engines(name: str, engine: Engine, support: Any) -> None:
     steps = reference_steps(["Mixtral"], ["padded right"], 1)
     # DeepSpeed's gradients are float32, see tests/parity/test_engines.py.
-    assert_parity(run_ranks(engine_job, 2, engine, steps), EXACT if engine.name == "fsdp2" else FLOAT32, count=1)
+    assert_parity(
+        run_ranks(engine_job, 2, engine, steps),
+        EXACT if engine.name == "fsdp2" else FLOAT32,
+        count=1,
+    )
     support("model", "Mixtral, router loss", "sp", code=CODE, engine=name)
 
 
 def recompute_job(steps: dict[str, list[tuple[str, Any]]]) -> Report:
-    """Each kind of checkpointing runs the routers again in the backward pass; tokens are counted once all the same."""
+    """Each kind of checkpointing runs the routers again in the backward pass; tokens are counted
+    once all the same.
+    """
     ways: dict[str, Callable[[Any], Any]] = {
         "not reentrant": lambda model: model.gradient_checkpointing_enable(),
         "reentrant": lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
-        "ours": lambda model: apply_memory(model, MemoryConfig(checkpoint=True), shares_sequence=True),
+        "ours": lambda model: apply_memory(
+            model, MemoryConfig(checkpoint=True), shares_sequence=True
+        ),
         "ours, every 2": lambda model: apply_memory(
             model,
-            MemoryConfig(checkpoint=True, checkpoint_every_n_layers=2, tiled_mlp=True, tiled_loss=True),
+            MemoryConfig(
+                checkpoint=True, checkpoint_every_n_layers=2, tiled_mlp=True, tiled_loss=True
+            ),
             shares_sequence=True,
         ),
     }
     found: Report = {}
     for way, prepare in ways.items():
-        found |= {f"{way}: {case}": result for case, result in parity_job(steps, 2, 1, 1, prepare).items()}
+        found |= {
+            f"{way}: {case}": result for case, result in parity_job(steps, 2, 1, 1, prepare).items()
+        }
     return found
 
 
 def test_recompute(support: Any) -> None:
     steps = reference_steps(["Mixtral"], ["padded right"], 1)
     assert_parity(run_ranks(recompute_job, 2, steps), count=4)
-    support("model", "Mixtral, router loss, checkpointed", "sp", code=f"{CODE}; model.gradient_checkpointing_enable()")
+    support(
+        "model",
+        "Mixtral, router loss, checkpointed",
+        "sp",
+        code=f"{CODE}; model.gradient_checkpointing_enable()",
+    )
 
 
 def compiled_job(sample: Sample, loss: float, grads: dict[str, Tensor]) -> Report:
     accelerator = Engine().accelerator(2)
     model, batches = accelerator.prepare(build_experts("Mixtral"), loader([sample]))
     raw = accelerator.unwrap_model(model)
-    raw.model.layers[1].mlp.forward = torch.compile(raw.model.layers[1].mlp.forward, backend="aot_eager")
+    raw.model.layers[1].mlp.forward = torch.compile(
+        raw.model.layers[1].mlp.forward, backend="aot_eager"
+    )
     (batch,) = batches
     output = model(**batch)
     accelerator.backward(output.loss)
-    return {"compiled": report(compare(float(output.loss.detach()), full_gradients(model), loss, grads))}
+    return {
+        "compiled": report(compare(float(output.loss.detach()), full_gradients(model), loss, grads))
+    }
 
 
 def test_a_compiled_block_still_adds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +297,9 @@ def test_a_compiled_block_still_adds_the_gradient(monkeypatch: pytest.MonkeyPatc
     assert_parity(run_ranks(compiled_job, 2, sample, loss, grads), FLOAT32, count=1)
 
 
-def accumulation_job(samples: list[Sample], losses: list[float], grads: dict[str, Tensor]) -> Report:
+def accumulation_job(
+    samples: list[Sample], losses: list[float], grads: dict[str, Tensor]
+) -> Report:
     accelerator = Engine().accelerator(2, 2, steps=2)
     model, batches = accelerator.prepare(build_experts("Qwen3-MoE"), loader(samples))
     num_items = sum(sample.num_tokens for sample in samples)
@@ -255,11 +314,15 @@ def accumulation_job(samples: list[Sample], losses: list[float], grads: dict[str
 
 
 def test_items_of_a_step_do_not_divide_the_router_loss() -> None:
-    """As in the stock Trainer: every process and micro-step adds its own router loss to the step's loss."""
+    """As in the stock Trainer: every process and micro-step adds its own router loss to the step's
+    loss.
+    """
     samples = [CASES["packed"](seed) for seed in range(4)]
     num_items = sum(sample.num_tokens for sample in samples)
     model = build_experts("Qwen3-MoE")
-    losses, grads = plain_step(model, samples, lambda part, sample: 4 * reference_loss(part, sample, num_items))
+    losses, grads = plain_step(
+        model, samples, lambda part, sample: 4 * reference_loss(part, sample, num_items)
+    )
     expected = [loss / 4 for loss in losses]
     assert_parity(run_ranks(accumulation_job, 4, samples, expected, grads))
 
@@ -271,11 +334,17 @@ def alone_job(sample: Sample, expected: Expected) -> Report:
     accelerator = Engine().accelerator(2)
     model, batches = accelerator.prepare(build_experts("Mixtral"), loader([sample]))
     (batch,) = batches
-    unlabelled = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+    unlabelled = {
+        key: value for key, value in batch.items() if key not in ("labels", "shift_labels")
+    }
     output = model(**unlabelled, output_router_logits=True)
     assert [logits.shape[0] for logits in output.router_logits] == [batch["input_ids"].numel()] * 2
     accelerator.backward(output.aux_loss, retain_graph=True)
-    found = {"alone": report(compare(float(output.aux_loss.detach()), full_gradients(model), *expected["alone"]))}
+    found = {
+        "alone": report(
+            compare(float(output.aux_loss.detach()), full_gradients(model), *expected["alone"])
+        )
+    }
     zero_gradients(model)
     # A backward pass that the router loss has no part in must not find what the one before left.
     accelerator.backward(output.logits.sum() * 0.0)
@@ -284,7 +353,9 @@ def alone_job(sample: Sample, expected: Expected) -> Report:
     first, second = model(**batch), model(**unlabelled)
     total = first.loss + 3.0 * second.aux_loss
     accelerator.backward(total)
-    found["two forwards"] = report(compare(float(total.detach()), full_gradients(model), *expected["two forwards"]))
+    found["two forwards"] = report(
+        compare(float(total.detach()), full_gradients(model), *expected["two forwards"])
+    )
     values = model(**batch, return_dict=False)
     assert max(abs(float(values[0] - first.loss)), abs(float(values[1] - output.aux_loss))) < 1e-12
     return found
@@ -294,11 +365,16 @@ def test_the_router_loss_alone_and_two_forwards_before_one_backward() -> None:
     sample, model = CASES["padded right"](0), build_experts("Mixtral")
 
     def alone(model: Any, sample: Sample) -> Tensor:
-        return balance(model(**sample.plain, output_router_logits=True).router_logits, sample.plain["attention_mask"])
+        return balance(
+            model(**sample.plain, output_router_logits=True).router_logits,
+            sample.plain["attention_mask"],
+        )
 
     losses = {
         "alone": alone,
-        "two forwards": lambda model, sample: reference_loss(model, sample) + 3.0 * alone(model, sample),
+        "two forwards": lambda model, sample: (
+            reference_loss(model, sample) + 3.0 * alone(model, sample)
+        ),
     }
     steps = {name: plain_step(model, [sample], loss) for name, loss in losses.items()}
     expected = {name: (values[0], grads) for name, (values, grads) in steps.items()}
@@ -309,7 +385,11 @@ def test_the_router_loss_alone_and_two_forwards_before_one_backward() -> None:
 
 def test_other_router_losses_are_refused() -> None:
     config = hf.DogeConfig(**{**_SIZES, "num_experts": 4, "is_moe": True})
-    found = [finding for finding in supports(config, ParallelismConfig(sp_size=2)) if finding.kind == "statistics"]
+    found = [
+        finding
+        for finding in supports(config, ParallelismConfig(sp_size=2))
+        if finding.kind == "statistics"
+    ]
     assert ["load_balancing_loss_func(" in finding.fact for finding in found] == [True]
     assert "output_router_logits=False" in found[0].remedy
     with pytest.raises(UnsupportedModelError, match="is not transformers' load balancing loss"):
@@ -319,8 +399,14 @@ def test_other_router_losses_are_refused() -> None:
 def test_a_function_is_known_by_what_it_computes() -> None:
     stock = mixtral.load_balancing_loss_func
     assert computes_load_balance(stock)
-    assert not computes_load_balance(lambda logits, experts, top_k, mask: 2 * stock(logits, experts, top_k, mask))
+    assert not computes_load_balance(
+        lambda logits, experts, top_k, mask: 2 * stock(logits, experts, top_k, mask)
+    )
     # One that forgets padding, and one of the last layer alone.
-    assert not computes_load_balance(lambda logits, experts, top_k, mask: stock(logits, experts, top_k))
-    assert not computes_load_balance(lambda logits, experts, top_k, mask: stock(logits[-1:], experts, top_k, mask))
+    assert not computes_load_balance(
+        lambda logits, experts, top_k, mask: stock(logits, experts, top_k)
+    )
+    assert not computes_load_balance(
+        lambda logits, experts, top_k, mask: stock(logits[-1:], experts, top_k, mask)
+    )
     assert not computes_load_balance(lambda logits: 0.0)

@@ -1,4 +1,6 @@
-"""What stands behind a model's layers: which heads are known, which batches they refuse, and what they give back."""
+"""What stands behind a model's layers: which heads are known, which batches they refuse, and what
+they give back.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,11 @@ def test_heads_are_read_from_their_forward(name: str, reads: str, answers: bool)
     ],
 )
 def test_other_losses_are_refused_by_name(name: str, fact: str, support: Any) -> None:
-    sizes = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4} if "Bart" in name else {}
+    sizes = (
+        {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        if "Bart" in name
+        else {}
+    )
     findings = supports(without_weights(name, **sizes), ParallelismConfig(sp_size=2))
     assert [finding.kind for finding in findings if fact in finding.fact] == ["loss"]
     support.refused("loss", name, "sp", "its loss is neither one of tokens nor one of rows")
@@ -106,8 +112,16 @@ def test_what_shards_cant_give_is_no_known_head(model: Any) -> None:
 )
 def test_tokens_picked_in_unknown_ways_are_refused(name: str, picked: str, support: Any) -> None:
     findings = supports(without_weights(name), ParallelismConfig(cp_size=2))
-    assert ["picks or mixes tokens by their place" in one.fact and picked in one.fact for one in findings] == [True]
-    support.refused("model", f"{name}'s pooler_output", "cp", "picks tokens by their place in a way that is not known")
+    assert [
+        "picks or mixes tokens by their place" in one.fact and picked in one.fact
+        for one in findings
+    ] == [True]
+    support.refused(
+        "model",
+        f"{name}'s pooler_output",
+        "cp",
+        "picks tokens by their place in a way that is not known",
+    )
 
 
 def test_unknown_poolers_are_refused() -> None:
@@ -123,7 +137,9 @@ def test_unknown_poolers_are_refused() -> None:
 def test_poolers_are_found() -> None:
     bert, albert = without_weights("BertModel"), without_weights("AlbertModel")
     assert [(one.module, one.is_cut) for one in first_token_modules(bert)] == [(bert.pooler, False)]
-    assert [(one.module, one.is_cut) for one in first_token_modules(albert)] == [(albert.pooler, True)]
+    assert [(one.module, one.is_cut) for one in first_token_modules(albert)] == [
+        (albert.pooler, True)
+    ]
     assert first_token_modules(without_weights("LlamaModel")) == []
 
 
@@ -133,8 +149,14 @@ def loader(*batches: Batch) -> DataLoader[Any]:
 
 
 def refusals() -> dict[str, str]:
-    """Returns what is said of batches that a head can't be computed for, and how far the next good one is off."""
-    llama, bert, modern = "LlamaForSequenceClassification", "BertForSequenceClassification", "ModernBertForQuestion"
+    """Returns what is said of batches that a head can't be computed for, and how far the next good
+    one is off.
+    """
+    llama, bert, modern = (
+        "LlamaForSequenceClassification",
+        "BertForSequenceClassification",
+        "ModernBertForQuestion",
+    )
     modern += "Answering"
     packed = make_batch(llama, "plain", 0)
     packed["position_ids"] = torch.cat([torch.arange(10), torch.arange(6)]).repeat(4, 1)
@@ -151,11 +173,15 @@ def refusals() -> dict[str, str]:
     }
     accelerator, found = Engine("ddp").accelerator(sp_size=2), {}
     for case, (name, batch) in cases.items():
-        model, batches = accelerator.prepare(build(name), loader(batch, make_batch(name, "plain", 0)))
+        model, batches = accelerator.prepare(
+            build(name), loader(batch, make_batch(name, "plain", 0))
+        )
         refused, good = list(batches)
         found[case], plain = error_of(model, **refused), build(name)
         with InDouble():
-            distance = abs(float(model(**good).loss) - float(plain(**make_batch(name, "plain", 0)).loss))
+            distance = abs(
+                float(model(**good).loss) - float(plain(**make_batch(name, "plain", 0)).loss)
+            )
         found[f"{case}, after"] = "" if distance <= EXACT else str(distance)
     return found
 
@@ -172,7 +198,9 @@ REFUSALS = {
 
 def test_batches_that_a_head_cant_be_computed_for(support: Any) -> None:
     for found in run_ranks(refusals, 2, init=False):
-        assert {case for case, message in found.items() if message and case.endswith("after")} == set()
+        assert {
+            case for case, message in found.items() if message and case.endswith("after")
+        } == set()
         assert {case for case in REFUSALS if REFUSALS[case] not in found[case]} == set()
         assert all(found[case].startswith("BatchError: ") for case in REFUSALS)
     support.refused("loss", "sequence classification, packed rows", "sp", "one loss for each row")
@@ -180,11 +208,15 @@ def test_batches_that_a_head_cant_be_computed_for(support: Any) -> None:
 
 def tiny_bert(**options: Any) -> Any:
     torch.manual_seed(0)
-    return hf.BertModel._from_config(hf.BertConfig(**ENCODER, **options), attn_implementation="sdpa").double()
+    return hf.BertModel._from_config(
+        hf.BertConfig(**ENCODER, **options), attn_implementation="sdpa"
+    ).double()
 
 
 def pooled() -> dict[str, float | bool]:
-    """Returns how far a base model's pooled output and its gradients are off, and what an uninstall leaves."""
+    """Returns how far a base model's pooled output and its gradients are off, and what an uninstall
+    leaves.
+    """
     name = "BertForSequenceClassification"
     accelerator = Engine("ddp").accelerator(sp_size=1, cp_size=2)
     right, left = (make_batch(name, case, 0) for case in ("right", "left"))
@@ -212,7 +244,9 @@ def pooled() -> dict[str, float | bool]:
 
 
 def count_hooks(model: Any) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 def test_a_base_models_pooled_output(support: Any) -> None:
@@ -225,7 +259,10 @@ def test_a_base_models_pooled_output(support: Any) -> None:
 
 def accumulated(name: str) -> float:
     """Counts all rows of a step first, of which its two micro-steps have four and one."""
-    whole = make_batch(name, "plain", 0), {key: value[:1] for key, value in make_batch(name, "plain", 1).items()}
+    whole = (
+        make_batch(name, "plain", 0),
+        {key: value[:1] for key, value in make_batch(name, "plain", 1).items()},
+    )
     accelerator = Engine("ddp").accelerator(sp_size=2, steps=2)
     model, batches = accelerator.prepare(build(name), loader(*whole))
     local = list(batches)
@@ -251,13 +288,18 @@ def test_rows_are_counted_over_micro_steps() -> None:
 
 
 def with_dropout() -> list[Tensor]:
-    """Returns the losses of a head whose dropout each rank draws for itself, and of outputs as tuples."""
+    """Returns the losses of a head whose dropout each rank draws for itself, and of outputs as
+    tuples.
+    """
     torch.manual_seed(0)
     config = hf.LlamaConfig(**GROUPED, num_labels=3)
     accelerator = Engine("ddp").accelerator(sp_size=2)
     bert = hf.BertConfig(**{**ENCODER, "classifier_dropout": 0.5}, num_labels=3)
     found = []
-    for model in (hf.BertForSequenceClassification(bert), hf.LlamaForSequenceClassification(config)):
+    for model in (
+        hf.BertForSequenceClassification(bert),
+        hf.LlamaForSequenceClassification(config),
+    ):
         batch = make_batch("BertForSequenceClassification", "plain", 0)
         model, batches = accelerator.prepare(model.train(), loader(batch, batch))
         torch.manual_seed(accelerator.process_index)
@@ -272,13 +314,19 @@ def with_dropout() -> list[Tensor]:
 def padded_answers() -> list[str]:
     name = "BertForQuestionAnswering"
     model, batches = (
-        Engine("ddp").accelerator(sp_size=2).prepare(build(name), loader(*[make_batch(name, "right", 0)] * 2))
+        Engine("ddp")
+        .accelerator(sp_size=2)
+        .prepare(build(name), loader(*[make_batch(name, "right", 0)] * 2))
     )
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         for batch in batches:
             model(**batch)
-    return [str(one.message) for one in caught if "no answer starts or ends in padding" in str(one.message)]
+    return [
+        str(one.message)
+        for one in caught
+        if "no answer starts or ends in padding" in str(one.message)
+    ]
 
 
 def test_padded_answers_are_told_of_once() -> None:

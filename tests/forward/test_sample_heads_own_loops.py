@@ -1,4 +1,6 @@
-"""Losses that a user's own loop makes of pooled vectors, or of two models' logits, against one process in float64."""
+"""Losses that a user's own loop makes of pooled vectors, or of two models' logits, against one
+process in float64.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.helpers.architectures import GROUPED, NO_DROPOUT, SIZES, Batch, InDouble
-from tests.helpers.parity_jobs import EXACT, Engine, compare, data_rank, full_gradients, zero_gradients
+from tests.helpers.parity_jobs import (
+    EXACT,
+    Engine,
+    compare,
+    data_rank,
+    full_gradients,
+    zero_gradients,
+)
 from tests.helpers.ranks import run_ranks
 from ulysses_accel import aggregate_loss, all_gather, gather_sequence, pool_sequence
 from ulysses_accel.sequence.gather import Pooling
@@ -21,7 +30,8 @@ from ulysses_accel.sequence.gather import Pooling
 # Data parallel, ring and Ulysses degree, and how the table of what is supported calls them.
 LAYOUTS = {(1, 2, 1): "cp", (2, 1, 2): "dp × sp"}
 LENGTH, PAIRS = 16, 2
-# Tokens of each row: first the rows that are asked for, then their matches; a last token lies on each of 4 ranks.
+# Tokens of each row: first the rows that are asked for, then their matches; a last token lies on
+# each of 4 ranks.
 LENGTHS = (3, 16, 11, 7)
 POOLINGS: tuple[Pooling, ...] = ("first", "last", "mean", "max")
 TEMPERATURE = 2.0
@@ -55,7 +65,9 @@ def pairs(seed: int) -> Batch:
 
 
 def contrast(pooled: Tensor) -> Tensor:
-    """Returns the loss of finding each row's match among all, `[n, 2 * PAIRS, D]` of n data parallel ranks."""
+    """Returns the loss of finding each row's match among all, `[n, 2 * PAIRS, D]` of n data
+    parallel ranks.
+    """
     asked, matches = F.normalize(pooled, dim=-1).chunk(2, dim=1)
     scores = asked.flatten(0, 1) @ matches.flatten(0, 1).T
     return F.cross_entropy(scores * 20, torch.arange(len(scores)))
@@ -63,7 +75,11 @@ def contrast(pooled: Tensor) -> Tensor:
 
 def pooled_alone(hidden: Tensor, how: str) -> Tensor:
     rows = [row[:length] for row, length in zip(hidden, LENGTHS)]
-    reduce = {"first": lambda row: row[0], "last": lambda row: row[-1], "mean": lambda row: row.mean(0)}
+    reduce = {
+        "first": lambda row: row[0],
+        "last": lambda row: row[-1],
+        "mean": lambda row: row.mean(0),
+    }
     return torch.stack([{**reduce, "max": lambda row: row.amax(0)}[how](row) for row in rows])
 
 
@@ -73,7 +89,9 @@ def expected_contrast(how: str, dp_size: int) -> tuple[float, dict[str, Tensor]]
         hidden = [model(**pairs(seed)).last_hidden_state for seed in range(dp_size)]
         loss = contrast(torch.stack([pooled_alone(one, how) for one in hidden]))
         loss.backward()
-    return float(loss.detach()), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return float(loss.detach()), {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
 
 
 def first(samples: list[Batch]) -> Batch:
@@ -85,7 +103,9 @@ def loader(*batches: Batch) -> DataLoader[Any]:
     return DataLoader(whole, batch_size=1, collate_fn=first)
 
 
-def embed(plans: dict[str, tuple[float, dict[str, Tensor]]], layout: tuple[int, int, int]) -> dict[str, list[float]]:
+def embed(
+    plans: dict[str, tuple[float, dict[str, Tensor]]], layout: tuple[int, int, int]
+) -> dict[str, list[float]]:
     dp_size, cp_size, sp_size = layout
     accelerator, found = Engine("ddp").accelerator(sp_size, dp_size, cp_size=cp_size), {}
     samples = [pairs(seed) for _ in plans for seed in range(dp_size)]
@@ -97,7 +117,9 @@ def embed(plans: dict[str, tuple[float, dict[str, Tensor]]], layout: tuple[int, 
             hidden = model(**batch).last_hidden_state
             pooled = pool_sequence(hidden, description, group, how)[None]  # type: ignore[arg-type]
             if dp_size > 1:
-                pooled = all_gather(pooled, accelerator.torch_device_mesh["dp_replicate"].get_group())
+                pooled = all_gather(
+                    pooled, accelerator.torch_device_mesh["dp_replicate"].get_group()
+                )
             loss = contrast(pooled)
             accelerator.backward(loss)
         difference = compare(float(loss.detach()), full_gradients(model), expected_loss, expected)
@@ -115,7 +137,10 @@ def test_pooled_vectors_in_a_contrastive_loss(layout: tuple[int, int, int], supp
     for how in POOLINGS:
         code = f'pool_sequence(hidden, batch["sequence_description"], accelerator.sequence_parallel.group, "{how}")'
         support(
-            "loss", f"embeddings, {how} token" + ("s" if how in ("mean", "max") else ""), LAYOUTS[layout], code=code
+            "loss",
+            f"embeddings, {how} token" + ("s" if how in ("mean", "max") else ""),
+            LAYOUTS[layout],
+            code=code,
         )
 
 
@@ -152,14 +177,25 @@ def expected_distillation(dp_size: int) -> list[tuple[list[float], dict[str, Ten
                 loss = 0.5 * output.loss + 0.5 * divergence(output.logits, logits, counted)
                 (loss / dp_size).backward()
             losses.append(float(loss.detach()))
-        found.append((losses, {name: parameter.grad.clone() for name, parameter in student.named_parameters()}))
+        found.append(
+            (
+                losses,
+                {name: parameter.grad.clone() for name, parameter in student.named_parameters()},
+            )
+        )
     return found
 
 
-def distill(plan: list[tuple[list[float], dict[str, Tensor]]], layout: tuple[int, int, int]) -> list[list[float]]:
+def distill(
+    plan: list[tuple[list[float], dict[str, Tensor]]], layout: tuple[int, int, int]
+) -> list[list[float]]:
     dp_size, cp_size, sp_size = layout
     accelerator = Engine("ddp").accelerator(sp_size, dp_size, cp_size=cp_size)
-    samples = [tokens(step * dp_size + rank, n) for step, n in enumerate(LENGTHS_OF_STEPS) for rank in range(dp_size)]
+    samples = [
+        tokens(step * dp_size + rank, n)
+        for step, n in enumerate(LENGTHS_OF_STEPS)
+        for rank in range(dp_size)
+    ]
     student, batches = accelerator.prepare(build_causal(4, 0), loader(*samples))
     teacher = build_causal(8, 1).requires_grad_(False).eval()
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -170,20 +206,28 @@ def distill(plan: list[tuple[list[float], dict[str, Tensor]]], layout: tuple[int
         with InDouble():
             output = student(**batch)
             with torch.no_grad():
-                logits = teacher(**{key: value for key, value in batch.items() if key != "shift_labels"}).logits
+                logits = teacher(
+                    **{key: value for key, value in batch.items() if key != "shift_labels"}
+                ).logits
             own = divergence(output.logits, logits, labels != -100)
-            loss = 0.5 * output.loss + 0.5 * aggregate_loss(own, labels, accelerator.sequence_parallel.group)
+            loss = 0.5 * output.loss + 0.5 * aggregate_loss(
+                own, labels, accelerator.sequence_parallel.group
+            )
             accelerator.backward(loss)
         expected = losses[data_rank(accelerator)]
         difference = compare(float(loss.detach()), full_gradients(student), expected, grads)
-        whole = gather_sequence(logits, batch["sequence_description"], accelerator.sequence_parallel.group)
+        whole = gather_sequence(
+            logits, batch["sequence_description"], accelerator.sequence_parallel.group
+        )
         assert whole.shape[1] == logits.shape[1] * cp_size * sp_size <= LENGTH
         found.append([difference.loss, difference.grad, abs(difference.ratio)])
     return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_student_of_a_sharded_teacher_with_other_heads(layout: tuple[int, int, int], support: Any) -> None:
+def test_a_student_of_a_sharded_teacher_with_other_heads(
+    layout: tuple[int, int, int], support: Any
+) -> None:
     plan = expected_distillation(layout[0])
     for found in run_ranks(distill, math.prod(layout), plan, layout, init=False):
         assert len(found) == len(LENGTHS_OF_STEPS)

@@ -1,7 +1,8 @@
-"""Tiny models of many families, with batches of every kind that each of them takes; all of it computed in float64.
+"""Tiny models of many families, with batches of every kind that each of them takes; all of it
+computed in float64.
 
-What transformers computes in float32 whatever the model's dtype (norms, rotary angles, losses) is computed in float64
-by `InDouble`, in the sharded run and in its reference alike.
+What transformers computes in float32 whatever the model's dtype (norms, rotary angles, losses) is
+computed in float64 by `InDouble`, in the sharded run and in its reference alike.
 """
 
 from __future__ import annotations
@@ -68,12 +69,21 @@ class InDouble(TorchFunctionMode):
     """Computes in float64 what a model asks to be computed in float32."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Calls the function with float64 in place of float32."""
         function: Any = Tensor.double if func is Tensor.float else func
-        wide = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        return function(*(torch.float64 if value is torch.float32 else value for value in args), **wide)
+        wide = {
+            key: torch.float64 if value is torch.float32 else value
+            for key, value in (kwargs or {}).items()
+        }
+        return function(
+            *(torch.float64 if value is torch.float32 else value for value in args), **wide
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,8 @@ class Architecture:
         form: which batches it takes.
         attention: transformers' implementation on one process; some are only right with `eager`.
         first_position: where its positions begin.
-        is_packed_itself: whether one process is given packed documents as they are: tokens count in the row there.
+        is_packed_itself: whether one process is given packed documents as they are: tokens count in
+            the row there.
     """
 
     model: Any
@@ -98,7 +109,9 @@ class Architecture:
 
 
 def _encoder(model: Any, config: Any, first_position: int = 0, **sizes: Any) -> Architecture:
-    return Architecture(model, lambda: config(**{**SIZES, **NO_DROPOUT, **sizes}), "encoder", "sdpa", first_position)
+    return Architecture(
+        model, lambda: config(**{**SIZES, **NO_DROPOUT, **sizes}), "encoder", "sdpa", first_position
+    )
 
 
 def _seq2seq(model: Any, config: Any, **sizes: Any) -> Architecture:
@@ -107,7 +120,9 @@ def _seq2seq(model: Any, config: Any, **sizes: Any) -> Architecture:
 
 def _whisper() -> Any:
     return hf.WhisperConfig(
-        **{key: value for key, value in ENCODER_DECODER.items() if key != "max_position_embeddings"},
+        **{
+            key: value for key, value in ENCODER_DECODER.items() if key != "max_position_embeddings"
+        },
         num_mel_bins=8,
         max_source_positions=10,
         max_target_positions=64,
@@ -118,9 +133,14 @@ def _whisper() -> Any:
 
 def _qwen2_vl() -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    text = {**{key: value for key, value in GROUPED.items() if key != "head_dim"}, "rope_parameters": rope}
+    text = {
+        **{key: value for key, value in GROUPED.items() if key != "head_dim"},
+        "rope_parameters": rope,
+    }
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-    return hf.Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=60, video_token_id=61)
+    return hf.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=60, video_token_id=61
+    )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -132,16 +152,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": Architecture(
         hf.DistilBertForMaskedLM,
         lambda: hf.DistilBertConfig(
-            vocab_size=VOCAB, dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0
+            vocab_size=VOCAB,
+            dim=32,
+            hidden_dim=48,
+            n_layers=2,
+            n_heads=4,
+            dropout=0.0,
+            attention_dropout=0.0,
         ),
         "encoder",
     ),
     "esm": _encoder(
-        hf.EsmForMaskedLM, hf.EsmConfig, token_dropout=False, mask_token_id=4, position_embedding_type="rotary"
+        hf.EsmForMaskedLM,
+        hf.EsmConfig,
+        token_dropout=False,
+        mask_token_id=4,
+        position_embedding_type="rotary",
     ),
     # Its window cuts, and reaches over a shard.
     "modernbert": _encoder(
-        hf.ModernBertForMaskedLM, hf.ModernBertConfig, local_attention=10, global_attn_every_n_layers=2
+        hf.ModernBertForMaskedLM,
+        hf.ModernBertConfig,
+        local_attention=10,
+        global_attn_every_n_layers=2,
     ),
     "roberta_causal": Architecture(
         hf.RobertaForCausalLM,
@@ -161,7 +194,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             dropout=0.0,
         ),
     ),
-    "bart_causal": Architecture(hf.BartForCausalLM, lambda: hf.BartConfig(**ENCODER_DECODER, is_decoder=True)),
+    "bart_causal": Architecture(
+        hf.BartForCausalLM, lambda: hf.BartConfig(**ENCODER_DECODER, is_decoder=True)
+    ),
     "bart": _seq2seq(hf.BartForConditionalGeneration, hf.BartConfig),
     "mbart": _seq2seq(hf.MBartForConditionalGeneration, hf.MBartConfig),
     "marian": _seq2seq(hf.MarianMTModel, hf.MarianConfig, decoder_vocab_size=VOCAB),
@@ -172,13 +207,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_oss": Architecture(
         hf.GptOssForCausalLM,
         lambda: hf.GptOssConfig(
-            **GROUPED, **EXPERTS, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+            **GROUPED,
+            **EXPERTS,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"],
         ),
         attention="eager",
     ),
     "gemma2": Architecture(
         hf.Gemma2ForCausalLM,
-        lambda: hf.Gemma2Config(**GROUPED, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+        lambda: hf.Gemma2Config(
+            **GROUPED, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
+        ),
         attention="eager",
     ),
     "llama4": Architecture(
@@ -206,24 +246,31 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "llama_dynamic": Architecture(
         hf.LlamaForCausalLM,
-        lambda: hf.LlamaConfig(**{**GROUPED, "max_position_embeddings": 12}, rope_parameters=DYNAMIC),
+        lambda: hf.LlamaConfig(
+            **{**GROUPED, "max_position_embeddings": 12}, rope_parameters=DYNAMIC
+        ),
     ),
     "nomic_bert": _encoder(hf.NomicBertForMaskedLM, hf.NomicBertConfig),
 }
 
 
 def build(name: str) -> Any:
-    """Returns a model in float64 and training mode; the same call gives the same weights in every process."""
+    """Returns a model in float64 and training mode; the same call gives the same weights in every
+    process.
+    """
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = architecture.config()
     for part in (config, *(getattr(config, sub, None) for sub in config.sub_configs)):
         if part is not None:
             part._experts_implementation = "eager"
-    model: nn.Module = architecture.model._from_config(config, attn_implementation=architecture.attention).double()
+    model: nn.Module = architecture.model._from_config(
+        config, attn_implementation=architecture.attention
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Larger than transformers draws them, so that attention is far from uniform; biases and norms too.
+            # Larger than transformers draws them, so that attention is far from uniform; biases and
+            # norms too.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.train()
 
@@ -269,14 +316,18 @@ def make_batch(name: str, kind: str) -> Batch:
     labels = tokens.masked_fill(mask == 0, IGNORE)
     if architecture.form == "encoder":
         labels = labels % 5 if name == "bert_tokens" else labels
-        labels = labels.masked_fill((torch.rand(tokens.shape, generator=generator) < 0.6) | (mask == 0), IGNORE)
+        labels = labels.masked_fill(
+            (torch.rand(tokens.shape, generator=generator) < 0.6) | (mask == 0), IGNORE
+        )
     elif kind == "left":
         # Behind padding there is no token that could tell the first.
         labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORE)
     if kind == "packed":
         counted = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in DOCUMENTS])
         batch["position_ids"] = counted + architecture.first_position
-        labels = labels.masked_fill(counted == 0, IGNORE) if architecture.form == "causal" else labels
+        labels = (
+            labels.masked_fill(counted == 0, IGNORE) if architecture.form == "causal" else labels
+        )
     return {**batch, "labels": labels}
 
 
@@ -288,12 +339,17 @@ def reference_parts(name: str, kind: str) -> list[Batch]:
     parts = []
     for row, sizes in enumerate(DOCUMENTS):
         split = {key: batch[key][row].split(list(sizes)) for key in ("input_ids", "labels")}
-        parts += [{key: values[index][None] for key, values in split.items()} for index in range(len(sizes))]
+        parts += [
+            {key: values[index][None] for key, values in split.items()}
+            for index in range(len(sizes))
+        ]
     return parts
 
 
 def num_counted(name: str, batch: Batch) -> int:
-    """Returns how many labels a model's loss counts; a model that is not given a token's predecessor can't shift."""
+    """Returns how many labels a model's loss counts; a model that is not given a token's
+    predecessor can't shift.
+    """
     shifts = ARCHITECTURES[name].form == "causal" and name != "bart_causal"
     labels = batch["labels"][:, 1:] if shifts else batch["labels"]
     return int((labels != IGNORE).sum())

@@ -1,4 +1,6 @@
-"""Batches of every kind, each as a user's loader gives it and as one process needs it to compute the same."""
+"""Batches of every kind, each as a user's loader gives it and as one process needs it to compute
+the same.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class Sample:
 
     Args:
         batch: what the user's loader yields.
-        plain: what one process is given; here a document's first token is no label, which a sharded loader must see
-            to by itself.
+        plain: what one process is given; here a document's first token is no label, which a sharded
+            loader must see to by itself.
         documents: each row's documents as (start, stop).
     """
 
@@ -43,7 +45,9 @@ def make(
     length: int = LENGTH,
     masked: Callable[[Tensor], None] | None = None,
 ) -> Sample:
-    """Returns random tokens in the given documents; tokens in none are padding, packing is told by positions."""
+    """Returns random tokens in the given documents; tokens in none are padding, packing is told by
+    positions.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (len(documents), length), generator=generator)
     labels = ids.clone()
@@ -67,7 +71,9 @@ def make(
         extra = {"attention_mask": valid}
     else:
         extra = {}
-    return Sample({**batch, **extra}, {**plain, **extra, "use_cache": False}, tuple(map(tuple, documents)))
+    return Sample(
+        {**batch, **extra}, {**plain, **extra, "use_cache": False}, tuple(map(tuple, documents))
+    )
 
 
 def _one(seed: int) -> Sample:
@@ -90,12 +96,18 @@ HALF = LENGTH // 2
 CASES: dict[str, Callable[[int], Sample]] = {
     "plain": _one,
     # Documents over shard edges (4, 8, 12), one-token documents, one that ends at an edge.
-    "packed": lambda seed: make(seed, [[(0, 5), (5, 6), (6, 13), (13, 16)], [(0, 1), (1, 8), (8, 15), (15, 16)]]),
+    "packed": lambda seed: make(
+        seed, [[(0, 5), (5, 6), (6, 13), (13, 16)], [(0, 1), (1, 8), (8, 15), (15, 16)]]
+    ),
     "padded right": lambda seed: make(seed, [[(0, 10)], [(0, 16)], [(0, 3)]]),
     "padded left": lambda seed: make(seed, [[(6, 16)], [(0, 16)], [(13, 16)]]),
     "prompt masked": lambda seed: make(seed, [[(0, LENGTH)]] * 2, masked=_ignore(None, 6)),
-    "first ranks masked": lambda seed: make(seed, [[(0, LENGTH)]] * 2, masked=_ignore(None, HALF + 1)),
-    "last ranks masked": lambda seed: make(seed, [[(0, LENGTH)]] * 2, masked=_ignore(HALF + 1, None)),
+    "first ranks masked": lambda seed: make(
+        seed, [[(0, LENGTH)]] * 2, masked=_ignore(None, HALF + 1)
+    ),
+    "last ranks masked": lambda seed: make(
+        seed, [[(0, LENGTH)]] * 2, masked=_ignore(HALF + 1, None)
+    ),
     "odd length": lambda seed: make(seed, [[(0, 19)]] * 2, length=19),
     "odd packed": lambda seed: make(seed, [[(0, 7), (7, 21)]], length=21),
     "one row": lambda seed: make(seed, [[(0, 24)]], length=24),
@@ -113,6 +125,8 @@ def _first(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def loader(samples: Sequence[Sample], plain: bool = False) -> DataLoader[Any]:
-    """Returns a loader whose every batch is one sample, so that data parallel rank r of n draws r, r + n, ..."""
+    """Returns a loader whose every batch is one sample, so that data parallel rank r of n draws r,
+    r + n, ...
+    """
     batches: Any = [sample.plain if plain else sample.batch for sample in samples]
     return DataLoader(batches, batch_size=1, collate_fn=_first)

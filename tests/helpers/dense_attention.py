@@ -1,4 +1,6 @@
-"""Attention written down with a mask and all scores, on one process: what the strategies are compared with."""
+"""Attention written down with a mask and all scores, on one process: what the strategies are
+compared with.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,20 @@ def self_mask(description: SequenceDescription, is_causal: bool, window: int | N
 
 def cross_mask(description: SequenceDescription, encoder: SequenceDescription) -> Tensor:
     """What sees what, `[B, T, S]`."""
-    return (token_documents(description) >= 0)[:, :, None] & (token_documents(encoder) >= 0)[:, None, :]
+    return (token_documents(description) >= 0)[:, :, None] & (token_documents(encoder) >= 0)[
+        :, None, :
+    ]
 
 
-def attention_weights(query: Tensor, key: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """The softmax over all keys, `[B, H, T, S]`; zeros for tokens that see nothing."""
-    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) / query.shape[3] ** 0.5
+    scores = (
+        query
+        @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3)
+        / query.shape[3] ** 0.5
+    )
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask[:, None], -torch.inf)

@@ -1,4 +1,6 @@
-"""What the tests of the engines share: recognisable samples, and short training loops that run on every rank."""
+"""What the tests of the engines share: recognisable samples, and short training loops that run on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ FIRST_ID = 3
 
 
 def documents(count: int, length: int = 16) -> list[dict[str, Tensor]]:
-    """Returns samples of random tokens; sample i is full of nothing but begins with the token `FIRST_ID + i`."""
+    """Returns samples of random tokens; sample i is full of nothing but begins with the token
+    `FIRST_ID + i`.
+    """
     generator = torch.Generator().manual_seed(count)
     found = []
     for index in range(count):
@@ -29,20 +33,26 @@ def documents(count: int, length: int = 16) -> list[dict[str, Tensor]]:
     return found
 
 
-def batches_of(count: int, batch_size: int = 1, length: int = 16, **options: Any) -> DataLoader[Any]:
+def batches_of(
+    count: int, batch_size: int = 1, length: int = 16, **options: Any
+) -> DataLoader[Any]:
     """Returns a loader over `documents`."""
     return DataLoader(documents(count, length), batch_size=batch_size, **options)  # type: ignore[arg-type]
 
 
 def numbers(batch: dict[str, Any]) -> list[int]:
-    """Returns which samples a batch holds; asks all ranks, because the first shard's holder alone can tell."""
+    """Returns which samples a batch holds; asks all ranks, because the first shard's holder alone
+    can tell.
+    """
     first = batch["input_ids"][:, 0].clone()
     dist.broadcast(first, src=0)
     return [int(token) - FIRST_ID for token in first]
 
 
 def own_numbers(batch: dict[str, Any]) -> list[int]:
-    """Returns which samples a batch holds, on ranks that hold their first tokens; nothing elsewhere."""
+    """Returns which samples a batch holds, on ranks that hold their first tokens; nothing
+    elsewhere.
+    """
     if "position_ids" in batch and int(batch["position_ids"][0, 0]) > 0:
         return []
     return [int(token) - FIRST_ID for token in batch["input_ids"][:, 0]]
@@ -58,13 +68,17 @@ def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def distance(model: nn.Module, loss: Tensor, reference: nn.Module, sample: Sample) -> float:
-    """Returns how far a loss and the gradients that lie on a model are from one process's, relatively."""
+    """Returns how far a loss and the gradients that lie on a model are from one process's,
+    relatively.
+    """
     losses, grads = plain_step(reference, [sample])
     found = compare(float(loss.detach()), full_gradients(model), losses[0], grads)
     return max(found.loss, found.grad, abs(found.ratio))
 
 
-def worst_distance(accelerator: Any, samples: list[Sample], name: str = "llama", config: Any = None) -> float:
+def worst_distance(
+    accelerator: Any, samples: list[Sample], name: str = "llama", config: Any = None
+) -> float:
     """Returns the largest `distance` over some batches, each forwarded and backwarded once."""
     model, batches = accelerator.prepare(build(name, config=config), loader(samples))
     reference = build(name, config=config)
@@ -77,7 +91,9 @@ def worst_distance(accelerator: Any, samples: list[Sample], name: str = "llama",
     return max(found)
 
 
-def train(accelerator: Any, model: Any, optimizer: Any, batches: Any, scheduler: Any = None) -> list[float]:
+def train(
+    accelerator: Any, model: Any, optimizer: Any, batches: Any, scheduler: Any = None
+) -> list[float]:
     """Trains one epoch as accelerate's examples do; returns the losses of all micro-steps."""
     losses = []
     for batch in batches:

@@ -9,7 +9,18 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("ast", "argparse", "calendar", "configparser", "csv", "dataclasses", "difflib", "dis", "doctest", "enum")
+DOCUMENTS = (
+    "ast",
+    "argparse",
+    "calendar",
+    "configparser",
+    "csv",
+    "dataclasses",
+    "difflib",
+    "dis",
+    "doctest",
+    "enum",
+)
 
 
 def write_documents(folder: Path, size: int = 8_000) -> None:
@@ -20,8 +31,17 @@ def write_documents(folder: Path, size: int = 8_000) -> None:
 
 
 def run_example(script: str, *flags: str) -> str:
-    """Returns what a script under `examples/` prints; the package is this checkout's, installed or not."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    """Returns what a script under `examples/` prints; the package is this checkout's, installed or
+    not.
+    """
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launcher, str(ROOT / "examples" / script), *flags],

@@ -22,9 +22,13 @@ def sample(index: int, length: int) -> Batch:
 
 
 class Samples(Dataset[Batch]):
-    """Map-style; `base` shifts the sample numbers; `fail_at` raises there; `loaded` counts accesses."""
+    """Map-style; `base` shifts the sample numbers; `fail_at` raises there; `loaded` counts
+    accesses.
+    """
 
-    def __init__(self, count: int, length: int = 4, base: int = 0, fail_at: int | None = None) -> None:
+    def __init__(
+        self, count: int, length: int = 4, base: int = 0, fail_at: int | None = None
+    ) -> None:
         self.count, self.length, self.base, self.fail_at = count, length, base, fail_at
         self.loaded = 0
         self.epoch = 0
@@ -40,7 +44,9 @@ class Samples(Dataset[Batch]):
 
 
 class Stream(IterableDataset[Batch]):
-    """Iterable, without a length; split over workers; its samples start at 1000 for each epoch that was set."""
+    """Iterable, without a length; split over workers; its samples start at 1000 for each epoch that
+    was set.
+    """
 
     def __init__(self, count: int, length: int = 4, base: int = 0) -> None:
         self.count, self.length, self.base = count, length, base
@@ -61,7 +67,9 @@ def stack(samples: list[Batch]) -> Batch:
 
 
 def loader(dataset: Any, batch_size: int = 1, **options: Any) -> DataLoader[Any]:
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=options.pop("collate_fn", stack), **options)
+    return DataLoader(
+        dataset, batch_size=batch_size, collate_fn=options.pop("collate_fn", stack), **options
+    )
 
 
 def from_list(batches: list[Any]) -> DataLoader[Any]:
@@ -75,12 +83,17 @@ def adapt(dl: Any, size: int | None = None, **options: Any) -> UlyssesSPDataLoad
     if not dist.is_initialized():
         return UlyssesSPDataLoaderAdapter(dl, 0, None, size or 1, device, **options)
     group = dist.group.WORLD
-    return UlyssesSPDataLoaderAdapter(dl, dist.get_rank(), group, dist.get_world_size(), device, **options)
+    return UlyssesSPDataLoaderAdapter(
+        dl, dist.get_rank(), group, dist.get_world_size(), device, **options
+    )
 
 
 def plain(batch: Batch) -> Batch:
     """The batch with its description as lists, as a forked rank can return it."""
-    found = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    found = {
+        key: value.tolist() if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
     description = found.pop(DESCRIPTION_KEY)
     found["rows"] = [[list(segment) for segment in row] for row in description.rows]
     found["whole"] = [description.sequence_length, description.num_shards]
@@ -104,6 +117,9 @@ def error_of(function: Any, *args: Any) -> str:
 def joined(ranks: list[list[Batch]]) -> list[list[list[int]]]:
     """The token ids of each micro-step, put together from all ranks' shards."""
     return [
-        [[token for step in steps for token in step["input_ids"][row]] for row in range(len(steps[0]["input_ids"]))]
+        [
+            [token for step in steps for token in step["input_ids"][row]]
+            for row in range(len(steps[0]["input_ids"]))
+        ]
         for steps in zip(*ranks)
     ]

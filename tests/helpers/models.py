@@ -1,7 +1,9 @@
-"""Tiny models that compute in float64 throughout, so that parity is measured and not the rounding of a norm.
+"""Tiny models that compute in float64 throughout, so that parity is measured and not the rounding
+of a norm.
 
-transformers computes RMS norms and the loss in float32 whatever the model's dtype; both are replaced, in the sharded
-model and in its reference alike, by the same formula in the model's own dtype.
+transformers computes RMS norms and the loss in float32 whatever the model's dtype; both are
+replaced, in the sharded model and in its reference alike, by the same formula in the model's own
+dtype.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=8),
     "gpt2": lambda: GPT2Config(**_LEARNED),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=None),
-    # Shorter than a document, so that it cuts; longer than a shard of four, so that it reaches over one.
+    # Shorter than a document, so that it cuts; longer than a shard of four, so that it reaches over
+    # one.
     "mistral_window": lambda: MistralConfig(**_GROUPED, sliding_window=6),
     "gemma": lambda: GemmaConfig(**{**_GROUPED, "num_key_value_heads": 1}, head_dim=16),
     # One key/value head, and a config that has no num_key_value_heads.
@@ -101,19 +104,26 @@ def cross_entropy(
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(logits.reshape(-1, vocab_size), shift_labels.reshape(-1), reduction=reduction)
+    loss = F.cross_entropy(
+        logits.reshape(-1, vocab_size), shift_labels.reshape(-1), reduction=reduction
+    )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, config: Any = None, seed: int = 0) -> Any:
-    """Returns a model in training mode; the same call gives the same weights, in every process and dtype."""
+    """Returns a model in training mode; the same call gives the same weights, in every process and
+    dtype.
+    """
     # A DeepSpeed engine of this process would have it built in pieces, before it has its weights.
     unset_hf_deepspeed_config()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or CONFIGS[name](), attn_implementation="sdpa").double()
+    model = AutoModelForCausalLM.from_config(
+        config or CONFIGS[name](), attn_implementation="sdpa"
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Larger than transformers draws them, so that attention is far from uniform; biases and norms too.
+            # Larger than transformers draws them, so that attention is far from uniform; biases and
+            # norms too.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):

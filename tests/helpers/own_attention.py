@@ -1,5 +1,6 @@
-"""Small models that attend by themselves, built as the remote code of Baichuan and of ChatGLM is: names, order of dims,
-who makes masks and positions. Nothing in them knows of sequence parallelism or of transformers' AttentionInterface.
+"""Small models that attend by themselves, built as the remote code of Baichuan and of ChatGLM is:
+names, order of dims, who makes masks and positions. Nothing in them knows of sequence parallelism
+or of transformers' AttentionInterface.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ class BaichuanConfig(PreTrainedConfig):
     model_type = "baichuan"
 
     def __init__(self, alibi: bool = False, **kwargs: Any) -> None:
-        self.vocab_size, self.hidden_size, self.num_attention_heads, self.num_hidden_layers = 64, 32, 4, 2
+        self.vocab_size, self.hidden_size, self.num_attention_heads, self.num_hidden_layers = (
+            64,
+            32,
+            4,
+            2,
+        )
         self.uses_distances = alibi
         super().__init__(**kwargs)
 
@@ -31,7 +37,9 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-second, first], -1)
 
 
-def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
     cos, sin = (table.squeeze(1).squeeze(0)[position_ids].unsqueeze(1) for table in (cos, sin))
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -54,19 +62,33 @@ class Attention(nn.Module):
     def __init__(self, config: BaichuanConfig) -> None:
         super().__init__()
         self.config, self.num_heads = config, config.num_attention_heads
-        self.hidden_size, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.hidden_size, self.head_dim = (
+            config.hidden_size,
+            config.hidden_size // config.num_attention_heads,
+        )
         self.W_pack = nn.Linear(self.hidden_size, 3 * self.hidden_size, bias=False)
         self.o_proj = nn.Linear(self.hidden_size, self.hidden_size, bias=False)
         self.rotary_emb = RotaryEmbedding(self.head_dim)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None, None]:
         batch, length, _size = hidden_states.shape
         packed = (
-            self.W_pack(hidden_states).unflatten(-1, (3, self.hidden_size)).unsqueeze(0).transpose(0, -2).squeeze(-2)
+            self.W_pack(hidden_states)
+            .unflatten(-1, (3, self.hidden_size))
+            .unsqueeze(0)
+            .transpose(0, -2)
+            .squeeze(-2)
         )
-        query, key, value = (part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2) for part in packed)
+        query, key, value = (
+            part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+            for part in packed
+        )
         cos, sin = self.rotary_emb(value, seq_len=length)
         assert position_ids is not None
         query, key = apply_rotary_pos_emb(query, key, cos, sin, position_ids)
@@ -80,7 +102,10 @@ class BaichuanAttention(nn.Module):
     def __init__(self, config: BaichuanConfig) -> None:
         super().__init__()
         self.config, self.num_heads = config, config.num_attention_heads
-        self.hidden_size, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.hidden_size, self.head_dim = (
+            config.hidden_size,
+            config.hidden_size // config.num_attention_heads,
+        )
         self.W_pack = nn.Linear(self.hidden_size, 3 * self.hidden_size, bias=False)
         self.o_proj = nn.Linear(self.hidden_size, self.hidden_size, bias=False)
 
@@ -89,9 +114,16 @@ class BaichuanAttention(nn.Module):
     ) -> tuple[Tensor, None, None]:
         batch, length, _size = hidden_states.shape
         packed = (
-            self.W_pack(hidden_states).unflatten(-1, (3, self.hidden_size)).unsqueeze(0).transpose(0, -2).squeeze(-2)
+            self.W_pack(hidden_states)
+            .unflatten(-1, (3, self.hidden_size))
+            .unsqueeze(0)
+            .transpose(0, -2)
+            .squeeze(-2)
         )
-        query, key, value = (part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2) for part in packed)
+        query, key, value = (
+            part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+            for part in packed
+        )
         scores = query @ key.transpose(2, 3) / math.sqrt(self.head_dim)
         assert attention_mask is not None
         out = (scores + attention_mask).softmax(-1) @ value
@@ -103,10 +135,15 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = BaichuanAttention(config) if config.uses_distances else Attention(config)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.mlp = nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, config.hidden_size))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, config.hidden_size)
+        )
 
     def forward(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        hidden = hidden + self.self_attn(self.norm(hidden), attention_mask=mask, position_ids=position_ids)[0]
+        hidden = (
+            hidden
+            + self.self_attn(self.norm(hidden), attention_mask=mask, position_ids=position_ids)[0]
+        )
         return hidden + self.mlp(hidden)
 
 
@@ -121,22 +158,33 @@ class BaichuanModel(nn.Module):
         if config.uses_distances:
             self.get_alibi_mask = self._get_alibi_mask
 
-    def _prepare_decoder_attention_mask(self, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+    def _prepare_decoder_attention_mask(
+        self, attention_mask: Tensor | None, hidden: Tensor
+    ) -> Tensor:
         length = hidden.shape[1]
         seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         if attention_mask is not None:
             seen = seen & attention_mask.bool()[:, None, None, :]
-        return torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        return torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(
+            ~seen, torch.finfo(hidden.dtype).min
+        )
 
     def _get_alibi_mask(self, tensor: Tensor, length: int) -> Tensor:
         number = self.config.num_attention_heads
-        slopes = torch.tensor([2.0 ** (-8.0 * (head + 1) / number) for head in range(number)], dtype=tensor.dtype)
+        slopes = torch.tensor(
+            [2.0 ** (-8.0 * (head + 1) / number) for head in range(number)], dtype=tensor.dtype
+        )
         biases = slopes[:, None, None] * (torch.arange(length) - length + 1).to(tensor.dtype)
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
-        return biases.expand(number, length, length).masked_fill(later, torch.finfo(tensor.dtype).min)
+        return biases.expand(number, length, length).masked_fill(
+            later, torch.finfo(tensor.dtype).min
+        )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         hidden = self.embed_tokens(input_ids)
         if position_ids is None:
@@ -196,8 +244,13 @@ class BaichuanAlibiForCausalLM(BaichuanForCausalLM):
         logits = self.lm_head(self.model(input_ids, attention_mask))
         loss = None
         if labels is not None:
-            shift_logits, shift_labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
-            loss = F.cross_entropy(shift_logits.view(-1, shift_logits.shape[-1]), shift_labels.view(-1))
+            shift_logits, shift_labels = (
+                logits[..., :-1, :].contiguous(),
+                labels[..., 1:].contiguous(),
+            )
+            loss = F.cross_entropy(
+                shift_logits.view(-1, shift_logits.shape[-1]), shift_labels.view(-1)
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits) if return_dict else (logits,)
 
 
@@ -221,11 +274,16 @@ class ChatGLMConfig(PreTrainedConfig):
 
 
 def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """`[s, b, n, D]`, of which the first half is rotated, by pairs of neighbours; `[s, b, D / 4, 2]`."""
+    """`[s, b, n, D]`, of which the first half is rotated, by pairs of neighbours; `[s, b, D / 4,
+    2]`.
+    """
     width = 2 * table.shape[-2]
     turned, rest = x[..., :width].unflatten(-1, (-1, 2)), x[..., width:]
     cos, sin = table[..., 0].unsqueeze(2), table[..., 1].unsqueeze(2)
-    pairs = [turned[..., 0] * cos - turned[..., 1] * sin, turned[..., 1] * cos + turned[..., 0] * sin]
+    pairs = [
+        turned[..., 0] * cos - turned[..., 1] * sin,
+        turned[..., 1] * cos + turned[..., 0] * sin,
+    ]
     return torch.cat([torch.stack(pairs, -1).flatten(-2), rest], -1)
 
 
@@ -234,11 +292,21 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.attention_dropout = nn.Dropout(0.0)
 
-    def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, attention_mask: Any) -> Tensor:
-        query, key, value = (layer.permute(1, 2, 0, 3) for layer in (query_layer, key_layer, value_layer))
+    def forward(
+        self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, attention_mask: Any
+    ) -> Tensor:
+        query, key, value = (
+            layer.permute(1, 2, 0, 3) for layer in (query_layer, key_layer, value_layer)
+        )
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1) if attention_mask is None else attention_mask
-        weights = self.attention_dropout(scores.masked_fill(later, torch.finfo(scores.dtype).min).softmax(-1))
+        later = (
+            torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            if attention_mask is None
+            else attention_mask
+        )
+        weights = self.attention_dropout(
+            scores.masked_fill(later, torch.finfo(scores.dtype).min).softmax(-1)
+        )
         # [b, n, s, D] -> [s, b, n * D]
         return (weights @ value).permute(2, 0, 1, 3).flatten(2)
 
@@ -247,7 +315,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.multi_query_attention = True
-        self.heads, self.num_multi_query_groups_per_partition = config.num_attention_heads, config.multi_query_group_num
+        self.heads, self.num_multi_query_groups_per_partition = (
+            config.num_attention_heads,
+            config.multi_query_group_num,
+        )
         self.size = config.hidden_size // self.heads
         width = config.hidden_size + 2 * self.size * self.num_multi_query_groups_per_partition
         self.query_key_value = nn.Linear(config.hidden_size, width)
@@ -285,7 +356,9 @@ class GLMTransformer(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Any, rotary_pos_emb: Tensor) -> Tensor:
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, attention_mask, rotary_pos_emb, use_reentrant=False)
+                hidden = checkpoint(
+                    layer, hidden, attention_mask, rotary_pos_emb, use_reentrant=False
+                )
             else:
                 hidden = layer(hidden, attention_mask, rotary_pos_emb)
         return hidden
@@ -326,6 +399,11 @@ class ChatGLMForConditionalGeneration(PreTrainedModel):
         logits = self.output_layer(hidden).transpose(0, 1).contiguous()
         loss = None
         if labels is not None:
-            shift_logits, shift_labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
-            loss = F.cross_entropy(shift_logits.view(-1, shift_logits.shape[-1]), shift_labels.view(-1))
+            shift_logits, shift_labels = (
+                logits[..., :-1, :].contiguous(),
+                labels[..., 1:].contiguous(),
+            )
+            loss = F.cross_entropy(
+                shift_logits.view(-1, shift_logits.shape[-1]), shift_labels.view(-1)
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits) if return_dict else (logits,)

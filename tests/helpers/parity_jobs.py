@@ -1,8 +1,10 @@
-"""What both sides of a parity test run: one process over the global batch, and an accelerator's ranks over shards.
+"""What both sides of a parity test run: one process over the global batch, and an accelerator's
+ranks over shards.
 
-Tolerances. float64: 1e-12 of a parameter's gradient norm. The sums are the same in another order, over at most a few
-hundred terms; that costs some 1e-15, and a missing or doubled term at least 1e-4. A gradient whose norm is below
-`FLOOR` of the whole gradient's (a key bias that softmax cancels exactly) is measured against that floor.
+Tolerances. float64: 1e-12 of a parameter's gradient norm. The sums are the same in another order,
+over at most a few hundred terms; that costs some 1e-15, and a missing or doubled term at least
+1e-4. A gradient whose norm is below `FLOOR` of the whole gradient's (a key bias that softmax
+cancels exactly) is measured against that floor.
 """
 
 from __future__ import annotations
@@ -91,9 +93,13 @@ def full_gradients(model: nn.Module) -> Grads:
     """Returns whole gradients by the plain model's names; every rank must call it."""
     grads = {}
     for name, parameter in model.named_parameters():
-        grad = safe_get_full_grad(parameter) if hasattr(model, "zero_optimization") else parameter.grad
+        grad = (
+            safe_get_full_grad(parameter) if hasattr(model, "zero_optimization") else parameter.grad
+        )
         assert grad is not None, name
-        grads[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        grads[name.removeprefix("module.")] = (
+            grad.full_tensor() if isinstance(grad, DTensor) else grad
+        ).clone()
     return grads
 
 
@@ -103,7 +109,9 @@ def full_parameters(model: nn.Module) -> Grads:
     for name, parameter in model.named_parameters():
         value = safe_get_full_fp32_param(parameter) if hasattr(model, "zero_optimization") else None
         value = parameter.detach() if value is None else value
-        whole[name.removeprefix("module.")] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        whole[name.removeprefix("module.")] = (
+            value.full_tensor() if isinstance(value, DTensor) else value
+        ).clone()
     return whole
 
 
@@ -120,7 +128,9 @@ def plain_loss(model: nn.Module, sample: Sample, num_items: int | Tensor | None 
 
 
 def lonely_loss(model: nn.Module, sample: Sample) -> Tensor:
-    """Returns the same from every document alone in a batch: no mask and no packing, only its tokens and positions."""
+    """Returns the same from every document alone in a batch: no mask and no packing, only its
+    tokens and positions.
+    """
     ids, labels = sample.plain["input_ids"], sample.plain["labels"]
     positions = sample.plain.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))
     total = torch.zeros((), dtype=torch.float64)
@@ -128,7 +138,9 @@ def lonely_loss(model: nn.Module, sample: Sample) -> Tensor:
         for start, stop in segments:
             part = {"input_ids": ids, "labels": labels, "position_ids": positions}
             alone = {name: tensor[row : row + 1, start:stop] for name, tensor in part.items()}
-            total = total + model(**alone, use_cache=False, num_items_in_batch=sample.num_tokens).loss
+            total = (
+                total + model(**alone, use_cache=False, num_items_in_batch=sample.num_tokens).loss
+            )
     return total
 
 
@@ -152,7 +164,9 @@ def plain_step(
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a step is from one process's: relative errors, and the gradient's projection on the right one, less 1."""
+    """How far a step is from one process's: relative errors, and the gradient's projection on the
+    right one, less 1.
+    """
 
     loss: float
     grad: float
@@ -191,13 +205,17 @@ def report(difference: Difference) -> tuple[float, float, float, str]:
     return difference.loss, difference.grad, difference.ratio, difference.worst
 
 
-def assert_parity(reports: Sequence[Report], tolerance: float = EXACT, count: int | None = None) -> None:
+def assert_parity(
+    reports: Sequence[Report], tolerance: float = EXACT, count: int | None = None
+) -> None:
     """Checks every case of every rank."""
     assert reports
     for rank, cases in enumerate(reports):
         assert cases
         assert count is None or len(cases) == count
-        failed = {name: case for name, case in cases.items() if not Difference(*case).within(tolerance)}
+        failed = {
+            name: case for name, case in cases.items() if not Difference(*case).within(tolerance)
+        }
         assert not failed, (rank, failed)
 
 
@@ -215,7 +233,11 @@ def counted_linear_tokens(model: nn.Module) -> Iterator[list[int]]:
     def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         tokens.append(args[0].shape[:-1].numel())
 
-    handles = [module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [
+        module.register_forward_pre_hook(count)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
     try:
         yield tokens
     finally:

@@ -1,6 +1,8 @@
-"""Runs a test function on several ranks: fork + gloo, a hard timeout, and every rank's traceback in the failure.
+"""Runs a test function on several ranks: fork + gloo, a hard timeout, and every rank's traceback in
+the failure.
 
-The parent must not have started threads that a fork can't survive, so `conftest.py` keeps torch at one thread.
+The parent must not have started threads that a fork can't survive, so `conftest.py` keeps torch at
+one thread.
 """
 
 from __future__ import annotations
@@ -37,12 +39,13 @@ def run_ranks(
     """Calls `function(*args)` on `world_size` forked ranks and returns what each of them returned.
 
     Args:
-        function: runs on every rank, with torch.distributed up on gloo when `init`; returns tensors, numbers, strings,
-            and lists, tuples and dicts of them.
+        function: runs on every rank, with torch.distributed up on gloo when `init`; returns
+            tensors, numbers, strings, and lists, tuples and dicts of them.
         world_size: number of ranks.
         args: given to the function as they are (forked, nothing is serialized).
         timeout: seconds after which all ranks are killed and the test fails with their stacks.
-        init: whether to start torch.distributed before the call; otherwise only torchrun's variables are set.
+        init: whether to start torch.distributed before the call; otherwise only torchrun's
+            variables are set.
         env: further environment variables for the ranks.
 
     Raises:
@@ -51,13 +54,16 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         pids = {
-            rank: _fork(function, rank, world_size, port, Path(folder), args, init, env) for rank in range(world_size)
+            rank: _fork(function, rank, world_size, port, Path(folder), args, init, env)
+            for rank in range(world_size)
         }
         codes = _wait(pids, timeout)
         reports = [_report(Path(folder), rank, codes[rank]) for rank in range(world_size)]
         if any(codes.values()):
             raise RankFailure("\n".join(reports))
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
 
 
 def _free_port() -> int:
@@ -119,7 +125,9 @@ def _run(
     )
     try:
         if init:
-            dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+            dist.init_process_group(
+                "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            )
         torch.save(function(*args), folder / f"{rank}.pt")
         if dist.is_initialized():
             dist.barrier()

@@ -21,10 +21,25 @@ def python_files(*folders: str) -> list[Path]:
 
 def text_files() -> list[Path]:
     """Every file that a reader sees."""
-    folders = ("ulysses_accel", "configs", "docs", "examples", "benchmarks", "tests", "requirements")
-    inside = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in TEXT_SUFFIXES]
+    folders = (
+        "ulysses_accel",
+        "configs",
+        "docs",
+        "examples",
+        "benchmarks",
+        "tests",
+        "requirements",
+    )
+    inside = [
+        file
+        for folder in folders
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in TEXT_SUFFIXES
+    ]
     top = [
-        file for file in ROOT.iterdir() if file.is_file() and (file.suffix in TEXT_SUFFIXES or file.name == "Makefile")
+        file
+        for file in ROOT.iterdir()
+        if file.is_file() and (file.suffix in TEXT_SUFFIXES or file.name == "Makefile")
     ]
     return sorted([*inside, *top, ROOT / ".ci" / "run"])
 

@@ -1,7 +1,8 @@
 """The table of what works with what, `docs/support.md`: filled in by the tests that prove its rows.
 
-A test takes the fixture `support` and says what it proves; the claim counts when the test passes. `make support` runs
-those tests and writes the table. A run of the whole suite compares the committed table with what it has just proved.
+A test takes the fixture `support` and says what it proves; the claim counts when the test passes.
+`make support` runs those tests and writes the table. A run of the whole suite compares the
+committed table with what it has just proved.
 """
 
 from __future__ import annotations
@@ -50,9 +51,15 @@ class Claim:
     reason: str
 
     def __post_init__(self) -> None:
-        known = self.area in AREAS and self.mode in MODES and (self.engine in ENGINES or bool(self.reason))
+        known = (
+            self.area in AREAS
+            and self.mode in MODES
+            and (self.engine in ENGINES or bool(self.reason))
+        )
         assert known, f"{self}: area is one of {list(AREAS)}, mode of {MODES}, engine of {ENGINES}"
-        assert self.reason or (self.code and "\n" not in self.code), f"{self}: one line of code is needed"
+        assert self.reason or (self.code and "\n" not in self.code), (
+            f"{self}: one line of code is needed"
+        )
 
 
 @dataclass
@@ -61,7 +68,9 @@ class Support:
 
     claims: list[Claim] = field(default_factory=list)
 
-    def __call__(self, area: str, subject: str, mode: str, *, code: str, engine: str = "DDP") -> None:
+    def __call__(
+        self, area: str, subject: str, mode: str, *, code: str, engine: str = "DDP"
+    ) -> None:
         """Claims that something is exact."""
         self.claims.append(Claim(area, subject, mode, engine, code, ""))
 
@@ -105,4 +114,6 @@ def _cell(claims: list[Claim]) -> str:
 def difference(committed: str, proved: str, line_of: Callable[[str], str] = str.strip) -> list[str]:
     """Returns the lines of two tables that only one has."""
     old, new = ([line_of(line) for line in text.splitlines()] for text in (committed, proved))
-    return [f"- {line}" for line in old if line not in new] + [f"+ {line}" for line in new if line not in old]
+    return [f"- {line}" for line in old if line not in new] + [
+        f"+ {line}" for line in new if line not in old
+    ]

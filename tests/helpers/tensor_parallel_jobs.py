@@ -1,4 +1,6 @@
-"""What ranks of a tensor parallel test run: gradients of some batches, and then one clipped optimizer step."""
+"""What ranks of a tensor parallel test run: gradients of some batches, and then one clipped
+optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ import torch.distributed.tensor.parallel
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import Gemma3TextConfig, GemmaConfig, GlmConfig, MistralConfig, Phi3Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    GemmaConfig,
+    GlmConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 from tests.helpers.batches import CASES, Sample, loader
 from tests.helpers.models import _GROUPED, CONFIGS, build
@@ -35,7 +44,8 @@ from ulysses_accel.integrations import attach as _attach_point  # noqa: F401
 from ulysses_accel.introspection.supports import check_model
 
 CLIP = 0.5
-# A key's bias, which softmax cancels, has rounding errors for a gradient; Adam's usual epsilon would take them for one.
+# A key's bias, which softmax cancels, has rounding errors for a gradient; Adam's usual epsilon
+# would take them for one.
 ADAM = {"lr": 1e-2, "eps": 1e-4}
 KINDS = ("packed", "odd length")
 _HEADS = {**_GROUPED, "head_dim": 8}
@@ -50,7 +60,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Gemma": lambda: GemmaConfig(**{**_HEADS, "vocab_size": 67}, tie_word_embeddings=True),
     # Norms behind attention and MLP, two kinds of positions, a scaled embedding.
     "Gemma 3": lambda: Gemma3TextConfig(
-        **_HEADS, sliding_window=6, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+        **_HEADS,
+        sliding_window=6,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
     ),
     # Fused projections.
     "Phi-3": lambda: Phi3Config(**_GROUPED, resid_pdrop=0.0),
@@ -99,14 +112,20 @@ class Setup:
         config = ParallelismConfig(**sizes, **self.arguments)
         # Efficient loading must not get in the way of weights that are cut already.
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=True,
         )
-        return Accelerator(cpu=True, parallelism_config=config, fsdp_plugin=plugin if self.fsdp2 else None)
+        return Accelerator(
+            cpu=True, parallelism_config=config, fsdp_plugin=plugin if self.fsdp2 else None
+        )
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One process's run: for each kind of batch the samples, losses and gradients, then the step after the last."""
+    """One process's run: for each kind of batch the samples, losses and gradients, then the step
+    after the last.
+    """
 
     steps: list[tuple[str, list[Sample], list[float], Grads]]
     norm: float
@@ -146,10 +165,18 @@ def observed(model: nn.Module) -> Iterator[Sizes]:
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if last.endswith("layernorm"):
-            handles.append(module.register_forward_pre_hook(lambda _, args: sizes.norms.add(_local(args[0]).shape)))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args: sizes.norms.add(_local(args[0]).shape)
+                )
+            )
         elif isinstance(module, nn.Linear) and last != "lm_head":
             seen = sizes.linears.setdefault(last, set())
-            handles.append(module.register_forward_hook(lambda _, __, out, seen=seen: seen.add(_local(out).shape)))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, __, out, seen=seen: seen.add(_local(out).shape)
+                )
+            )
     try:
         yield sizes
     finally:
@@ -158,13 +185,20 @@ def observed(model: nn.Module) -> Iterator[Sizes]:
 
 
 def check_shares(sizes: Sizes, setup: Setup, batch: dict[str, Tensor], model: Any) -> None:
-    """Asserts that norms saw 1/T of a rank's tokens, and that linear layers computed 1/T of the features."""
+    """Asserts that norms saw 1/T of a rank's tokens, and that linear layers computed 1/T of the
+    features.
+    """
     rows, tokens = batch["input_ids"].shape
     tp_size, config = setup.sizes["tp"], model.config
     assert sizes.norms == {(rows, tokens // tp_size, config.hidden_size)}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    widths = {"q_proj": heads, "k_proj": keys, "qkv_proj": heads + 2 * keys, "fc1": config.intermediate_size}
+    widths = {
+        "q_proj": heads,
+        "k_proj": keys,
+        "qkv_proj": heads + 2 * keys,
+        "fc1": config.intermediate_size,
+    }
     widths |= {"gate_proj": config.intermediate_size, "gate_up_proj": 2 * config.intermediate_size}
     known = {name: width for name, width in widths.items() if name in sizes.linears}
     assert len(known) >= 2
@@ -200,9 +234,13 @@ def _steps_of(setup: Setup, right: Expected) -> Report:
             loss = model(**batch).loss
         check_shares(sizes, setup, batch, plain)
         accelerator.backward(loss)
-        found = compare(float(loss.detach()), full_gradients(model), losses[data_rank(accelerator)], grads)
+        found = compare(
+            float(loss.detach()), full_gradients(model), losses[data_rank(accelerator)], grads
+        )
         results[f"{setup.name}: {kind}"] = report(found)
     norm = float(accelerator.clip_grad_norm_(model.parameters(), CLIP))
     optimizer.step()
-    results[f"{setup.name}: step"] = report(compare(norm, full_parameters(model), right.norm, right.parameters))
+    results[f"{setup.name}: step"] = report(
+        compare(norm, full_parameters(model), right.norm, right.parameters)
+    )
     return results

@@ -1,6 +1,8 @@
-"""What the tests of trainers share: a Trainer of any engine, what it did, and how far that is from one process.
+"""What the tests of trainers share: a Trainer of any engine, what it did, and how far that is from
+one process.
 
-A job is run twice by the same code: on one process by a stock Trainer, and on ranks with our config and nothing else.
+A job is run twice by the same code: on one process by a stock Trainer, and on ranks with our config
+and nothing else.
 """
 
 from __future__ import annotations
@@ -35,13 +37,17 @@ class Mode:
 
     def __str__(self) -> str:
         axes = {"dp": self.dp, "cp": self.cp, "sp": self.sp}
-        return "-".join([f"{axis}{size}" for axis, size in axes.items() if size > 1] + [self.engine])
+        return "-".join(
+            [f"{axis}{size}" for axis, size in axes.items() if size > 1] + [self.engine]
+        )
 
     @property
     def world_size(self) -> int:
         return self.sp * self.cp * self.dp
 
-    def arguments(self, folder: str, batch_size: int, memory_config: Any = None, **options: Any) -> TrainingArguments:
+    def arguments(
+        self, folder: str, batch_size: int, memory_config: Any = None, **options: Any
+    ) -> TrainingArguments:
         """Returns a job's arguments; `batch_size` is that of all processes together."""
         for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
             os.environ.pop(name, None)
@@ -49,7 +55,9 @@ class Mode:
         if self.sp * self.cp > 1:
             axis = "dp_shard_size" if self.engine == "FSDP2" else "dp_replicate_size"
             sizes: dict[str, Any] = {"sp_size": self.sp, "cp_size": self.cp, axis: self.dp}
-            options["parallelism_config"] = ulysses_accel.ParallelismConfig(**sizes, memory_config=memory_config)
+            options["parallelism_config"] = ulysses_accel.ParallelismConfig(
+                **sizes, memory_config=memory_config
+            )
         options.update(_engine(self.engine))
         return TrainingArguments(
             output_dir=folder,
@@ -83,14 +91,18 @@ def _engine(name: str) -> dict[str, Any]:
 
 
 class Recorder(Trainer):
-    """A stock Trainer that remembers each micro-step's loss as it was computed, which logs round."""
+    """A stock Trainer that remembers each micro-step's loss as it was computed, which logs
+    round.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[float] = []
         self.tokens: set[int] = set()
         super().__init__(*args, **kwargs)
         queries = ("q_proj", "c_attn", "query")
-        layer = next(module for name, module in self.model.named_modules() if name.endswith(queries))
+        layer = next(
+            module for name, module in self.model.named_modules() if name.endswith(queries)
+        )
         layer.register_forward_pre_hook(self._count)
 
     def _count(self, _module: Any, args: tuple[Tensor, ...]) -> None:
@@ -103,7 +115,9 @@ class Recorder(Trainer):
 
 
 def samples(count: int, lengths: Sequence[int] = (16,), seed: int = 0) -> Samples:
-    """Returns samples of random tokens whose first ones have no label; sample i begins with `FIRST_ID + i`."""
+    """Returns samples of random tokens whose first ones have no label; sample i begins with
+    `FIRST_ID + i`.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index in range(count):
@@ -129,13 +143,17 @@ def pad(batch: Samples) -> dict[str, Tensor]:
 
 
 def run_of(trainer: Recorder) -> dict[str, Any]:
-    """Returns what a Trainer did, as ranks hand it back: losses, logs, parameters, and the lengths that it saw."""
+    """Returns what a Trainer did, as ranks hand it back: losses, logs, parameters, and the lengths
+    that it saw.
+    """
     names = ("loss", "grad_norm", "learning_rate", "epoch")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "losses": trainer.losses,
         "logs": [{name: float(entry[name]) for name in names} for entry in logs],
-        "parameters": {name: value.clone() for name, value in full_parameters(trainer.model_wrapped).items()},
+        "parameters": {
+            name: value.clone() for name, value in full_parameters(trainer.model_wrapped).items()
+        },
         "tokens": sorted(trainer.tokens),
         "steps": trainer.state.global_step,
         "epoch": float(trainer.state.epoch or 0),
@@ -143,7 +161,14 @@ def run_of(trainer: Recorder) -> dict[str, Any]:
     }
 
 
-def train(mode: Mode, folder: str, batch_size: int, data: Samples, dtype: Any = torch.float64, **options: Any) -> Any:
+def train(
+    mode: Mode,
+    folder: str,
+    batch_size: int,
+    data: Samples,
+    dtype: Any = torch.float64,
+    **options: Any,
+) -> Any:
     """Trains a tiny model to the end."""
     arguments = mode.arguments(folder, batch_size, **options)
     trainer = Recorder(build("llama", dtype), arguments, pad, data)

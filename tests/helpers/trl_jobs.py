@@ -1,6 +1,8 @@
-"""What the tests of TRL's trainers share: data, a tokenizer, TRL's loss head in the model's own dtype, and the runs.
+"""What the tests of TRL's trainers share: data, a tokenizer, TRL's loss head in the model's own
+dtype, and the runs.
 
-A job is run twice by the same code: on one process by TRL alone, and on ranks with our config and nothing else.
+A job is run twice by the same code: on one process by TRL alone, and on ranks with our config and
+nothing else.
 """
 
 from __future__ import annotations
@@ -42,14 +44,19 @@ _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _WORDS = tuple(f"w{index}" for index in range(VOCAB - len(_SPECIAL)))
 _CHAT = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] }} </s> {% endgeneration %}{% else %}{{ message['content'] }} <s> {% endif %}{% endfor %}"
+    "{{ message['content'] }} </s> {% endgeneration %}{% else %}{{ message['content'] }} <s> {% "
+    "endif %}{% endfor %}"
 )
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
 def tokenizer() -> Any:
     """Returns a tokenizer of one token for each word of `texts`."""
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*_SPECIAL, *_WORDS))}, unk_token="<unk>"))
+    inner = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate((*_SPECIAL, *_WORDS))}, unk_token="<unk>"
+        )
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=_CHAT, **names)
@@ -59,7 +66,9 @@ def texts(count: int, seed: int = 0, low: int = 5, high: int = 20) -> list[str]:
     """Returns texts of random words and lengths."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high, (count,), generator=generator).tolist()
-    words = [torch.randint(0, len(_WORDS), (length,), generator=generator).tolist() for length in lengths]
+    words = [
+        torch.randint(0, len(_WORDS), (length,), generator=generator).tolist() for length in lengths
+    ]
     return [" ".join(_WORDS[word] for word in part) for part in words]
 
 
@@ -74,7 +83,9 @@ def completions(count: int) -> dict[str, list[Any]]:
 def chats(count: int) -> dict[str, list[Any]]:
     turns = zip(texts(count), texts(count, 1), strict=True)
     return {
-        "messages": [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns],
+        "messages": [
+            [{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns
+        ],
     }
 
 
@@ -168,14 +179,18 @@ class Case:
 @cache
 def _recording(base: Any) -> Any:
     class Recording(base):  # type: ignore[misc]
-        """A TRL trainer that remembers each micro-step's loss as it was computed, which logs round."""
+        """A TRL trainer that remembers each micro-step's loss as it was computed, which logs
+        round.
+        """
 
         def __init__(self, **kwargs: Any) -> None:
             self.losses: list[float] = []
             self.tokens: set[int] = set()
             super().__init__(**kwargs)
             for module in (self.model, getattr(self, "ref_model", None) or nn.Identity()):
-                layers = [layer for name, layer in module.named_modules() if name.endswith("q_proj")]
+                layers = [
+                    layer for name, layer in module.named_modules() if name.endswith("q_proj")
+                ]
                 for layer in layers[:1]:
                     layer.register_forward_pre_hook(self._count)
 
@@ -191,11 +206,18 @@ def _recording(base: Any) -> Any:
 
 
 def make_trainer(case: Case, mode: Mode, folder: str) -> Any:
-    """Returns the trainer of a job, which trains batches of four samples of all processes together."""
+    """Returns the trainer of a job, which trains batches of four samples of all processes
+    together.
+    """
     AcceleratorState._reset_state(True)
     trl.trainer.utils._ChunkedLogProbFunction = ExactHead
     base, config, model = _TRAINERS[case.trainer]
-    options: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False, "save_strategy": "no", **case.options}
+    options: dict[str, Any] = {
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "save_strategy": "no",
+        **case.options,
+    }
     options.update(engine_options(mode.engine))
     if mode.world_size > 1:
         axis = "dp_shard_size" if mode.engine == "FSDP2" else "dp_replicate_size"
@@ -218,20 +240,23 @@ def make_trainer(case: Case, mode: Mode, folder: str) -> Any:
         kwargs["eval_dataset"] = Dataset.from_dict(case.data(case.evaluate))
     if case.lora:
         torch.manual_seed(5)
-        # Random from the start: with an adapter of zeros nothing but rounding tells policy and reference apart.
+        # Random from the start: with an adapter of zeros nothing but rounding tells policy and
+        # reference apart.
         kwargs["peft_config"] = LoraConfig(**LORA, init_lora_weights=False)
     elif case.trainer in ("DPOTrainer", "KTOTrainer"):
         kwargs["ref_model"] = build("llama", seed=3)
     policy = model()
     if mode.engine == "ZeRO-3":
-        # DeepSpeed 0.19 keeps ZeRO-3's weights in float32 where the CPU has no float16 instructions; where it has them
-        # it takes the model's own dtype, and refuses float64.
+        # DeepSpeed 0.19 keeps ZeRO-3's weights in float32 where the CPU has no float16
+        # instructions; where it has them it takes the model's own dtype, and refuses float64.
         policy = policy.float()
     return _recording(base)(model=policy, args=arguments, processing_class=tokenizer(), **kwargs)
 
 
 def run(case: Case, mode: Mode, folder: str) -> dict[str, Any]:
-    """Trains a job to its end; returns losses, logs as JSON, parameters and the lengths of what layers saw."""
+    """Trains a job to its end; returns losses, logs as JSON, parameters and the lengths of what
+    layers saw.
+    """
     trainer = make_trainer(case, mode, folder)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -240,7 +265,9 @@ def run(case: Case, mode: Mode, folder: str) -> dict[str, Any]:
     return {
         "losses": trainer.losses,
         "logs": json.dumps(logs),
-        "parameters": {name: value.clone() for name, value in full_parameters(trainer.model_wrapped).items()},
+        "parameters": {
+            name: value.clone() for name, value in full_parameters(trainer.model_wrapped).items()
+        },
         "tokens": sorted(trainer.tokens),
     }
 
@@ -267,7 +294,9 @@ def differences(ours: dict[str, Any], expected: dict[str, Any], tolerance: float
     for step, (own, other) in enumerate(logs):
         assert own.keys() == other.keys(), (own, other)
         for name in own:
-            near = _close([own[name]], [other[name]], 1e-6 if name in _ROUNDED else max(tolerance, 1e-9))
+            near = _close(
+                [own[name]], [other[name]], 1e-6 if name in _ROUNDED else max(tolerance, 1e-9)
+            )
             if not near and not any(part in name for part in _MEASURED):
                 found[f"{name} of step {step + 1}"] = (own[name], other[name])
     for name, value in expected["parameters"].items():
@@ -278,5 +307,7 @@ def differences(ours: dict[str, Any], expected: dict[str, Any], tolerance: float
 
 
 def _close(ours: Sequence[float], expected: Sequence[float], tolerance: float) -> bool:
-    near = [abs(a - b) <= tolerance * max(abs(b), 1e-3) for a, b in zip(ours, expected, strict=True)]
+    near = [
+        abs(a - b) <= tolerance * max(abs(b), 1e-3) for a, b in zip(ours, expected, strict=True)
+    ]
     return bool(near) and all(near)

@@ -1,4 +1,5 @@
-"""Tiny models that merge images or sound into their tokens, with batches whose images lie on one rank or over borders.
+"""Tiny models that merge images or sound into their tokens, with batches whose images lie on one
+rank or over borders.
 
 Every image, or piece of sound, is `PLACES` tokens long.
 """
@@ -95,7 +96,9 @@ class Merger:
 
 def _qwen(model: Any, config: Any, **vision: Any) -> Merger:
     sizes = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 2, **vision}
-    return Merger(model, lambda: config(text_config=MROPE, vision_config=sizes, **_TOKENS), grids, type_id=1)
+    return Merger(
+        model, lambda: config(text_config=MROPE, vision_config=sizes, **_TOKENS), grids, type_id=1
+    )
 
 
 _SEES = {
@@ -110,7 +113,9 @@ _SEES = {
 def _idefics(model: Any, config: Any) -> Merger:
     sizes = {"vision_config": {**_SEES, "patch_size": 2}, "scale_factor": 2, "pad_token_id": 0}
     return Merger(
-        model, lambda: config(text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, **sizes), padded_pictures
+        model,
+        lambda: config(text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, **sizes),
+        padded_pictures,
     )
 
 
@@ -121,7 +126,9 @@ MERGERS: dict[str, Merger] = {
         type_id=2,
         token=VIDEO,
     ),
-    "qwen2_vl": _qwen(hf.Qwen2VLForConditionalGeneration, hf.Qwen2VLConfig, embed_dim=16, mlp_ratio=2),
+    "qwen2_vl": _qwen(
+        hf.Qwen2VLForConditionalGeneration, hf.Qwen2VLConfig, embed_dim=16, mlp_ratio=2
+    ),
     "qwen2_5_vl": _qwen(
         hf.Qwen2_5_VLForConditionalGeneration,
         hf.Qwen2_5_VLConfig,
@@ -213,19 +220,26 @@ MERGERS: dict[str, Merger] = {
 
 
 def build(name: str) -> Any:
-    """Returns a model in float64 and training mode; the same call gives the same weights in every process."""
+    """Returns a model in float64 and training mode; the same call gives the same weights in every
+    process.
+    """
     merger = MERGERS[name]
     torch.manual_seed(0)
-    model: nn.Module = merger.model._from_config(merger.config(), attn_implementation="sdpa").double()
+    model: nn.Module = merger.model._from_config(
+        merger.config(), attn_implementation="sdpa"
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Larger than transformers draws them, so that attention is far from uniform; biases and norms too.
+            # Larger than transformers draws them, so that attention is far from uniform; biases and
+            # norms too.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.train()
 
 
 def make_batch(name: str, kind: str) -> Batch:
-    """Returns a batch of two rows as a user's loader gives it; whatever the kind, of the same size."""
+    """Returns a batch of two rows as a user's loader gives it; whatever the kind, of the same
+    size.
+    """
     length, rows, padding = KINDS[kind]
     token, type_id = MERGERS[name].token, MERGERS[name].type_id
     generator = torch.Generator().manual_seed(1)

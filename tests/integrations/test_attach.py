@@ -1,4 +1,6 @@
-"""Attaching to a stock Accelerator: any order and number of `prepare` calls, several models, every launcher."""
+"""Attaching to a stock Accelerator: any order and number of `prepare` calls, several models, every
+launcher.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DummyOptim, DummyScheduler
 
 from tests.helpers.batches import CASES
-from tests.helpers.engine_jobs import batches_of, error_of, numbers, own_numbers, train, worst_distance
+from tests.helpers.engine_jobs import (
+    batches_of,
+    error_of,
+    numbers,
+    own_numbers,
+    train,
+    worst_distance,
+)
 from tests.helpers.models import build
 from tests.helpers.parity_jobs import Engine
 from tests.helpers.ranks import run_ranks
@@ -57,7 +66,10 @@ def losses_in_order(engine: Engine, order: Callable[..., Prepared]) -> list[floa
 
 def every_order() -> dict[str, list[list[float]]]:
     engines = {"ddp": Engine("ddp"), "fsdp2": Engine("fsdp2"), "zero 2": Engine("deepspeed", 2)}
-    return {name: [losses_in_order(engine, order) for order in ORDERS] for name, engine in engines.items()}
+    return {
+        name: [losses_in_order(engine, order) for order in ORDERS]
+        for name, engine in engines.items()
+    }
 
 
 def test_any_order_of_prepare_trains_alike() -> None:
@@ -110,8 +122,13 @@ def ring() -> float:
 def two_ranks() -> dict[str, Any]:
     AcceleratorState._reset_state(True)
     refused = {}
-    for name, sizes in (("product", {"sp_size": 3}), ("explicit", {"sp_size": 2, "dp_replicate_size": 2})):
-        refused[name] = error_of(Accelerator, cpu=True, parallelism_config=ParallelismConfig(**sizes))
+    for name, sizes in (
+        ("product", {"sp_size": 3}),
+        ("explicit", {"sp_size": 2, "dp_replicate_size": 2}),
+    ):
+        refused[name] = error_of(
+            Accelerator, cpu=True, parallelism_config=ParallelismConfig(**sizes)
+        )
         AcceleratorState._reset_state(True)
     found = {check.__name__: check() for check in (second_accelerator, uninstalled, ring)}
     AcceleratorState._reset_state(True)
@@ -131,7 +148,10 @@ def test_a_second_accelerator_and_model(pair: list[dict[str, Any]]) -> None:
         assert rank["second_accelerator"]["separate"]
         assert rank["second_accelerator"]["shared"] == 2
         assert "was given cp_size=1, sp_size=1, tp_size=1" in rank["second_accelerator"]["other"]
-        assert "accelerate keeps the config of the first one in this process" in rank["second_accelerator"]["other"]
+        assert (
+            "accelerate keeps the config of the first one in this process"
+            in rank["second_accelerator"]["other"]
+        )
 
 
 def test_uninstall_gives_the_accelerator_back(pair: list[dict[str, Any]]) -> None:
@@ -154,7 +174,14 @@ def test_a_wrong_product_names_the_legal_ones_on_every_rank(pair: list[dict[str,
 
 def alone() -> dict[str, Any]:
     """As `python train.py` runs a script, without a launcher."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         os.environ.pop(name)
     refused = error_of(Accelerator, cpu=True, parallelism_config=ParallelismConfig(sp_size=2))
     AcceleratorState._reset_state(True)
@@ -163,7 +190,9 @@ def alone() -> dict[str, Any]:
     prepared, batches = acc.prepare(model, batches_of(2))
     return {
         "refused": refused,
-        "same": prepared is model and not hasattr(acc, "sequence_parallel") and "prepare" not in vars(acc),
+        "same": prepared is model
+        and not hasattr(acc, "sequence_parallel")
+        and "prepare" not in vars(acc),
         "stock": type(batches).__name__,
         "keys": sorted(next(iter(batches))),
         "attention": model.config._attn_implementation,
@@ -188,9 +217,14 @@ def torchrun(kind: str, sp_size: int) -> dict[str, Any]:
     AcceleratorState._reset_state(True)
     plugin = None
     if kind == "deepspeed":
-        # Without sequence parallelism it is stock accelerate's, which refuses "auto" without a loader.
-        plugin = DeepSpeedPlugin(hf_ds_config=_zero(train_micro_batch_size_per_gpu="auto" if sp_size > 1 else 1))
-    acc = Accelerator(deepspeed_plugin=plugin, parallelism_config=ParallelismConfig(sp_size=sp_size))
+        # Without sequence parallelism it is stock accelerate's, which refuses "auto" without a
+        # loader.
+        plugin = DeepSpeedPlugin(
+            hf_ds_config=_zero(train_micro_batch_size_per_gpu="auto" if sp_size > 1 else 1)
+        )
+    acc = Accelerator(
+        deepspeed_plugin=plugin, parallelism_config=ParallelismConfig(sp_size=sp_size)
+    )
     model = build("llama", torch.float32)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     batches = acc.prepare(batches_of(4))
@@ -198,7 +232,12 @@ def torchrun(kind: str, sp_size: int) -> dict[str, Any]:
     losses = train(acc, model, optimizer, batches)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     return {
-        "processes": [acc.num_processes, acc.process_index, acc.local_process_index, int(acc.is_main_process)],
+        "processes": [
+            acc.num_processes,
+            acc.process_index,
+            acc.local_process_index,
+            int(acc.is_main_process),
+        ],
         "engine": str(acc.distributed_type).rpartition(".")[2],
         "seen": [number for batch in seen for number in batch],
         "losses": losses,
@@ -216,7 +255,11 @@ def _zero(**options: Any) -> dict[str, Any]:
 
 
 def under_torchrun() -> dict[str, Any]:
-    return {f"{kind} {sp_size}": torchrun(kind, sp_size) for kind in ("ddp", "deepspeed") for sp_size in (2, 1)}
+    return {
+        f"{kind} {sp_size}": torchrun(kind, sp_size)
+        for kind in ("ddp", "deepspeed")
+        for sp_size in (2, 1)
+    }
 
 
 def test_torchrun_without_cpu_flag_uses_each_sample_once() -> None:
@@ -224,21 +267,30 @@ def test_torchrun_without_cpu_flag_uses_each_sample_once() -> None:
     for name in ranks[0]:
         found = [rank[name] for rank in ranks]
         assert [one["processes"] for one in found] == [[2, 0, 0, 1], [2, 1, 1, 0]], name
-        assert {one["engine"] for one in found} == {"DEEPSPEED" if "deepspeed" in name else "MULTI_CPU"}
+        assert {one["engine"] for one in found} == {
+            "DEEPSPEED" if "deepspeed" in name else "MULTI_CPU"
+        }
         assert sorted(number for one in found for number in one["seen"]) == [0, 1, 2, 3], name
         assert [len(one["losses"]) for one in found] == [4, 4] if name.endswith("2") else [2, 2]
         assert all(loss == loss for one in found for loss in one["losses"])
 
 
 def dummies() -> dict[str, Any]:
-    """DeepSpeed's own optimizer and schedule, named in its config, for which the script passes placeholders."""
+    """DeepSpeed's own optimizer and schedule, named in its config, for which the script passes
+    placeholders.
+    """
     AcceleratorState._reset_state(True)
     config = _zero(
         train_micro_batch_size_per_gpu="auto",
         optimizer={"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         scheduler={
             "type": "WarmupDecayLR",
-            "params": {"warmup_num_steps": 2, "total_num_steps": "auto", "warmup_max_lr": 1e-2, "warmup_min_lr": 0.0},
+            "params": {
+                "warmup_num_steps": 2,
+                "total_num_steps": "auto",
+                "warmup_max_lr": 1e-2,
+                "warmup_min_lr": 0.0,
+            },
         },
     )
     plugin = DeepSpeedPlugin(hf_ds_config=config)
@@ -261,7 +313,8 @@ def dummies() -> dict[str, Any]:
 def test_deepspeed_own_optimizer_and_schedule() -> None:
     for rank in run_ranks(dummies, 2, init=False):
         assert rank["total"] == 6
-        # Counted from 0: the sixth of six steps has iteration 5, one of four decay steps before the end.
+        # Counted from 0: the sixth of six steps has iteration 5, one of four decay steps before the
+        # end.
         assert rank["steps"] == 5
         assert rank["lr"] == pytest.approx(1e-2 / 4)
         assert len(rank["losses"]) == 6

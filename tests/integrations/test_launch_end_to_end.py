@@ -1,4 +1,6 @@
-"""From the command line to trained steps: both launchers start two CPU processes that share each sequence."""
+"""From the command line to trained steps: both launchers start two CPU processes that share each
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +58,19 @@ OURS = "import sys; from ulysses_accel.cli import main; sys.exit(main(sys.argv[1
 STOCK = "from accelerate.commands.accelerate_cli import main; main()"
 # How it is started, the engine that the workers must see, and what says that sp_size is 2.
 STARTS: dict[str, tuple[str, list[str], str, str]] = {
-    "flags alone": (OURS, ["--cpu", "--parallelism-config-sp-size", "2"], "MULTI_CPU", "command line"),
+    "flags alone": (
+        OURS,
+        ["--cpu", "--parallelism-config-sp-size", "2"],
+        "MULTI_CPU",
+        "command line",
+    ),
     "fsdp2": (OURS, ["--cpu", "--config_file", "configs/fsdp2_sp2.yaml"], "FSDP", "fsdp2_sp2.yaml"),
-    "deepspeed": (OURS, ["--cpu", "--config_file", "configs/deepspeed_zero2_sp2.yaml"], "DEEPSPEED", "zero2_sp2.yaml"),
+    "deepspeed": (
+        OURS,
+        ["--cpu", "--config_file", "configs/deepspeed_zero2_sp2.yaml"],
+        "DEEPSPEED",
+        "zero2_sp2.yaml",
+    ),
     "stock launcher": (STOCK, ["--config_file", "configs/cpu_sp2.yaml"], "MULTI_CPU", "env"),
 }
 

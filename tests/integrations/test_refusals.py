@@ -1,4 +1,6 @@
-"""What can't be computed exactly is refused on every rank, by name and with a remedy; nothing is silently ignored."""
+"""What can't be computed exactly is refused on every rank, by name and with a remedy; nothing is
+silently ignored.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "weighs tokens by itself, past transformers' AttentionInterface",
     ),
     "BartForConditionalGeneration": (
-        lambda: AutoModelForSeq2SeqLM.from_config(BartConfig(**ENCODER_DECODER, decoder_layerdrop=0.1)),
+        lambda: AutoModelForSeq2SeqLM.from_config(
+            BartConfig(**ENCODER_DECODER, decoder_layerdrop=0.1)
+        ),
         "leaves layers out by chance (layerdrop=0.1)",
     ),
     "ElectraForPreTraining": (
@@ -132,14 +136,21 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "its loss (BCEWithLogitsLoss) is not one mean over tokens",
     ),
     "EsmForMaskedLM": (
-        lambda: AutoModelForMaskedLM.from_config(EsmConfig(**UNGROUPED, token_dropout=True, mask_token_id=4)),
+        lambda: AutoModelForMaskedLM.from_config(
+            EsmConfig(**UNGROUPED, token_dropout=True, mask_token_id=4)
+        ),
         "scales its embeddings by the share of masked tokens",
     ),
     "FNetForMaskedLM": (
-        lambda: AutoModelForMaskedLM.from_config(FNetConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
+        lambda: AutoModelForMaskedLM.from_config(
+            FNetConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+        ),
         "do not call attention through transformers' AttentionInterface",
     ),
-    "BloomForCausalLM": (causal(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)), "Use "),
+    "BloomForCausalLM": (
+        causal(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+        "Use ",
+    ),
     "Linear": (lambda: nn.Linear(4, 4), "holds no transformers model"),
 }
 
@@ -224,7 +235,9 @@ def forwards() -> dict[str, str]:
     }
     found = {name: error_of(model, *args, **kwargs) for name, (args, kwargs) in calls.items()}
     # Nothing of a refused forward stays behind.
-    found["left over"] = str([len(forward.running) for _, forward in acc.sequence_parallel.forwards])
+    found["left over"] = str(
+        [len(forward.running) for _, forward in acc.sequence_parallel.forwards]
+    )
     found["replaced attention"] = replaced_attention()
     return found
 
@@ -257,7 +270,11 @@ def test_shards_without_their_description_are_refused() -> None:
             assert "model(**batch)" in rank[name]
         for name, text in wrong.items():
             assert text in rank[name], name
-        ordinary = [name for name in rank if (name.startswith("whole") and name not in wrong) or name == "as it came"]
+        ordinary = [
+            name
+            for name in rank
+            if (name.startswith("whole") and name not in wrong) or name == "as it came"
+        ]
         assert {name: rank[name] for name in ordinary} == dict.fromkeys(ordinary, "")
         assert len(ordinary) == 4
         assert rank["left over"] == "[0]"

@@ -1,4 +1,6 @@
-"""A run that is stopped anywhere and resumed in new processes gives the very losses of the uninterrupted run."""
+"""A run that is stopped anywhere and resumed in new processes gives the very losses of the
+uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ DDP, FSDP2, ZERO2 = Engine("ddp"), Engine("fsdp2"), Engine("deepspeed", 2)
 
 @dataclass
 class Job:
-    """One training job; another seed gives other weights and another order, which a loaded state must undo."""
+    """One training job; another seed gives other weights and another order, which a loaded state
+    must undo.
+    """
 
     engine: Engine
     workers: int
@@ -51,7 +55,9 @@ class Job:
         )
 
     def epoch(self, after: Callable[[int], None] = lambda step: None) -> list[float]:
-        """Trains to the end of the epoch from wherever the loader stands; calls `after` behind each step."""
+        """Trains to the end of the epoch from wherever the loader stands; calls `after` behind each
+        step.
+        """
         losses = []
         for step, batch in enumerate(self.batches):
             with self.accelerator.accumulate(self.model):
@@ -66,7 +72,9 @@ class Job:
 
 
 def uninterrupted(jobs: list[tuple[Engine, int]], folder: str) -> list[list[float]]:
-    """Trains each job to its end, and saves its state at the beginning, in the middle of epochs and between them."""
+    """Trains each job to its end, and saves its state at the beginning, in the middle of epochs and
+    between them.
+    """
     found = []
     for number, (engine, workers) in enumerate(jobs):
         job = Job(engine, workers, seed=0)
@@ -87,8 +95,12 @@ def _saver(job: Job, path: str, start: int, wanted: set[int]) -> Callable[[int],
     return save
 
 
-def resumed(jobs: list[tuple[Engine, int]], folder: str, stops: list[int]) -> list[dict[str, list[float]]]:
-    """Loads each state in a job with other weights and another order, and trains to the end of the run."""
+def resumed(
+    jobs: list[tuple[Engine, int]], folder: str, stops: list[int]
+) -> list[dict[str, list[float]]]:
+    """Loads each state in a job with other weights and another order, and trains to the end of the
+    run.
+    """
     found = []
     for number, (engine, workers) in enumerate(jobs):
         losses = {}
@@ -110,7 +122,9 @@ def resumed(jobs: list[tuple[Engine, int]], folder: str, stops: list[int]) -> li
         pytest.param([(FSDP2, 0), (ZERO2, 0)], [0, 3, STEPS, 5], id="fsdp2 and zero 2"),
     ],
 )
-def test_resumed_losses_are_the_same_bits(jobs: list[tuple[Engine, int]], stops: list[int], tmp_path: Path) -> None:
+def test_resumed_losses_are_the_same_bits(
+    jobs: list[tuple[Engine, int]], stops: list[int], tmp_path: Path
+) -> None:
     ranks = run_ranks(uninterrupted, 2, jobs, str(tmp_path), init=False)
     again = run_ranks(resumed, 2, jobs, str(tmp_path), stops, init=False)
     assert ranks[0] == ranks[1]
@@ -119,12 +133,16 @@ def test_resumed_losses_are_the_same_bits(jobs: list[tuple[Engine, int]], stops:
         for rank in again:
             for stop in stops:
                 assert rank[number][str(stop)] == losses[stop:], (jobs[number], stop)
-        state = json.loads((tmp_path / f"{number}-{stops[-1]}" / "sequence_loader_0.json").read_text())
+        state = json.loads(
+            (tmp_path / f"{number}-{stops[-1]}" / "sequence_loader_0.json").read_text()
+        )
         assert (state["epoch"] * STEPS + state["batches"], state["sp_size"]) == (stops[-1], 2)
 
 
 def drop_in(folder: str, stop: int | None, seed: int) -> list[list[float]]:
-    """Each rank brings batches of its own, each of which becomes two micro-steps; returns the two epochs' losses."""
+    """Each rank brings batches of its own, each of which becomes two micro-steps; returns the two
+    epochs' losses.
+    """
     model = build("llama", torch.float32, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     accelerator = DDP.accelerator(sp_size=2)
@@ -174,7 +192,12 @@ def five_epochs() -> dict[str, list[int]]:
                 micro_steps += 1
                 optimizer_steps += job.accelerator.sync_gradients
         counted = getattr(job.model, "global_steps", optimizer_steps)
-        found[f"{engine} {steps}"] = [micro_steps, optimizer_steps, counted, job.scheduler.scheduler.last_epoch]
+        found[f"{engine} {steps}"] = [
+            micro_steps,
+            optimizer_steps,
+            counted,
+            job.scheduler.scheduler.last_epoch,
+        ]
     return found
 
 

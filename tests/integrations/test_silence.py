@@ -1,4 +1,6 @@
-"""What goes on without sharding says so: a whole batch in training, and a config that comes too late."""
+"""What goes on without sharding says so: a whole batch in training, and a config that comes too
+late.
+"""
 
 from __future__ import annotations
 

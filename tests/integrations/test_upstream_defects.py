@@ -1,7 +1,8 @@
-"""Defects of accelerate + DeepSpeed's sequence parallelism, each shown to be absent here: attention, loader, registry.
+"""Defects of accelerate + DeepSpeed's sequence parallelism, each shown to be absent here:
+attention, loader, registry.
 
-The numbers are those of the list that was made from upstream's code; one test for each. What needs several engines or
-four ranks is in `test_upstream_defects_engines.py`.
+The numbers are those of the list that was made from upstream's code; one test for each. What needs
+several engines or four ranks is in `test_upstream_defects_engines.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def accelerator(steps: int = 1) -> Any:
 
 def default_attention() -> list[Any]:
     acc = accelerator()
-    return [acc.parallelism_config.sp_handler.sp_attn_implementation, worst_distance(acc, [CASES["plain"](0)])]
+    return [
+        acc.parallelism_config.sp_handler.sp_attn_implementation,
+        worst_distance(acc, [CASES["plain"](0)]),
+    ]
 
 
 def evaluation() -> dict[str, float]:
@@ -65,11 +69,15 @@ def windows() -> float:
 
 
 def masks() -> float:
-    return worst_distance(accelerator(), [CASES[name](3) for name in ("packed", "padded left", "odd packed")])
+    return worst_distance(
+        accelerator(), [CASES[name](3) for name in ("packed", "padded left", "odd packed")]
+    )
 
 
 def epochs() -> list[list[list[int]]]:
-    """Takes exactly `len` batches of each epoch, as the Trainer does, and never runs into the end."""
+    """Takes exactly `len` batches of each epoch, as the Trainer does, and never runs into the
+    end.
+    """
     batches = accelerator().prepare(batches_of(5, batch_size=2))
     found = []
     for _ in range(3):
@@ -90,7 +98,12 @@ def skipping() -> list[Any]:
 def flattened() -> float:
     sample = CASES["odd packed"](5)
     bounds = torch.tensor([0, 7, 21], dtype=torch.int32)
-    extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 14, "max_length_k": 14}
+    extra = {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": 14,
+        "max_length_k": 14,
+    }
     flat = Sample({**sample.batch, **extra}, sample.plain, sample.documents)
     return worst_distance(accelerator(), [flat])
 
@@ -100,7 +113,9 @@ def accumulation() -> list[list[bool]]:
     for steps, count in ((4, 6), (3, 6), (2, 3)):
         acc = accelerator(steps)
         model = build("llama", torch.float32)
-        model, optimizer, batches = acc.prepare(model, torch.optim.SGD(model.parameters()), batches_of(count))
+        model, optimizer, batches = acc.prepare(
+            model, torch.optim.SGD(model.parameters()), batches_of(count)
+        )
         made = []
         for batch in batches:
             with acc.accumulate(model):
@@ -114,7 +129,9 @@ def accumulation() -> list[list[bool]]:
 
 def token_exact() -> float:
     acc = accelerator(steps=3)
-    samples = [CASES[name](seed) for seed, name in enumerate(("prompt masked", "padded right", "plain"))]
+    samples = [
+        CASES[name](seed) for seed, name in enumerate(("prompt masked", "padded right", "plain"))
+    ]
     model, batches = acc.prepare(build("llama"), loader(samples))
     held = list(batches)
     items = count_items(held, acc.sequence_parallel.groups.world_group)
@@ -127,7 +144,10 @@ def token_exact() -> float:
     for sample in samples:
         reference(**sample.plain, num_items_in_batch=total).loss.backward()
     expected = dict(reference.named_parameters())
-    return max(float((grad - expected[n].grad).norm() / expected[n].grad.norm()) for n, grad in _grads(model))
+    return max(
+        float((grad - expected[n].grad).norm() / expected[n].grad.norm())
+        for n, grad in _grads(model)
+    )
 
 
 def _grads(model: Any) -> list[tuple[str, torch.Tensor]]:
@@ -143,7 +163,11 @@ def registry() -> dict[str, Any]:
     third = acc.prepare(build("llama"))
     batch = next(iter(batches))
     distances = []
-    for model, reference in ((first, build("llama")), (second, build("qwen2")), (third, build("llama"))):
+    for model, reference in (
+        (first, build("llama")),
+        (second, build("qwen2")),
+        (third, build("llama")),
+    ):
         loss = model(**batch).loss
         # Another model trains on a batch of its own between a forward and its backward.
         other = untouched(**sample.plain).loss
@@ -152,10 +176,15 @@ def registry() -> dict[str, Any]:
         distances.append(distance(model, loss, reference, sample))
         distances.append(distance(untouched, other, fresh, sample))
         zero_gradients(untouched)
-    kept = all(ALL_ATTENTION_FUNCTIONS._global_mapping[name] is function for name, function in before.items())
+    kept = all(
+        ALL_ATTENTION_FUNCTIONS._global_mapping[name] is function
+        for name, function in before.items()
+    )
     names = [transformers_model(model).config._attn_implementation for model in (first, untouched)]
     acc.sequence_parallel.uninstall()
-    restored = dict(ALL_ATTENTION_FUNCTIONS._global_mapping) == before and untouched.config is config
+    restored = (
+        dict(ALL_ATTENTION_FUNCTIONS._global_mapping) == before and untouched.config is config
+    )
     return {"worst": max(distances), "kept": kept, "names": names, "restored": restored}
 
 
@@ -167,7 +196,9 @@ def generation() -> dict[str, Any]:
     options = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad():
         exact = torch.equal(model(**prompt).logits, reference(**prompt).logits)
-        same = torch.equal(model.generate(**prompt, **options), reference.generate(**prompt, **options))
+        same = torch.equal(
+            model.generate(**prompt, **options), reference.generate(**prompt, **options)
+        )
     return {"logits": exact, "tokens": same}
 
 
@@ -202,7 +233,9 @@ def all_checks() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    """What every check found on each of two ranks that share a sequence; one fork for all of them."""
+    """What every check found on each of two ranks that share a sequence; one fork for all of
+    them.
+    """
     found: list[dict[str, Any]] = run_ranks(all_checks, 2, init=False)
     return found
 
@@ -234,14 +267,18 @@ def test_b08_no_epoch_loses_a_step(ranks: list[dict[str, Any]]) -> None:
 
 def test_b09_the_loader_can_be_resumed_in_the_middle(ranks: list[dict[str, Any]]) -> None:
     rest = [[2, 3], [4]]
-    assert all(rank["skipping"] == [rest, rest, [[0, 1], *rest], [[2, 8], [1, 8]], 5] for rank in ranks)
+    assert all(
+        rank["skipping"] == [rest, rest, [[0, 1], *rest], [[2, 8], [1, 8]], 5] for rank in ranks
+    )
 
 
 def test_b10_flattened_batches_with_cumulative_lengths_work(ranks: list[dict[str, Any]]) -> None:
     assert max(rank["flattened"] for rank in ranks) <= EXACT
 
 
-def test_b11_only_the_very_last_micro_batch_closes_a_partial_window(ranks: list[dict[str, Any]]) -> None:
+def test_b11_only_the_very_last_micro_batch_closes_a_partial_window(
+    ranks: list[dict[str, Any]],
+) -> None:
     no, yes = False, True
     expected = [[no, no, no, yes, no, yes], [no, no, yes, no, no, yes], [no, yes, yes]]
     assert all(rank["accumulation"] == expected for rank in ranks)

@@ -1,4 +1,6 @@
-"""Defects of accelerate + DeepSpeed's sequence parallelism, each shown to be absent here: engines, launcher, groups."""
+"""Defects of accelerate + DeepSpeed's sequence parallelism, each shown to be absent here: engines,
+launcher, groups.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from ulysses_accel.cli.launch import plan_launch
 from ulysses_accel.config.parallelism import ParallelismConfig
 
 EXACT = 1e-12
-# DeepSpeed computes in float32, and a difference of parameters has some thousand roundings of 6e-8 of a parameter.
+# DeepSpeed computes in float32, and a difference of parameters has some thousand roundings of 6e-8
+# of a parameter.
 FLOAT32 = 1e-3
 CONFIGS = Path(__file__).parents[2] / "configs"
 ENGINES = {
@@ -43,7 +46,9 @@ STEPS = 3
 
 
 def on_engine(engine: Engine, model: Any, samples: list[Sample], grads: Grads) -> dict[str, Any]:
-    """Makes some plain SGD steps; returns the first step's size over what it should be, and what else was seen."""
+    """Makes some plain SGD steps; returns the first step's size over what it should be, and what
+    else was seen.
+    """
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     acc = engine.accelerator(sp_size=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -72,12 +77,16 @@ def on_all_engines() -> dict[str, Any]:
     # Built before any engine exists: while ZeRO 3 does, transformers builds models in pieces.
     models = {name: build("llama", torch.float32) for name in ENGINES}
     _, grads = plain_step(build("llama", torch.float32), samples[:1])
-    return {name: on_engine(engine, models[name], samples, grads) for name, engine in ENGINES.items()}
+    return {
+        name: on_engine(engine, models[name], samples, grads) for name, engine in ENGINES.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    """What was seen on each engine by each of two ranks that share a sequence; one fork for all of them."""
+    """What was seen on each engine by each of two ranks that share a sequence; one fork for all of
+    them.
+    """
     found: list[dict[str, Any]] = run_ranks(on_all_engines, 2, init=False)
     return found
 
@@ -90,7 +99,10 @@ def test_b01_no_engine_scales_the_gradient(ranks: list[dict[str, Any]]) -> None:
 
 def test_b02_flags_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--use_deepspeed", "--parallelism-config-sp-size", "8", "--num_processes", "8"]
-    for argv in (flags, ["--use_deepspeed", "--config_file", str(CONFIGS / "deepspeed_zero2_sp2.yaml")]):
+    for argv in (
+        flags,
+        ["--use_deepspeed", "--config_file", str(CONFIGS / "deepspeed_zero2_sp2.yaml")],
+    ):
         plan = plan_launch([*argv, "train.py"])
         with monkeypatch.context() as patch:
             for name, value in plan.environment.items():
@@ -136,7 +148,9 @@ def upstream_loop() -> dict[str, Any]:
         )
         losses_per_rank = torch.distributed.nn.functional.all_gather(loss, group=sp_group)
         good_tokens = (shift_labels != -100).view(-1).sum()
-        good_tokens_per_rank = torch.distributed.nn.functional.all_gather(good_tokens, group=sp_group)
+        good_tokens_per_rank = torch.distributed.nn.functional.all_gather(
+            good_tokens, group=sp_group
+        )
         total_loss = sum(
             losses_per_rank[rank] * good_tokens_per_rank[rank]
             for rank in range(sp_world_size)
@@ -146,7 +160,10 @@ def upstream_loop() -> dict[str, Any]:
         loss = total_loss / max(total_good_tokens, 1)
         accelerator.backward(loss)
         losses, grads = plain_step(reference, samples[2 * step : 2 * step + 2])
-        worst = max(worst, abs(float(loss) - losses[data_rank(accelerator)]) / losses[data_rank(accelerator)])
+        worst = max(
+            worst,
+            abs(float(loss) - losses[data_rank(accelerator)]) / losses[data_rank(accelerator)],
+        )
         for name, parameter in unwrapped_model.named_parameters():
             worst = max(worst, float((parameter.grad - grads[name]).norm() / grads[name].norm()))
     return {"worst": worst, "members": torch.distributed.get_process_group_ranks(sp_group)}
@@ -156,7 +173,8 @@ def without_deprecated_calls() -> float:
     accelerator = Engine("ddp").accelerator(sp_size=2, dp_size=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*torch.distributed.nn")
-        # Both data parallel ranks get the same sample, so that one process's gradient is the mean of both.
+        # Both data parallel ranks get the same sample, so that one process's gradient is the mean
+        # of both.
         return worst_distance(accelerator, [CASES["packed"](0)])
 
 

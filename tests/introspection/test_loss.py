@@ -14,7 +14,11 @@ from tests.helpers.architectures import ENCODER_DECODER, GROUPED, SIZES
 from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.sample_heads import ANSWERS
 
-NEXT, OWN_MEAN, OWN = LossUse("next_token", True), LossUse("same_token", False), LossUse("same_token", True)
+NEXT, OWN_MEAN, OWN = (
+    LossUse("next_token", True),
+    LossUse("same_token", False),
+    LossUse("same_token", True),
+)
 WHOLE = LossUse("whole", False)
 MOONSHINE: dict[str, Any] = {
     "vocab_size": 64,
@@ -40,7 +44,11 @@ MOONSHINE: dict[str, Any] = {
         (hf.BertForTokenClassification, hf.BertConfig(**SIZES), OWN_MEAN),
         (hf.BertLMHeadModel, hf.BertConfig(**SIZES, is_decoder=True), NEXT),
         (hf.ModernBertForMaskedLM, hf.ModernBertConfig(**SIZES), OWN),
-        (hf.DistilBertForMaskedLM, hf.DistilBertConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4), OWN_MEAN),
+        (
+            hf.DistilBertForMaskedLM,
+            hf.DistilBertConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4),
+            OWN_MEAN,
+        ),
         (hf.BartForConditionalGeneration, hf.BartConfig(**ENCODER_DECODER), OWN_MEAN),
         # Its decoder's inputs are shifted, so it passes the labels on as if they were.
         (hf.MoonshineForConditionalGeneration, hf.MoonshineConfig(**MOONSHINE), OWN),
@@ -53,7 +61,11 @@ MOONSHINE: dict[str, Any] = {
             hf.BertConfig(**SIZES),
             replace(WHOLE, needs=ANSWERS),
         ),
-        (hf.BertForPreTraining, hf.BertConfig(**SIZES), replace(OWN_MEAN, needs=("labels", "next_sentence_label"))),
+        (
+            hf.BertForPreTraining,
+            hf.BertConfig(**SIZES),
+            replace(OWN_MEAN, needs=("labels", "next_sentence_label")),
+        ),
     ],
 )
 def test_what_models_do(model: Any, config: Any, expected: LossUse | None) -> None:
@@ -64,8 +76,16 @@ def test_what_models_do(model: Any, config: Any, expected: LossUse | None) -> No
     ("model", "config", "text"),
     [
         (hf.BertForMultipleChoice, hf.BertConfig(**SIZES), "is not one of each token"),
-        (hf.ElectraForPreTraining, hf.ElectraConfig(**SIZES), "its loss (BCEWithLogitsLoss) is not one mean over"),
-        (hf.BartForQuestionAnswering, hf.BartConfig(**ENCODER_DECODER), "it looks for answers in a way"),
+        (
+            hf.ElectraForPreTraining,
+            hf.ElectraConfig(**SIZES),
+            "its loss (BCEWithLogitsLoss) is not one mean over",
+        ),
+        (
+            hf.BartForQuestionAnswering,
+            hf.BartConfig(**ENCODER_DECODER),
+            "it looks for answers in a way",
+        ),
     ],
 )
 def test_losses_of_another_kind_are_named(model: Any, config: Any, text: str) -> None:
@@ -139,7 +159,8 @@ class WeighsOne(Adds):
 
 
 @pytest.mark.parametrize(
-    ("module", "is_known"), [(Adds(), True), (Adds(0), False), (AddsTwice(), False), (WeighsOne(), False)]
+    ("module", "is_known"),
+    [(Adds(), True), (Adds(0), False), (AddsTwice(), False), (WeighsOne(), False)],
 )
 def test_only_a_plain_sum_of_two_losses_is_known(module: Body, is_known: bool) -> None:
     found = read_loss(module)

@@ -1,4 +1,6 @@
-"""What engines find out about a model: its rules for batches, its findings, and that its attention comes to us."""
+"""What engines find out about a model: its rules for batches, its findings, and that its attention
+comes to us.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from ulysses_accel.introspection.positions import position_sources
 from ulysses_accel.introspection.requirements import common_rules, rules_of
 from ulysses_accel.introspection.structure import attending, encoder_of, sharded_parts
 
-T5_SIZES: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4}
+T5_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_layers": 1,
+    "num_heads": 4,
+}
 
 
 def first(samples: list[Batch]) -> Batch:
@@ -40,12 +49,17 @@ def test_supports_takes_models_and_configs() -> None:
     assert supports(hf.BartConfig(**ENCODER_DECODER), two) == []
     findings = supports(hf.T5Config(**T5_SIZES), two)
     assert {finding.kind for finding in findings} == {"attention", "positions"}
-    assert all(isinstance(finding, Finding) and str(finding).endswith(finding.remedy) for finding in findings)
+    assert all(
+        isinstance(finding, Finding) and str(finding).endswith(finding.remedy)
+        for finding in findings
+    )
     assert supports(hf.T5ForConditionalGeneration(hf.T5Config(**T5_SIZES)), two) == findings
     assert supports(hf.T5Config(**T5_SIZES), ParallelismConfig(sp_size=1)) == []
     (heads,) = supports(hf.LlamaConfig(**GROUPED), ParallelismConfig(sp_size=8))
     (heads_left,) = supports(hf.LlamaConfig(**GROUPED), ParallelismConfig(sp_size=4, tp_size=2))
-    assert "sp_size=4 (from constructor) is more than num_attention_heads=4 / tp_size=2" in str(heads_left)
+    assert "sp_size=4 (from constructor) is more than num_attention_heads=4 / tp_size=2" in str(
+        heads_left
+    )
     (dense,) = supports(hf.LlamaConfig(**GROUPED), ParallelismConfig(ep_size=2))
     assert "LlamaForCausalLM has no experts" in str(dense)
     (experts,) = supports(hf.MixtralConfig(**GROUPED), ParallelismConfig(tp_size=2))
@@ -80,7 +94,12 @@ def test_supports_names_what_is_no_language_model() -> None:
 )
 def test_rules(name: str, expected: tuple[Any, ...]) -> None:
     rules = rules_of(build(name))
-    assert (rules.labels, rules.counts_mask, rules.padding_idx, rules.decoder_inputs is not None) == expected
+    assert (
+        rules.labels,
+        rules.counts_mask,
+        rules.padding_idx,
+        rules.decoder_inputs is not None,
+    ) == expected
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "whisper"])
@@ -90,12 +109,16 @@ def test_decoder_inputs_are_the_models_own(name: str) -> None:
     rules = rules_of(model)
     assert rules.decoder_inputs is not None
     given = rules.decoder_inputs(batch["labels"])
-    torch.testing.assert_close(model(**batch, decoder_input_ids=given).logits, model(**batch).logits)
+    torch.testing.assert_close(
+        model(**batch, decoder_input_ids=given).logits, model(**batch).logits
+    )
 
 
 def test_models_that_differ_need_loaders_of_their_own() -> None:
     llama, bert, headless = build("llama_dynamic"), build("bert"), build("bert").bert
-    with pytest.raises(ConfigError, match=r"LlamaForCausalLM and BertForMaskedLM .* ask for different batches"):
+    with pytest.raises(
+        ConfigError, match=r"LlamaForCausalLM and BertForMaskedLM .* ask for different batches"
+    ):
         common_rules([llama, bert])
     # A model without a loss has nothing against another's labels.
     assert common_rules([headless, bert]).labels == "same_token"
@@ -106,8 +129,12 @@ def test_parts_of_an_encoder_decoder() -> None:
     bart, whisper, qwen = build("bart"), build("whisper"), build("qwen2_vl")
     assert encoder_of(bart) is bart.model.encoder
     assert encoder_of(build("bert")) is None
-    assert [source.key for source in position_sources(bart)] == ["decoder_position_ids", "position_ids"]
-    # Sound is whole on every rank, so its encoder is none of the sharded parts; neither is a tower for images.
+    assert [source.key for source in position_sources(bart)] == [
+        "decoder_position_ids",
+        "position_ids",
+    ]
+    # Sound is whole on every rank, so its encoder is none of the sharded parts; neither is a tower
+    # for images.
     assert [source.key for source in position_sources(whisper)] == ["decoder_position_ids"]
     assert not {name for name, _ in sharded_parts(whisper) if name.startswith("model.encoder.")}
     assert not {name for name, _ in sharded_parts(qwen) if "visual" in name}
@@ -116,7 +143,9 @@ def test_parts_of_an_encoder_decoder() -> None:
 
 def replaced_layer() -> dict[str, str]:
     accelerator = Engine("ddp").accelerator(sp_size=2)
-    model, batches = accelerator.prepare(build("llama_dynamic"), loader(*[make_batch("llama_dynamic", "plain")] * 2))
+    model, batches = accelerator.prepare(
+        build("llama_dynamic"), loader(*[make_batch("llama_dynamic", "plain")] * 2)
+    )
     first_batch, second_batch = list(batches)
     layer = accelerator.unwrap_model(model).model.layers[1].self_attn
     # As a fused kernel that someone puts into a layer: no call of transformers' functions any more.
@@ -131,7 +160,10 @@ def replaced_layer() -> dict[str, str]:
 
 def test_a_layer_that_attends_elsewhere_is_told() -> None:
     for found in run_ranks(replaced_layer, 2, init=False):
-        assert "with 1 attention calls through 'ulysses_accel_sdpa' in 2 attention layers" in found["replaced"]
+        assert (
+            "with 1 attention calls through 'ulysses_accel_sdpa' in 2 attention layers"
+            in found["replaced"]
+        )
         assert found["restored"] == ""
         assert found["hooks left"] == "0"
 
@@ -144,7 +176,9 @@ def expected_losses(
         losses = [model(**make_batch(name, kind)).loss for kind in kinds]
         torch.stack([loss * weight for loss, weight in zip(losses, weights)]).sum().backward()
     return [float(loss.detach()) for loss in losses], {
-        key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None
+        key: parameter.grad.clone()
+        for key, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
 
 
@@ -169,7 +203,10 @@ def checkpointed(name: str, kinds: tuple[str, ...], enabled_late: bool) -> list[
             torch.distributed.all_reduce(parameter.grad)
             grads[key] = parameter.grad / 2
     expected, expected_grads = expected_losses(name, kinds, [1.0] * len(kinds), in_double=False)
-    found = [compare(float(loss.detach()), grads, one, expected_grads) for loss, one in zip(losses, expected)]
+    found = [
+        compare(float(loss.detach()), grads, one, expected_grads)
+        for loss, one in zip(losses, expected)
+    ]
     accelerator.sequence_parallel.uninstall()
     left = [
         module
@@ -181,7 +218,8 @@ def checkpointed(name: str, kinds: tuple[str, ...], enabled_late: bool) -> list[
 
 
 @pytest.mark.parametrize(
-    ("name", "enabled_late"), [("whisper", False), ("whisper", True), ("bert", False), ("bart", True)]
+    ("name", "enabled_late"),
+    [("whisper", False), ("whisper", True), ("bert", False), ("bart", True)],
 )
 def test_checkpoints_recompute_with_their_own_batch(name: str, enabled_late: bool) -> None:
     for errors in run_ranks(checkpointed, 2, name, ("plain", "odd"), enabled_late, init=False):
@@ -190,11 +228,15 @@ def test_checkpoints_recompute_with_their_own_batch(name: str, enabled_late: boo
 
 
 def accumulated(name: str, kinds: tuple[str, ...]) -> float:
-    """Counts all tokens of a step first, as token-exact accumulation does; the model itself only knows means."""
+    """Counts all tokens of a step first, as token-exact accumulation does; the model itself only
+    knows means.
+    """
     from ulysses_accel import count_items
 
     accelerator = Engine("ddp").accelerator(sp_size=2, steps=len(kinds))
-    model, batches = accelerator.prepare(build(name), loader(*(make_batch(name, kind) for kind in kinds)))
+    model, batches = accelerator.prepare(
+        build(name), loader(*(make_batch(name, kind) for kind in kinds))
+    )
     local = list(batches)
     items = count_items(local, accelerator.sequence_parallel.groups.world_group)
     zero_gradients(model)

@@ -1,4 +1,6 @@
-"""What is refused by structure: each trait in a tiny model of its own, beside the same model without it."""
+"""What is refused by structure: each trait in a tiny model of its own, beside the same model
+without it.
+"""
 
 from __future__ import annotations
 
@@ -59,19 +61,26 @@ def test_a_plain_model_is_taken() -> None:
 
 def test_a_mask_made_from_the_tokens() -> None:
     found = refusal(build(DogeConfig(**SIZES)))
-    assert "model.layers.0.self_attn (DogeAttention) attends with a mask that it makes from its own tokens" in found
+    assert (
+        "model.layers.0.self_attn (DogeAttention) attends with a mask that it makes from its own "
+        "tokens" in found
+    )
     # Told once, not for each layer.
     assert found.count("DogeAttention") == 1
 
 
 class LabelsCut(LlamaForCausalLM):  # type: ignore[misc]
-    def forward(self, input_ids: Any = None, position_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Any = None, position_ids: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         logits = super().forward(input_ids, position_ids=position_ids, **kwargs).logits
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 class LossWithoutKeywords(LlamaForCausalLM):  # type: ignore[misc]
-    def forward(self, input_ids: Any = None, position_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Any = None, position_ids: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         logits = super().forward(input_ids, position_ids=position_ids, **kwargs).logits
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
 
@@ -88,7 +97,10 @@ def test_a_loss_that_shift_labels_can_not_reach() -> None:
 class Heterogeneous:
     """As transformers' configs whose layers differ: the value of all layers together is refused."""
 
-    per_layer_config = (SimpleNamespace(num_attention_heads=4), SimpleNamespace(num_attention_heads=2))
+    per_layer_config = (
+        SimpleNamespace(num_attention_heads=4),
+        SimpleNamespace(num_attention_heads=2),
+    )
 
     @property
     def num_attention_heads(self) -> int:
@@ -108,7 +120,12 @@ class Attends(nn.Module):
         super().__init__()
         self.indexer = indexer
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, encoder_mask: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+    ) -> Any:
         interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
         if self.indexer is not None:
             attention_mask = self.indexer(hidden)
@@ -169,10 +186,17 @@ def test_a_mask_is_cut_only_where_nothing_is_lost() -> None:
 
 
 def test_a_bidirectional_decoder_is_refused() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     encoder = BertConfig(vocab_size=40, **sizes)
     for is_decoder in (True, False):
-        decoder = BertConfig(vocab_size=40, is_decoder=is_decoder, add_cross_attention=is_decoder, **sizes)
+        decoder = BertConfig(
+            vocab_size=40, is_decoder=is_decoder, add_cross_attention=is_decoder, **sizes
+        )
         both = EncoderDecoderConfig(encoder=encoder.to_dict(), decoder=decoder.to_dict())
         both.decoder_start_token_id = both.pad_token_id = 0
         assert ("is_causal=False" in refusal(EncoderDecoderModel(both))) is not is_decoder

@@ -1,6 +1,8 @@
-"""Every memory feature together, through a stock `Accelerator`: the same training as with none of them.
+"""Every memory feature together, through a stock `Accelerator`: the same training as with none of
+them.
 
-Tolerance: 1e-12 of a value in float64, as in `tests.helpers.parity_jobs`; three AdamW steps keep roundings below 1e-13.
+Tolerance: 1e-12 of a value in float64, as in `tests.helpers.parity_jobs`; three AdamW steps keep
+roundings below 1e-13.
 """
 
 from __future__ import annotations
@@ -45,10 +47,14 @@ def samples() -> list[dict[str, Tensor]]:
 def train(sizes: dict[str, int], memory: MemoryConfig | None) -> dict[str, Any]:
     """Returns the losses, the parameters after the last step, and what was installed."""
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(**sizes, memory_config=memory))
+    accelerator = Accelerator(
+        cpu=True, parallelism_config=ParallelismConfig(**sizes, memory_config=memory)
+    )
     model = build("llama")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(samples(), batch_size=1))
+    model, optimizer, loader = accelerator.prepare(
+        model, optimizer, DataLoader(samples(), batch_size=1)
+    )
     losses = []
     for batch in loader:
         loss = model(**batch).loss
@@ -107,7 +113,9 @@ def test_alone_without_an_accelerator() -> None:
 
 
 def test_uninstall_gives_the_accelerator_its_methods_back() -> None:
-    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(memory_config=MemoryConfig.alst()))
+    accelerator = Accelerator(
+        cpu=True, parallelism_config=ParallelismConfig(memory_config=MemoryConfig.alst())
+    )
     memory = accelerator.memory
     assert accelerator.prepare == memory.prepare
     memory.uninstall()

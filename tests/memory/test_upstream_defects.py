@@ -1,4 +1,6 @@
-"""B18 and B19 of upstream's tiled compute, each shown absent here; float64, 1e-12 of the plain computation."""
+"""B18 and B19 of upstream's tiled compute, each shown absent here; float64, 1e-12 of the plain
+computation.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,16 @@ def test_b18_the_heads_gradient_follows_the_scale_of_the_loss(is_checkpointed: b
 
 def mlp() -> nn.Module:
     torch.manual_seed(0)
-    return LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=24, num_attention_heads=2)).double()
+    return LlamaMLP(
+        LlamaConfig(hidden_size=WIDTH, intermediate_size=24, num_attention_heads=2)
+    ).double()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 7, 11])
 @pytest.mark.parametrize("is_frozen_input", [False, True])
-def test_b19_odd_tiles_and_frozen_inputs_reach_every_weight_once(tokens: int, is_frozen_input: bool) -> None:
+def test_b19_odd_tiles_and_frozen_inputs_reach_every_weight_once(
+    tokens: int, is_frozen_input: bool
+) -> None:
     block = mlp()
     hidden = torch.randn(1, tokens, WIDTH, dtype=torch.float64, requires_grad=not is_frozen_input)
     leaves = [*block.parameters(), *([] if is_frozen_input else [hidden])]
@@ -91,5 +97,6 @@ def test_b19_dropout_inside_a_tile_is_the_one_of_the_forward() -> None:
     above = block(hidden.detach() + step)
     torch.manual_seed(3)
     below = block(hidden.detach() - step)
-    # A central difference is off by the step squared; another mask would be off by the values themselves.
+    # A central difference is off by the step squared; another mask would be off by the values
+    # themselves.
     assert float((above - below).sum() / 2) == pytest.approx(float((grad * step).sum()), rel=1e-5)

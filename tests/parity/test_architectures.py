@@ -1,4 +1,5 @@
-"""Every family of models against one process: loss, all gradients, and each rank's share of the work, in float64.
+"""Every family of models against one process: loss, all gradients, and each rank's share of the
+work, in float64.
 
 Tolerance 1e-12, for the reason that `jobs` states.
 """
@@ -24,7 +25,14 @@ from tests.helpers.architectures import (
     num_counted,
     reference_parts,
 )
-from tests.helpers.parity_jobs import EXACT, Engine, Grads, compare, counted_linear_tokens, zero_gradients
+from tests.helpers.parity_jobs import (
+    EXACT,
+    Engine,
+    Grads,
+    compare,
+    counted_linear_tokens,
+    zero_gradients,
+)
 from tests.helpers.ranks import run_ranks
 
 # Ring and Ulysses degree.
@@ -51,7 +59,9 @@ def one_process(model: Any, name: str, kind: str) -> Expected:
             extra = {"use_cache": False} if kind == "packed" else {}
             total = total + model(**part, **extra).loss * count / sum(counts)
         total.backward()
-    grads = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+    grads = {
+        key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None
+    }
     return Expected(float(total.detach()), grads, sum(tokens))
 
 
@@ -60,13 +70,19 @@ def expected_of(name: str) -> dict[str, Expected]:
     return {kind: one_process(model, name, kind) for kind in kinds(ARCHITECTURES[name].form)}
 
 
-def sharded(plans: dict[str, dict[str, Expected]], layout: tuple[int, int]) -> dict[str, list[float]]:
+def sharded(
+    plans: dict[str, dict[str, Expected]], layout: tuple[int, int]
+) -> dict[str, list[float]]:
     cp_size, sp_size = layout
     found = {}
     for name, cases in plans.items():
-        accelerator = Engine("ddp").accelerator(sp_size, 1, cp_size=cp_size, kwargs_handlers=[unused()])
+        accelerator = Engine("ddp").accelerator(
+            sp_size, 1, cp_size=cp_size, kwargs_handlers=[unused()]
+        )
         whole: Any = [make_batch(name, kind) for kind in cases]
-        model, batches = accelerator.prepare(build(name), DataLoader(whole, batch_size=1, collate_fn=first))
+        model, batches = accelerator.prepare(
+            build(name), DataLoader(whole, batch_size=1, collate_fn=first)
+        )
         for (kind, expected), batch in zip(cases.items(), batches, strict=True):
             zero_gradients(model)
             with counted_linear_tokens(model) as tokens, InDouble():
@@ -75,7 +91,12 @@ def sharded(plans: dict[str, dict[str, Expected]], layout: tuple[int, int]) -> d
             own = gradients(accelerator.unwrap_model(model), expected.grads)
             difference = compare(float(loss.detach()), own, expected.loss, expected.grads)
             share = sum(tokens) / expected.linear_tokens
-            found[f"{name}: {kind}"] = [difference.loss, difference.grad, abs(difference.ratio), share]
+            found[f"{name}: {kind}"] = [
+                difference.loss,
+                difference.grad,
+                abs(difference.ratio),
+                share,
+            ]
     return found
 
 
@@ -87,11 +108,19 @@ def unused() -> Any:
 
 
 def gradients(model: nn.Module, like: Grads) -> Grads:
-    found: dict[str, Tensor | None] = {name: parameter.grad for name, parameter in model.named_parameters()}
-    extra = {name for name, grad in found.items() if name not in like and grad is not None and bool(grad.any())}
+    found: dict[str, Tensor | None] = {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
+    extra = {
+        name
+        for name, grad in found.items()
+        if name not in like and grad is not None and bool(grad.any())
+    }
     assert not extra
     return {
-        name: torch.zeros_like(like[name]) if grad is None else grad for name, grad in found.items() if name in like
+        name: torch.zeros_like(like[name]) if grad is None else grad
+        for name, grad in found.items()
+        if name in like
     }
 
 
@@ -105,12 +134,16 @@ def plans() -> dict[str, dict[str, Expected]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_gradients_and_work(plans: dict[str, dict[str, Expected]], layout: tuple[int, int]) -> None:
+def test_loss_gradients_and_work(
+    plans: dict[str, dict[str, Expected]], layout: tuple[int, int]
+) -> None:
     size = math.prod(layout)
     for rank in run_ranks(sharded, size, plans, layout, init=False):
         assert len(rank) == sum(map(len, plans.values()))
         wrong = {case: errors for case, errors in rank.items() if not max(errors[:3]) <= EXACT}
         assert not wrong
         # Whisper's encoder is whole on every rank, by design.
-        shares = {case: errors[3] for case, errors in rank.items() if not case.startswith("whisper")}
+        shares = {
+            case: errors[3] for case, errors in rank.items() if not case.startswith("whisper")
+        }
         assert {case: share for case, share in shares.items() if share > MOST_PADDING / size} == {}

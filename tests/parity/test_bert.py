@@ -1,4 +1,5 @@
-"""BERT's pre-training model: masked words by token and sentence order by sample, in one loss, exactly one process's.
+"""BERT's pre-training model: masked words by token and sentence order by sample, in one loss,
+exactly one process's.
 
 Tolerances as in `jobs`.
 """

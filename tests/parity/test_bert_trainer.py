@@ -1,6 +1,8 @@
-"""A stock Trainer with a collator that masks words at random: the ranks of a sequence see the same masks.
+"""A stock Trainer with a collator that masks words at random: the ranks of a sequence see the same
+masks.
 
-Tolerance: losses in float64 to 1e-10 after some AdamW steps, as in `tests.examples.test_bert_example`.
+Tolerance: losses in float64 to 1e-10 after some AdamW steps, as in
+`tests.examples.test_bert_example`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, Trainer, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    set_seed,
+)
 
 import ulysses_accel.integrations.attach  # noqa: F401  imported before the fork, so that ranks start warm
 from tests.helpers.engine_jobs import error_of
@@ -23,7 +32,8 @@ from tests.helpers.trainer_jobs import ONE, Mode
 STEPS, ROWS, LENGTH = 4, 2, 16
 CURVE_EXACT = 1e-10
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(43))]
-# How the collator comes to its random numbers: from the process's own generator, its own one, or a worker's.
+# How the collator comes to its random numbers: from the process's own generator, its own one, or a
+# worker's.
 RANDOM = {"the process": {}, "its own": {"seed": 7}, "a worker": {"workers": 1}}
 Losses = dict[str, list[float]]
 
@@ -35,7 +45,9 @@ class Recorder(Trainer):
         self.losses: list[float] = []
         self.tokens: set[int] = set()
         super().__init__(*args, **kwargs)
-        self.model.bert.encoder.register_forward_pre_hook(lambda _, args: self.tokens.add(args[0].shape[1]))
+        self.model.bert.encoder.register_forward_pre_hook(
+            lambda _, args: self.tokens.add(args[0].shape[1])
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -52,7 +64,10 @@ def samples(count: int) -> list[dict[str, Tensor]]:
     """Returns rows of uneven lengths: the collator pads them."""
     generator = torch.Generator().manual_seed(0)
     lengths = [LENGTH if index % 2 else LENGTH - 5 for index in range(count)]
-    return [{"input_ids": torch.randint(5, len(WORDS), (length,), generator=generator)} for length in lengths]
+    return [
+        {"input_ids": torch.randint(5, len(WORDS), (length,), generator=generator)}
+        for length in lengths
+    ]
 
 
 def build(dropout: float = 0.0) -> BertForMaskedLM:
@@ -70,7 +85,9 @@ def build(dropout: float = 0.0) -> BertForMaskedLM:
     return BertForMaskedLM(config).double()
 
 
-def train(mode: Mode, folder: str, dropout: float = 0.0, workers: int = 0, seed: int | None = None) -> Recorder:
+def train(
+    mode: Mode, folder: str, dropout: float = 0.0, workers: int = 0, seed: int | None = None
+) -> Recorder:
     options = {"max_steps": STEPS, "learning_rate": 1e-2, "dataloader_num_workers": workers}
     arguments = mode.arguments(folder, ROWS * mode.dp, **options)
     trainer = Recorder(build(dropout), arguments, collator(seed), samples(STEPS * ROWS))
@@ -79,7 +96,9 @@ def train(mode: Mode, folder: str, dropout: float = 0.0, workers: int = 0, seed:
 
 
 def train_job(mode: Mode, folder: str) -> tuple[Losses, list[int]]:
-    """Returns the losses of a job for each source of random numbers, and the tokens that the model saw of a row."""
+    """Returns the losses of a job for each source of random numbers, and the tokens that the model
+    saw of a row.
+    """
     trained = {name: train(mode, folder, **options) for name, options in RANDOM.items()}  # type: ignore[arg-type]
     tokens = set().union(*(trainer.tokens for trainer in trained.values()))
     return {name: trainer.losses for name, trainer in trained.items()}, sorted(tokens)
@@ -121,7 +140,9 @@ def test_dropout_does_not_set_the_masks_of_the_ranks_apart(tmp_path: Path) -> No
 
 
 def with_order(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collates rows whose tokens are the same on all ranks, and draws what belongs to a row as a whole."""
+    """Collates rows whose tokens are the same on all ranks, and draws what belongs to a row as a
+    whole.
+    """
     batch = collator(seed=7)(rows)
     return {**batch, "next_sentence_label": torch.randint(2, (len(rows),))}
 

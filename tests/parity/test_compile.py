@@ -14,10 +14,16 @@ from ulysses_accel import ParallelismConfig
 
 
 def gradients(cp_size: int, sp_size: int, compiled: bool) -> dict[str, Tensor]:
-    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(cp_size=cp_size, sp_size=sp_size))
+    accelerator = Accelerator(
+        cpu=True, parallelism_config=ParallelismConfig(cp_size=cp_size, sp_size=sp_size)
+    )
     model = build()
-    loader = DataLoader([0], batch_size=1, collate_fn=lambda _: {"input_ids": TOKENS, "labels": LABELS})
-    model, _, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    loader = DataLoader(
+        [0], batch_size=1, collate_fn=lambda _: {"input_ids": TOKENS, "labels": LABELS}
+    )
+    model, _, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loader
+    )
     raw = accelerator.unwrap_model(model)
     if compiled:
         raw.model.forward = torch.compile(raw.model.forward, backend="aot_eager")

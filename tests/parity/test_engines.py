@@ -1,8 +1,9 @@
 """One step of a Llama against one process on every engine, through `accelerator.backward`.
 
-FSDP2 computes in float64. DeepSpeed keeps gradients and master weights in float32 whatever the model's dtype, so its
-models are float32 and are compared with the float64 reference: `FLOAT32` is some hundred float32 roundings (6e-8 each)
-of sums over at most a few hundred terms, and a wrong scale or a missing token is off by 1e-2 at least.
+FSDP2 computes in float64. DeepSpeed keeps gradients and master weights in float32 whatever the
+model's dtype, so its models are float32 and are compared with the float64 reference: `FLOAT32` is
+some hundred float32 roundings (6e-8 each) of sums over at most a few hundred terms, and a wrong
+scale or a missing token is off by 1e-2 at least.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def expected_steps(dp_size: int) -> list[Step]:
 
 
 def keep_gradients(model: Any) -> Callable[[], Grads]:
-    """Returns what gives the gradients of the last backward; DeepSpeed's are gone once its engine made the step."""
+    """Returns what gives the gradients of the last backward; DeepSpeed's are gone once its engine
+    made the step.
+    """
     if not hasattr(model, "zero_optimization"):
         return lambda: full_gradients(model)
     kept: list[Grads] = []
@@ -72,7 +75,9 @@ def engine_steps(engine: Engine, steps: list[Step], dp_size: int, sp_size: int) 
         loss = model(**batch).loss
         accelerator.backward(loss)
         own = losses[data_rank(accelerator)]
-        results[f"{engine}: {case}"] = report(compare(float(loss.detach()), gradients(), own, grads))
+        results[f"{engine}: {case}"] = report(
+            compare(float(loss.detach()), gradients(), own, grads)
+        )
         zero_gradients(model)
     return results
 
@@ -88,7 +93,9 @@ def all_engines(engines: list[Engine], steps: list[Step], dp_size: int, sp_size:
 def test_fsdp2(dp_size: int, sp_size: int) -> None:
     steps = expected_steps(dp_size)
     engines = [Engine("fsdp2"), Engine("fsdp2", offload=True)]
-    reports = run_ranks(all_engines, dp_size * sp_size, engines, steps, dp_size, sp_size, init=False)
+    reports = run_ranks(
+        all_engines, dp_size * sp_size, engines, steps, dp_size, sp_size, init=False
+    )
     assert_parity(reports, EXACT, len(engines) * len(steps))
 
 
@@ -100,7 +107,11 @@ def test_deepspeed() -> None:
 
 
 def test_deepspeed_without_reduce_scatter() -> None:
-    steps = [step for step in expected_steps(1) if step[0] in ("packed", "odd length", "last ranks masked")]
+    steps = [
+        step
+        for step in expected_steps(1)
+        if step[0] in ("packed", "odd length", "last ranks masked")
+    ]
     engines = [engine for engine in ZERO if not engine.reduce_scatter]
     reports = run_ranks(all_engines, 2, engines, steps, 1, 2, init=False)
     assert_parity(reports, FLOAT32, len(engines) * 3)
@@ -108,13 +119,19 @@ def test_deepspeed_without_reduce_scatter() -> None:
 
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 4), (2, 2)])
 def test_deepspeed_on_four_ranks(dp_size: int, sp_size: int) -> None:
-    steps = [step for step in expected_steps(dp_size) if step[0] in ("packed", "odd length", "a group masked")]
+    steps = [
+        step
+        for step in expected_steps(dp_size)
+        if step[0] in ("packed", "odd length", "a group masked")
+    ]
     engines = [engine for engine in ZERO if engine.reduce_scatter]
     reports = run_ranks(all_engines, 4, engines, steps, dp_size, sp_size, init=False)
     assert_parity(reports, FLOAT32, len(engines) * 3)
 
 
 def test_deepspeed_offload() -> None:
-    steps = [step for step in expected_steps(1) if step[0] in ("packed", "padded left", "all masked")]
+    steps = [
+        step for step in expected_steps(1) if step[0] in ("packed", "padded left", "all masked")
+    ]
     reports = run_ranks(all_engines, 2, OFFLOADED, steps, 1, 2, init=False)
     assert_parity(reports, FLOAT32, len(OFFLOADED) * 3)

@@ -1,4 +1,5 @@
-"""One step of a Llama in a ring, and in a ring of Ulysses groups, against one process on FSDP2 and DeepSpeed.
+"""One step of a Llama in a ring, and in a ring of Ulysses groups, against one process on FSDP2 and
+DeepSpeed.
 
 Tolerances as in `test_engines.py`: FSDP2 computes in float64, DeepSpeed's gradients are float32.
 """
@@ -52,11 +53,14 @@ def ring_steps(engine: Engine, steps: list[Step], split: Split, layout: Layout) 
         with counted_linear_tokens(model) as tokens:
             loss = model(**batch).loss
         whole = together[data_rank(accelerator)].plain["input_ids"].numel()
-        # Replicated work would pass every comparison of numbers; padding adds some tokens to a share.
+        # Replicated work would pass every comparison of numbers; padding adds some tokens to a
+        # share.
         assert max(tokens) < whole, (case, max(tokens), whole)
         accelerator.backward(loss)
         own = losses[data_rank(accelerator)]
-        results[f"{engine}: {case}"] = report(compare(float(loss.detach()), gradients(), own, grads))
+        results[f"{engine}: {case}"] = report(
+            compare(float(loss.detach()), gradients(), own, grads)
+        )
         zero_gradients(model)
     return results
 
@@ -69,7 +73,11 @@ def all_engines(engines: list[Engine], steps: list[Step], split: Split, layout: 
 
 
 def check(
-    engines: list[Engine], split: Split, tolerance: float, layout: Layout = "zigzag", exchange: str = "p2p"
+    engines: list[Engine],
+    split: Split,
+    tolerance: float,
+    layout: Layout = "zigzag",
+    exchange: str = "p2p",
 ) -> None:
     steps = chosen_steps(split[0])
     world_size = split[0] * split[1] * split[2]
@@ -84,7 +92,8 @@ def test_fsdp2(split: Split) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "exchange"), [("zigzag", "all_gather"), ("contiguous", "all_gather"), ("striped", "p2p")]
+    ("layout", "exchange"),
+    [("zigzag", "all_gather"), ("contiguous", "all_gather"), ("striped", "p2p")],
 )
 def test_fsdp2_in_other_layouts_and_exchanges(layout: Layout, exchange: str) -> None:
     check(FSDP2[:1], (1, 2, 2), EXACT, layout, exchange)

@@ -1,4 +1,6 @@
-"""A prepared model outside of sharded training: evaluation, ordinary batches, generation, and what stays untouched."""
+"""A prepared model outside of sharded training: evaluation, ordinary batches, generation, and what
+stays untouched.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,15 @@ def largest(found: Tensor, expected: Tensor, sample: Sample) -> float:
     return float((found - expected)[valid].abs().max())
 
 
-def evaluation_errors(expected: list[tuple[list[Sample], list[float]]], dp_size: int, sp_size: int) -> Numbers:
+def evaluation_errors(
+    expected: list[tuple[list[Sample], list[float]]], dp_size: int, sp_size: int
+) -> Numbers:
     errors = {}
     for engine in ENGINES:
         accelerator, model = prepare(engine, dp_size, sp_size)
-        batches = accelerator.prepare(loader([sample for samples, _ in expected for sample in samples]))
+        batches = accelerator.prepare(
+            loader([sample for samples, _ in expected for sample in samples])
+        )
         model.eval()
         for kind, (_, losses), batch in zip(KINDS, expected, batches, strict=True):
             with torch.no_grad():
@@ -66,17 +72,26 @@ def evaluation_errors(expected: list[tuple[list[Sample], list[float]]], dp_size:
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 2), (1, 4), (2, 2)])
 def test_sharded_evaluation_loss(dp_size: int, sp_size: int) -> None:
     model = build("llama").eval()
-    together = [[CASES[kind](2 * n + rank) for rank in range(dp_size)] for n, kind in enumerate(KINDS)]
+    together = [
+        [CASES[kind](2 * n + rank) for rank in range(dp_size)] for n, kind in enumerate(KINDS)
+    ]
     with torch.no_grad():
-        expected = [(samples, [float(plain_loss(model, sample)) for sample in samples]) for samples in together]
-    results = run_ranks(evaluation_errors, dp_size * sp_size, expected, dp_size, sp_size, init=False)
+        expected = [
+            (samples, [float(plain_loss(model, sample)) for sample in samples])
+            for samples in together
+        ]
+    results = run_ranks(
+        evaluation_errors, dp_size * sp_size, expected, dp_size, sp_size, init=False
+    )
     for errors in results:
         assert len(errors) == len(ENGINES) * len(KINDS)
         assert max(errors.values()) <= EXACT, errors
 
 
 def ordinary_errors(name: str, sp_size: int) -> Numbers:
-    """Passes whole batches, as a plain dict, to the prepared model; a sharded one in between must leave no trace."""
+    """Passes whole batches, as a plain dict, to the prepared model; a sharded one in between must
+    leave no trace.
+    """
     plain = build(name)
     accelerator, model = prepare(Engine("ddp"), 1, sp_size, name)
     between = next(iter(accelerator.prepare(loader([CASES["packed"](1)]))))
@@ -90,14 +105,17 @@ def ordinary_errors(name: str, sp_size: int) -> Numbers:
                 expected, found = plain(**sample.plain), model(**sample.plain)
                 model(**between)
             errors[f"{name} {kind} {training}"] = max(
-                largest(found.logits, expected.logits, sample), abs(float(found.loss - expected.loss))
+                largest(found.logits, expected.logits, sample),
+                abs(float(found.loss - expected.loss)),
             )
         zero_gradients(model)
         loss, grads = plain_step(plain, [sample])
         found_loss = model(**sample.plain).loss
         accelerator.backward(found_loss)
         difference = compare(float(found_loss.detach()), full_gradients(model), loss[0], grads)
-        errors[f"{name} {kind} gradients"] = max(difference.loss, difference.grad, abs(difference.ratio))
+        errors[f"{name} {kind} gradients"] = max(
+            difference.loss, difference.grad, abs(difference.ratio)
+        )
     return errors
 
 
@@ -126,7 +144,10 @@ def generated_tokens(name: str, kind: str) -> list[Any]:
 def test_generation() -> None:
     kinds = ("plain", "padded left")
     results = run_ranks(
-        lambda: [generated_tokens(name, kind) for name in MODELS for kind in kinds], 2, init=False, timeout=60
+        lambda: [generated_tokens(name, kind) for name in MODELS for kind in kinds],
+        2,
+        init=False,
+        timeout=60,
     )
     for rank, pairs in enumerate(results):
         assert len(pairs) == len(MODELS) * len(kinds)
@@ -137,7 +158,9 @@ def test_generation() -> None:
 
 
 def reference_model_changes() -> dict[str, bool]:
-    """Two models of one config object, as a policy and its reference; only the first is prepared."""
+    """Two models of one config object, as a policy and its reference; only the first is
+    prepared.
+    """
     config = CONFIGS["llama"]()
     policy, reference = build("llama", config=config, seed=1), build("llama", config=config, seed=2)
     sample = CASES["padded left"](0)
@@ -150,8 +173,11 @@ def reference_model_changes() -> dict[str, bool]:
     policy(**batch).loss.backward()
     return {
         "outputs": torch.equal(before, reference(**sample.plain).logits.detach()),
-        "config object": reference.config is config_before and reference.model.config is config_before,
-        "implementation": reference.config._attn_implementation == implementation == config._attn_implementation,
+        "config object": reference.config is config_before
+        and reference.model.config is config_before,
+        "implementation": reference.config._attn_implementation
+        == implementation
+        == config._attn_implementation,
         "hooks": len(reference._forward_hooks) == hooks_before,
         "policy has its own": accelerator.unwrap_model(policy).config is not config_before,
     }
@@ -173,7 +199,9 @@ def step_error(accelerator: Any, model: Any, sample: Sample, plain: Any) -> floa
 
 
 def several_accelerators() -> Numbers:
-    """A second prepare, a policy and a critic at once, and a second accelerator beside and after the first."""
+    """A second prepare, a policy and a critic at once, and a second accelerator beside and after
+    the first.
+    """
     samples = [CASES["packed"](1), CASES["padded left"](2)]
     first = Engine("ddp").accelerator(2)
     model, other = first.prepare(build("llama", seed=1)), first.prepare(build("gpt2", seed=2))
@@ -191,7 +219,9 @@ def several_accelerators() -> Numbers:
     fresh = Engine("fsdp2").accelerator(2)
     sharded = build("llama", seed=4)
     sharded, _ = fresh.prepare(sharded, torch.optim.SGD(sharded.parameters()))
-    errors["third accelerator, FSDP2"] = step_error(fresh, sharded, samples[0], build("llama", seed=4))
+    errors["third accelerator, FSDP2"] = step_error(
+        fresh, sharded, samples[0], build("llama", seed=4)
+    )
     return errors
 
 
@@ -203,9 +233,14 @@ def test_several_models_and_accelerators_in_one_process() -> None:
 
 def uninstall_restores() -> dict[str, bool]:
     registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    before = [(dict(type(registry)._global_mapping), dict(registry._local_mapping)) for registry in registries]
+    before = [
+        (dict(type(registry)._global_mapping), dict(registry._local_mapping))
+        for registry in registries
+    ]
     model = build("llama")
-    configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
+    configs = {
+        name: module.config for name, module in model.named_modules() if hasattr(module, "config")
+    }
     sample = CASES["padded left"](0)
     expected = model(**sample.plain).logits.detach()
     accelerator = Engine("ddp").accelerator(2)
@@ -215,13 +250,22 @@ def uninstall_restores() -> dict[str, bool]:
     prepared(**batch).loss.backward()
     during = [dict(type(registry)._global_mapping) for registry in registries]
     accelerator.sequence_parallel.uninstall()
-    after = [(dict(type(registry)._global_mapping), dict(registry._local_mapping)) for registry in registries]
+    after = [
+        (dict(type(registry)._global_mapping), dict(registry._local_mapping))
+        for registry in registries
+    ]
     return {
         "something was registered": all(len(new) > len(old[0]) for new, old in zip(during, before)),
-        "nothing was overwritten": all(new[key] is old[0][key] for new, old in zip(during, before) for key in old[0]),
+        "nothing was overwritten": all(
+            new[key] is old[0][key] for new, old in zip(during, before) for key in old[0]
+        ),
         "registries": before == after,
-        "configs": all(model.get_submodule(name).config is config for name, config in configs.items()),
-        "hooks": not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()),
+        "configs": all(
+            model.get_submodule(name).config is config for name, config in configs.items()
+        ),
+        "hooks": not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        ),
         "methods": accelerator.prepare.__func__ is stock_prepare,
         "outputs": torch.equal(expected, model(**sample.plain).logits.detach()),
     }

@@ -1,4 +1,6 @@
-"""Backward passes that compute a forward again, or belong to two forwards: each must see its own batch's documents."""
+"""Backward passes that compute a forward again, or belong to two forwards: each must see its own
+batch's documents.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,14 @@ from tests.helpers.ranks import run_ranks
 KINDS = ("packed", "padded left", "odd packed", "plain", "five rows", "prompt masked")
 # None, or torch.utils.checkpoint's use_reentrant.
 CHECKPOINTS = (None, False, True)
-# A chosen and a rejected batch, as preference losses have them: of different documents, rows or lengths.
-PAIRS = (("packed", "padded left"), ("odd packed", "packed"), ("padded right", "five rows"), ("plain", "packed"))
+# A chosen and a rejected batch, as preference losses have them: of different documents, rows or
+# lengths.
+PAIRS = (
+    ("packed", "padded left"),
+    ("odd packed", "packed"),
+    ("padded right", "five rows"),
+    ("plain", "packed"),
+)
 ENGINES = (Engine("ddp"), Engine("fsdp2"))
 
 
@@ -39,7 +47,9 @@ def preference(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def expected_of(batches: list[tuple[list[Sample], ...]]) -> list[tuple[list[float], Grads]]:
-    """Returns for each step every data parallel rank's loss and the mean's gradients; a step has one batch or two."""
+    """Returns for each step every data parallel rank's loss and the mean's gradients; a step has
+    one batch or two.
+    """
     model = build("llama")
     results = []
     for step in batches:
@@ -50,7 +60,9 @@ def expected_of(batches: list[tuple[list[Sample], ...]]) -> list[tuple[list[floa
             loss = preference(*parts) if len(parts) == 2 else parts[0]
             (loss / len(step[0])).backward()
             losses.append(float(loss.detach()))
-        results.append((losses, {name: value.grad.clone() for name, value in model.named_parameters()}))
+        results.append(
+            (losses, {name: value.grad.clone() for name, value in model.named_parameters()})
+        )
     return results
 
 
@@ -61,7 +73,9 @@ def prepared(
     accelerator = engine.accelerator(sp_size, dp_size, kwargs_handlers=handlers)
     model = build("llama")
     if checkpoint is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpoint})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": checkpoint}
+        )
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     return accelerator, model
 
@@ -71,10 +85,15 @@ def sharded(batches: Any, expected: Any, dp_size: int, sp_size: int) -> Report:
     forwards = len(batches[0])
     for engine in ENGINES:
         for checkpoint in CHECKPOINTS:
-            # DDP itself can't take two reentrant recomputes of a layer in one backward unless its graph is static.
+            # DDP itself can't take two reentrant recomputes of a layer in one backward unless its
+            # graph is static.
             static = engine.name == "ddp" and forwards == 2 and checkpoint is True
             accelerator, model = prepared(engine, checkpoint, dp_size, sp_size, static)
-            drawn = iter(accelerator.prepare(loader([sample for step in batches for part in step for sample in part])))
+            drawn = iter(
+                accelerator.prepare(
+                    loader([sample for step in batches for part in step for sample in part])
+                )
+            )
             for number, (losses, grads) in enumerate(expected):
                 zero_gradients(model)
                 parts = [model(**next(drawn)).loss for _ in range(forwards)]
@@ -88,7 +107,9 @@ def sharded(batches: Any, expected: Any, dp_size: int, sp_size: int) -> Report:
 
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 2), (2, 2)])
 def test_activation_checkpointing(dp_size: int, sp_size: int) -> None:
-    together = [[CASES[kind](2 * n + rank) for rank in range(dp_size)] for n, kind in enumerate(KINDS)]
+    together = [
+        [CASES[kind](2 * n + rank) for rank in range(dp_size)] for n, kind in enumerate(KINDS)
+    ]
     batches: list[tuple[list[Sample], ...]] = [(samples,) for samples in together]
     expected = expected_of(batches)
     reports = run_ranks(sharded, dp_size * sp_size, batches, expected, dp_size, sp_size, init=False)
@@ -98,7 +119,10 @@ def test_activation_checkpointing(dp_size: int, sp_size: int) -> None:
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 2), (2, 2)])
 def test_two_forwards_before_one_backward(dp_size: int, sp_size: int) -> None:
     batches = [
-        tuple([CASES[kind](4 * n + 2 * part + rank) for rank in range(dp_size)] for part, kind in enumerate(pair))
+        tuple(
+            [CASES[kind](4 * n + 2 * part + rank) for rank in range(dp_size)]
+            for part, kind in enumerate(pair)
+        )
         for n, pair in enumerate(PAIRS)
     ]
     expected = expected_of(batches)

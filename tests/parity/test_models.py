@@ -1,4 +1,6 @@
-"""Loss and every gradient of one step against one process, in float64: models, layouts and kinds of batches, on DDP."""
+"""Loss and every gradient of one step against one process, in float64: models, layouts and kinds of
+batches, on DDP.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,16 @@ from tests.helpers.ranks import run_ranks
 # Data parallel, ring and Ulysses degree.
 LAYOUTS = [(1, 1, 2), (2, 1, 1), (1, 1, 4), (2, 1, 2), (1, 2, 1), (1, 2, 2), (2, 2, 1)]
 MODELS = sorted(CONFIGS)
-# transformers' OPT does not look for packed documents in positions, and takes other positions from a padding mask.
+# transformers' OPT does not look for packed documents in positions, and takes other positions from
+# a padding mask.
 REFERENCES = {"opt": lonely_loss}
 Step = tuple[str, list[Sample], list[float], Grads]
 
 
 def with_positions(sample: Sample) -> Sample:
-    """Returns the sample with the positions told that others are given without: else a padded OPT batch is refused."""
+    """Returns the sample with the positions told that others are given without: else a padded OPT
+    batch is refused.
+    """
     counted = torch.arange(sample.batch["input_ids"].shape[1]).expand_as(sample.batch["input_ids"])
     return replace(sample, batch={"position_ids": counted, **sample.batch})
 
@@ -60,14 +65,19 @@ def sharded_steps(plans: dict[str, list[Step]], layout: tuple[int, int, int]) ->
     results = {}
     for name, steps in plans.items():
         samples = [sample for _, together, _, _ in steps for sample in together]
-        # Where no sequence is shared nothing of ours touches the batch: it must say by itself what counts.
-        model, batches = accelerator.prepare(build(name), loader(samples, plain=cp_size * sp_size == 1))
+        # Where no sequence is shared nothing of ours touches the batch: it must say by itself what
+        # counts.
+        model, batches = accelerator.prepare(
+            build(name), loader(samples, plain=cp_size * sp_size == 1)
+        )
         for (case, _, losses, grads), batch in zip(steps, batches, strict=True):
             zero_gradients(model)
             loss = model(**batch).loss
             accelerator.backward(loss)
             own = losses[data_rank(accelerator)]
-            results[f"{name}: {case}"] = report(compare(float(loss.detach()), full_gradients(model), own, grads))
+            results[f"{name}: {case}"] = report(
+                compare(float(loss.detach()), full_gradients(model), own, grads)
+            )
     return results
 
 

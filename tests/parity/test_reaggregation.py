@@ -1,4 +1,6 @@
-"""A loss that the model has aggregated may be aggregated again by the documented loop, as users of fused losses do."""
+"""A loss that the model has aggregated may be aggregated again by the documented loop, as users of
+fused losses do.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,18 @@ def build() -> LlamaForCausalLM:
 def gradients() -> tuple[float, dict[str, Tensor]]:
     accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(sp_size=2))
     model = build()
-    loader = DataLoader([0], batch_size=1, collate_fn=lambda _: {"input_ids": TOKENS, "labels": LABELS})
-    model, _, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    loader = DataLoader(
+        [0], batch_size=1, collate_fn=lambda _: {"input_ids": TOKENS, "labels": LABELS}
+    )
+    model, _, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loader
+    )
     (batch,) = list(loader)
     group = accelerator.torch_device_mesh["sp"].get_group()
     losses = torch.distributed.nn.functional.all_gather(model(**batch).loss, group=group)
-    counts = torch.distributed.nn.functional.all_gather((batch["shift_labels"] != -100).sum(), group=group)
+    counts = torch.distributed.nn.functional.all_gather(
+        (batch["shift_labels"] != -100).sum(), group=group
+    )
     loss = sum(loss * count for loss, count in zip(losses, counts) if count > 0) / sum(counts)
     accelerator.backward(loss)
     named = accelerator.unwrap_model(model).named_parameters()

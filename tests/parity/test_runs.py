@@ -1,4 +1,6 @@
-"""A hundred steps, half precision, and whether the work is really shared: replication would pass every other test."""
+"""A hundred steps, half precision, and whether the work is really shared: replication would pass
+every other test.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,18 @@ import torch
 
 from tests.helpers.batches import CASES, Sample, loader
 from tests.helpers.models import build
-from tests.helpers.parity_jobs import Engine, counted_linear_tokens, full_gradients, plain_loss, plain_step
+from tests.helpers.parity_jobs import (
+    Engine,
+    counted_linear_tokens,
+    full_gradients,
+    plain_loss,
+    plain_step,
+)
 from tests.helpers.ranks import run_ranks
 
 STEPS = 100
-# Rounding (1e-16 a step) grows with the loss's curvature over the steps; the issue allows this much.
+# Rounding (1e-16 a step) grows with the loss's curvature over the steps; the issue allows this
+# much.
 FOLLOWS = 1e-9
 # bfloat16 has 8 bits: 4e-3 for each rounding; a loss or gradient averages many of them.
 BFLOAT16 = 2e-2
@@ -76,7 +85,10 @@ def bfloat16_errors(kind: str) -> list[float]:
     accelerator.backward(loss)
     found = torch.cat([grad.flatten() for grad in full_gradients(model).values()]).double()
     right = torch.cat([grads[name].flatten() for name in full_gradients(model)])
-    return [abs(float(loss.detach()) / losses[0] - 1), abs(float(found @ right / (right @ right)) - 1)]
+    return [
+        abs(float(loss.detach()) / losses[0] - 1),
+        abs(float(found @ right / (right @ right)) - 1),
+    ]
 
 
 def test_bfloat16_autocast() -> None:
@@ -104,6 +116,8 @@ def linear_tokens(dp_size: int, sp_size: int) -> list[int]:
 
 @pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 2), (1, 4), (2, 2)])
 def test_each_rank_does_its_share_of_the_linear_layers(dp_size: int, sp_size: int) -> None:
-    for sharded, whole, calls, plain_calls in run_ranks(linear_tokens, dp_size * sp_size, dp_size, sp_size, init=False):
+    for sharded, whole, calls, plain_calls in run_ranks(
+        linear_tokens, dp_size * sp_size, dp_size, sp_size, init=False
+    ):
         assert calls == plain_calls > 0
         assert sharded * sp_size == whole

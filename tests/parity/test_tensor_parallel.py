@@ -1,4 +1,6 @@
-"""Tensor parallelism with the sequence sharded between the linear layers: loss, gradients and a step of AdamW."""
+"""Tensor parallelism with the sequence sharded between the linear layers: loss, gradients and a
+step of AdamW.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ def run(setups: list[Setup], world_size: int) -> None:
 
 def _claim(support: Support, setup: Setup, mode: str) -> None:
     sizes = ", ".join(f"{axis}_size={size}" for axis, size in setup.sizes.items())
-    support("model", setup.family, mode, code=_CODE.format(sizes), engine="FSDP2" if setup.fsdp2 else "DDP")
+    support(
+        "model",
+        setup.family,
+        mode,
+        code=_CODE.format(sizes),
+        engine="FSDP2" if setup.fsdp2 else "DDP",
+    )
 
 
 def test_every_family_over_two_ranks(support: Support) -> None:
@@ -44,7 +52,9 @@ def test_with_ulysses_ring_and_data_parallelism(support: Support) -> None:
 
 def test_on_eight_ranks(support: Support) -> None:
     sequence = Setup("Llama", {"dp_shard": 2, "sp": 2, "tp": 2}, fsdp2=True, kinds=("packed",))
-    replicas = Setup("Llama", {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, fsdp2=True, kinds=("packed",))
+    replicas = Setup(
+        "Llama", {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, fsdp2=True, kinds=("packed",)
+    )
     run([sequence, replicas], 8)
     _claim(support, sequence, "tp × sp")
     _claim(support, replicas, "tp")
@@ -55,5 +65,10 @@ def test_recomputed_layers() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[attr-defined]
 
     stock = Setup("Qwen3", {"tp": 2}, kinds=("packed",), change=transformers_own)
-    ours = Setup("Llama", {"tp": 2}, kinds=("packed",), arguments={"memory_config": MemoryConfig(checkpoint=True)})
+    ours = Setup(
+        "Llama",
+        {"tp": 2},
+        kinds=("packed",),
+        arguments={"memory_config": MemoryConfig(checkpoint=True)},
+    )
     run([stock, ours], 2)

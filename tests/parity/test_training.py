@@ -1,4 +1,6 @@
-"""Whole optimizer steps against one process: accumulation with a partial last window, clipping, schedule, weights."""
+"""Whole optimizer steps against one process: accumulation with a partial last window, clipping,
+schedule, weights.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,21 @@ from tests.helpers.models import build
 from tests.helpers.parity_jobs import EXACT, Engine, Grads, data_rank, full_parameters
 from tests.helpers.ranks import run_ranks
 
-# Errors of one step enter the next one's forward, and the loss amplifies them some; seven micro-steps.
+# Errors of one step enter the next one's forward, and the loss amplifies them some; seven
+# micro-steps.
 STEPS_EXACT = 10 * EXACT
 # DeepSpeed's weights and gradients are float32, 6e-8 a rounding.
 STEPS_FLOAT32 = 1e-5
 CLIP = 0.5
-KINDS = ["plain", "packed", "padded left", "odd length", "prompt masked", "five rows", "last ranks masked"]
+KINDS = [
+    "plain",
+    "packed",
+    "padded left",
+    "odd length",
+    "prompt masked",
+    "five rows",
+    "last ranks masked",
+]
 
 
 @dataclass(frozen=True)
@@ -39,12 +50,17 @@ class Plan:
 
     def windows(self) -> list[list[list[Sample]]]:
         """Returns the micro-steps of each optimizer step; the last one may have fewer."""
-        return [self.samples[start : start + self.steps] for start in range(0, len(self.samples), self.steps)]
+        return [
+            self.samples[start : start + self.steps]
+            for start in range(0, len(self.samples), self.steps)
+        ]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did: losses `[micro-step][data parallel rank]`, and of each optimizer step norm and learning rate."""
+    """What a run did: losses `[micro-step][data parallel rank]`, and of each optimizer step norm
+    and learning rate.
+    """
 
     losses: list[list[float]]
     norms: list[float]
@@ -53,7 +69,10 @@ class Run:
 
 
 def make_plan(dp_size: int, steps: int, token_exact: bool = False) -> Plan:
-    samples = [[CASES[kind](100 + 2 * number + rank) for rank in range(dp_size)] for number, kind in enumerate(KINDS)]
+    samples = [
+        [CASES[kind](100 + 2 * number + rank) for rank in range(dp_size)]
+        for number, kind in enumerate(KINDS)
+    ]
     return Plan(samples, steps, token_exact)
 
 
@@ -68,9 +87,15 @@ def plain_run(plan: Plan) -> Run:
     optimizer, schedule = optimizer_and_schedule(model)
     run = Run([], [], [], {})
     for window in plan.windows():
-        num_items = sum(sample.num_tokens for samples in window for sample in samples) if plan.token_exact else None
+        num_items = (
+            sum(sample.num_tokens for samples in window for sample in samples)
+            if plan.token_exact
+            else None
+        )
         for samples in window:
-            losses = [model(**sample.plain, num_items_in_batch=num_items).loss for sample in samples]
+            losses = [
+                model(**sample.plain, num_items_in_batch=num_items).loss for sample in samples
+            ]
             total: Tensor = torch.stack(losses).sum()
             # accelerate divides by the whole number of micro-steps in the partial window too.
             (total if num_items else total / len(samples) / plan.steps).backward()
@@ -79,7 +104,8 @@ def plain_run(plan: Plan) -> Run:
         run.rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         for _ in window[0]:
-            # One step for each batch of the optimizer step, as accelerate does for data parallel ranks.
+            # One step for each batch of the optimizer step, as accelerate does for data parallel
+            # ranks.
             schedule.step()
         optimizer.zero_grad()
     run.parameters.update(full_parameters(model))
@@ -90,7 +116,8 @@ def token_counts(batches: Any, steps: int, world_group: Any) -> list[Tensor]:
     """Returns the tokens of each optimizer step, from a pass over the batches."""
     shards = list(batches)
     return [
-        ulysses_accel.count_items(shards[start : start + steps], world_group) for start in range(0, len(shards), steps)
+        ulysses_accel.count_items(shards[start : start + steps], world_group)
+        for start in range(0, len(shards), steps)
     ]
 
 
@@ -99,7 +126,9 @@ def sharded_run(engine: Engine, plan: Plan, dp_size: int, sp_size: int) -> list[
     model = build("llama", torch.float32 if engine.name == "deepspeed" else torch.float64)
     optimizer, schedule = optimizer_and_schedule(model)
     samples = [sample for together in plan.samples for sample in together]
-    model, optimizer, schedule, batches = accelerator.prepare(model, optimizer, schedule, loader(samples))
+    model, optimizer, schedule, batches = accelerator.prepare(
+        model, optimizer, schedule, loader(samples)
+    )
     counts = token_counts(batches, plan.steps, accelerator.sequence_parallel.groups.world_group)
     losses, norms, rates = [], [], []
     for number, batch in enumerate(batches):
@@ -127,7 +156,8 @@ def relative(found: list[float], expected: list[float]) -> float:
 
 def errors_of(plan: Plan, run: Run, result: list[Any]) -> dict[str, float]:
     losses, norms, rates, parameters, rank = result
-    # A token-exact loss is the share of the whole global batch; otherwise it is that of this rank's group.
+    # A token-exact loss is the share of the whole global batch; otherwise it is that of this rank's
+    # group.
     scale = plan.steps if plan.token_exact else 1
     expected = [sum(own) * scale if plan.token_exact else own[rank] for own in run.losses]
     assert parameters.keys() == run.parameters.keys()
@@ -136,12 +166,15 @@ def errors_of(plan: Plan, run: Run, result: list[Any]) -> dict[str, float]:
         "norms": relative(norms, run.norms) if norms else 0.0,
         "rates": relative(rates, run.rates),
         "weights": max(
-            float((parameters[name].double() - value).norm() / value.norm()) for name, value in run.parameters.items()
+            float((parameters[name].double() - value).norm() / value.norm())
+            for name, value in run.parameters.items()
         ),
     }
 
 
-def all_runs(engines: list[Engine], plans: list[tuple[Plan, Run]], dp_size: int, sp_size: int) -> dict[str, Any]:
+def all_runs(
+    engines: list[Engine], plans: list[tuple[Plan, Run]], dp_size: int, sp_size: int
+) -> dict[str, Any]:
     return {
         f"{engine} steps={plan.steps} token_exact={plan.token_exact}": errors_of(
             plan, run, sharded_run(engine, plan, dp_size, sp_size)
@@ -151,14 +184,18 @@ def all_runs(engines: list[Engine], plans: list[tuple[Plan, Run]], dp_size: int,
     }
 
 
-def check_runs(engines: list[Engine], layout: tuple[int, int], tolerance: float, accumulation: list[int]) -> None:
+def check_runs(
+    engines: list[Engine], layout: tuple[int, int], tolerance: float, accumulation: list[int]
+) -> None:
     dp_size, sp_size = layout
     plans = [make_plan(dp_size, steps, exact) for steps in accumulation for exact in (False, True)]
     pairs = [(plan, plain_run(plan)) for plan in plans]
     results = run_ranks(all_runs, dp_size * sp_size, engines, pairs, dp_size, sp_size, init=False)
     for runs in results:
         assert len(runs) == len(engines) * len(plans)
-        failed = {name: errors for name, errors in runs.items() if not max(errors.values()) <= tolerance}
+        failed = {
+            name: errors for name, errors in runs.items() if not max(errors.values()) <= tolerance
+        }
         assert not failed
 
 

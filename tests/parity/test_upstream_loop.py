@@ -1,4 +1,6 @@
-"""The training loop of accelerate's sequence parallelism page, word for word, gives single-process gradients."""
+"""The training loop of accelerate's sequence parallelism page, word for word, gives single-process
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ Step = tuple[str, list[Sample], list[float], Grads]
 KINDS = ("plain", "packed", "padded left", "odd length", "first ranks masked", "last ranks masked")
 
 
-def documented_loss(accelerator: Any, model: Any, unwrapped_model: Any, batch: Any, parallelism_config: Any) -> Any:
+def documented_loss(
+    accelerator: Any, model: Any, unwrapped_model: Any, batch: Any, parallelism_config: Any
+) -> Any:
     """The page's lines, in its order and with its names."""
     sp_size = parallelism_config.sp_size if parallelism_config is not None else 1
     if sp_size > 1:
@@ -48,7 +52,9 @@ def documented_loss(accelerator: Any, model: Any, unwrapped_model: Any, batch: A
     if sp_size > 1:
         losses_per_rank = torch.distributed.nn.functional.all_gather(loss, group=sp_group)
         good_tokens = (shift_labels != -100).view(-1).sum()
-        good_tokens_per_rank = torch.distributed.nn.functional.all_gather(good_tokens, group=sp_group)
+        good_tokens_per_rank = torch.distributed.nn.functional.all_gather(
+            good_tokens, group=sp_group
+        )
         total_loss = sum(
             losses_per_rank[rank] * good_tokens_per_rank[rank]
             for rank in range(sp_world_size)
@@ -70,11 +76,15 @@ def run_loop(engine: Engine, steps: list[Step], dp_size: int, sp_size: int) -> R
     results = {}
     for (case, _, losses, grads), batch in zip(steps, dl, strict=True):
         zero_gradients(model)
-        loss = documented_loss(accelerator, model, unwrapped_model, batch, accelerator.parallelism_config)
+        loss = documented_loss(
+            accelerator, model, unwrapped_model, batch, accelerator.parallelism_config
+        )
         assert math.isfinite(float(loss.detach()))
         accelerator.backward(loss)
         own = losses[data_rank(accelerator)]
-        results[f"{engine}: {case}"] = report(compare(float(loss.detach()), gradients(), own, grads))
+        results[f"{engine}: {case}"] = report(
+            compare(float(loss.detach()), gradients(), own, grads)
+        )
         optimizer.step()
     return results
 
@@ -88,7 +98,10 @@ def run_all(engines: list[Engine], steps: list[Step], dp_size: int, sp_size: int
 
 def expected_steps(dp_size: int) -> list[Step]:
     model = build("llama")
-    together = [(kind, [CASES[kind](2 * n + rank) for rank in range(dp_size)]) for n, kind in enumerate(KINDS)]
+    together = [
+        (kind, [CASES[kind](2 * n + rank) for rank in range(dp_size)])
+        for n, kind in enumerate(KINDS)
+    ]
     return [(kind, samples, *plain_step(model, samples)) for kind, samples in together]
 
 

@@ -1,4 +1,5 @@
-"""Models of images or sound against one process: loss, all gradients (towers' too), and what the decoder sees.
+"""Models of images or sound against one process: loss, all gradients (towers' too), and what the
+decoder sees.
 
 In float64; tolerance 1e-12, for the reason that `jobs` states.
 """
@@ -24,7 +25,8 @@ from tests.helpers.vision_models import KINDS, MERGERS, build, make_batch
 from ulysses_accel.sequence.layout import multiple_of
 from ulysses_accel.sequence.sharding import next_multiple
 
-# Of each model a batch without images among others; by layouts and engines, ring and Ulysses degree first.
+# Of each model a batch without images among others; by layouts and engines, ring and Ulysses degree
+# first.
 ALL = tuple(KINDS)
 MOST, FEW = ("border", "text", "all ranks", "right"), ("border", "right")
 MROPE = ("qwen2_vl", "qwen2_5_vl")
@@ -33,7 +35,11 @@ RUNS: dict[str, tuple[Engine, tuple[int, int], dict[str, tuple[str, ...]]]] = {
     "sp": (DDP, (1, 2), {"qwen2_vl": ALL, "qwen2_5_vl": MOST}),
     "cp": (DDP, (2, 1), {"qwen2_vl": MOST, "qwen2_5_vl": ALL, "qwen3_vl": ("border", "left")}),
     "cp × sp": (DDP, (2, 2), {**dict.fromkeys(MERGERS, FEW), **dict.fromkeys(MROPE, MOST)}),
-    "sp on FSDP2": (FSDP2, (1, 2), {"qwen2_vl": ("one rank", "text", "all ranks"), "qwen3_vl": ("border",)}),
+    "sp on FSDP2": (
+        FSDP2,
+        (1, 2),
+        {"qwen2_vl": ("one rank", "text", "all ranks"), "qwen3_vl": ("border",)},
+    ),
 }
 NAMES = {
     "qwen2_vl": "Qwen2-VL",
@@ -59,7 +65,9 @@ def one_process(name: str, kinds: Sequence[str]) -> dict[str, tuple[float, Grads
         with InDouble():
             loss = model(**make_batch(name, kind)).loss
             loss.backward()
-        grads = {key: own.grad.clone() for key, own in model.named_parameters() if own.grad is not None}
+        grads = {
+            key: own.grad.clone() for key, own in model.named_parameters() if own.grad is not None
+        }
         found[kind] = float(loss.detach()), grads
     return found
 
@@ -67,7 +75,10 @@ def one_process(name: str, kinds: Sequence[str]) -> dict[str, tuple[float, Grads
 @pytest.fixture(scope="module")
 def expected() -> Expected:
     """Returns what one process computes of every batch that some run needs."""
-    kinds = {name: {kind for _, _, cases in RUNS.values() for kind in cases.get(name, ())} for name in MERGERS}
+    kinds = {
+        name: {kind for _, _, cases in RUNS.values() for kind in cases.get(name, ())}
+        for name in MERGERS
+    }
     return {name: one_process(name, sorted(some)) for name, some in kinds.items()}
 
 
@@ -103,7 +114,9 @@ def sharded(expected: Expected, run: str) -> dict[str, list[float]]:
 
 
 def tokens_seen(model: Any) -> list[int]:
-    """Returns a list to which each of the decoder's layers and the head add the tokens that they are given."""
+    """Returns a list to which each of the decoder's layers and the head add the tokens that they
+    are given.
+    """
     seen: list[int] = []
 
     def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -115,11 +128,19 @@ def tokens_seen(model: Any) -> list[int]:
 
 
 def gradients(model: nn.Module, like: Grads) -> Grads:
-    """Returns the gradients of those parameters that have some in one process; the others' must be none or zero."""
+    """Returns the gradients of those parameters that have some in one process; the others' must be
+    none or zero.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        grad = torch.zeros(parameter.shape, dtype=parameter.dtype) if parameter.grad is None else parameter.grad
-        found[name.removeprefix("module.")] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        grad = (
+            torch.zeros(parameter.shape, dtype=parameter.dtype)
+            if parameter.grad is None
+            else parameter.grad
+        )
+        found[name.removeprefix("module.")] = (
+            grad.full_tensor() if isinstance(grad, DTensor) else grad
+        )
     assert not {name for name, grad in found.items() if name not in like and bool(grad.any())}
     return {name: found[name] for name in like}
 

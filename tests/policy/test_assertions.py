@@ -1,11 +1,22 @@
-"""Every test asserts something, itself or through the functions of this test suite that it calls."""
+"""Every test asserts something, itself or through the functions of this test suite that it
+calls.
+"""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-from tests.helpers.sources import ROOT, Function, called_name, functions, module_name, python_files, tree, where
+from tests.helpers.sources import (
+    ROOT,
+    Function,
+    called_name,
+    functions,
+    module_name,
+    python_files,
+    tree,
+    where,
+)
 
 ASSERTING = ("raises", "warns", "fail", "assert_close", "assert_equal", "assert_allclose")
 
@@ -21,7 +32,9 @@ def test_every_test_asserts_something() -> None:
     assert not silent
 
 
-def _asserts(function: Function, file: Path, modules: dict[str, Path], seen: set[tuple[Path, str]]) -> bool:
+def _asserts(
+    function: Function, file: Path, modules: dict[str, Path], seen: set[tuple[Path, str]]
+) -> bool:
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
@@ -53,7 +66,10 @@ def _definition(name: str, file: Path, modules: dict[str, Path]) -> tuple[Functi
 
 def test_a_test_without_an_assertion_is_seen(tmp_path: Path) -> None:
     file = tmp_path / "test_x.py"
-    file.write_text("def helper():\n    assert 1\n\ndef test_a():\n    print(1)\n\ndef test_b():\n    run(helper)\n")
+    file.write_text(
+        "def helper():\n    assert 1\n\ndef test_a():\n    print(1)\n\ndef test_b():\n    "
+        "run(helper)\n"
+    )
     found = {node.name: _asserts(node, file, {}, set()) for node in functions(file)}
     assert found == {"helper": True, "test_a": False, "test_b": True}
     assert not file.is_relative_to(ROOT)

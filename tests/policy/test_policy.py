@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,7 @@ import pytest
 from tests.helpers.sources import (
     PACKAGE,
     ROOT,
-    body_lines,
     called_name,
-    functions,
     imports,
     module_name,
     python_files,
@@ -25,7 +22,8 @@ from tests.helpers.sources import (
     where,
 )
 
-# A folder imports only folders of layers before its own; attention and dataloader meet only in `sequence`.
+# A folder imports only folders of layers before its own; attention and dataloader meet only in
+# `sequence`.
 LAYERS = (
     ("errors", "installation", "_private_api"),
     ("distributed",),
@@ -40,30 +38,53 @@ LAYERS = (
 )
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 STRANGERS = {frozenset({"attention", "dataloader"})}
-# A stock Accelerator hands itself to the config; the config hands it on to the layer that drives accelerate.
+# A stock Accelerator hands itself to the config; the config hands it on to the layer that drives
+# accelerate.
 UPWARD_BY_DESIGN = {("config", "ulysses_accel.integrations.attach")}
-# Expert parallelism reads the Trainer that is constructing the accelerator, and takes part in how it saves.
+# Expert parallelism reads the Trainer that is constructing the accelerator, and takes part in how
+# it saves.
 DECLARED = {
     ("ulysses_accel.expert_parallel.feature", "ulysses_accel.integrations.frames"),
     ("ulysses_accel.expert_parallel.feature", "ulysses_accel.integrations.trainer.saving"),
 }
 WITHOUT_FRAMEWORKS = (
     *("errors", "installation", "distributed", "sequence", "attention.saved_results"),
-    *("config.sources", "config.settings", "config.yaml_file", "config.batch_schema", "config.split_cost"),
+    *(
+        "config.sources",
+        "config.settings",
+        "config.yaml_file",
+        "config.batch_schema",
+        "config.split_cost",
+    ),
 )
 FRAMEWORKS = {"accelerate", "deepspeed", "transformers"}
 PROCESS_GROUP_MAKERS = {"new_group", "new_subgroups", "init_device_mesh", "DeviceMesh"}
 
-PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+PICKLE_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "shelve",
+    "marshal",
+    "joblib",
+}
 UNSAFE_CALLS = {
     *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
-    *("send_object_list", "recv_object_list", "load_custom_state", "register_for_checkpointing", "eval", "exec"),
+    *(
+        "send_object_list",
+        "recv_object_list",
+        "load_custom_state",
+        "register_for_checkpointing",
+        "eval",
+        "exec",
+    ),
 }
 UNSAFE_YAML = {"yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"}
 
 MAX_FILE_LINES = 600
-MAX_FUNCTION_LINES = 60
-P90_FUNCTION_LINES = 30
+MAX_LINE_CHARACTERS = 100
 
 CODE = ("ulysses_accel", "examples", "benchmarks")
 
@@ -119,7 +140,9 @@ def test_frameworks_are_imported_only_where_they_are_driven() -> None:
         for file in package_modules()
         for name, node in imports(file)
         if name.split(".")[0] in FRAMEWORKS
-        and f"{module_name(file)}.".startswith(tuple(f"ulysses_accel.{part}." for part in WITHOUT_FRAMEWORKS))
+        and f"{module_name(file)}.".startswith(
+            tuple(f"ulysses_accel.{part}." for part in WITHOUT_FRAMEWORKS)
+        )
     ]
     assert not wrong
 
@@ -139,7 +162,11 @@ def test_only_mesh_makes_process_groups() -> None:
 def test_nothing_is_pickled_or_unpickled() -> None:
     wrong = []
     for file in python_files(*CODE):
-        wrong += [where(file, node) for name, node in imports(file) if name.split(".")[0] in PICKLE_MODULES]
+        wrong += [
+            where(file, node)
+            for name, node in imports(file)
+            if name.split(".")[0] in PICKLE_MODULES
+        ]
         for node in ast.walk(tree(file)):
             if isinstance(node, ast.Call) and _is_unsafe(node):
                 wrong.append(f"{where(file, node)}: {called_name(node)}")
@@ -184,10 +211,14 @@ def test_files_fit_the_budget() -> None:
     assert not too_long
 
 
-def test_functions_fit_the_budget() -> None:
-    lengths = {where(file, node): body_lines(node) for file in python_files(*CODE) for node in functions(file)}
-    assert not {place: lines for place, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
-    assert statistics.quantiles(lengths.values(), n=10)[-1] <= P90_FUNCTION_LINES
+def test_lines_of_the_package_fit_the_budget() -> None:
+    too_long = [
+        f"{where(file)}:{number}"
+        for file in python_files("ulysses_accel")
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if len(line.partition("  # type: ignore")[0]) > MAX_LINE_CHARACTERS
+    ]
+    assert not too_long
 
 
 def test_public_names_have_docstrings() -> None:
@@ -199,13 +230,19 @@ def test_public_names_have_docstrings() -> None:
         and not node.name.startswith("_")
         and ast.get_docstring(node) is None
     ]
-    undocumented = [where(file) for file in python_files("ulysses_accel") if ast.get_docstring(tree(file)) is None]
+    undocumented = [
+        where(file)
+        for file in python_files("ulysses_accel")
+        if ast.get_docstring(tree(file)) is None
+    ]
     assert not missing + undocumented
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, ulysses_accel; print(sorted({'torch', 'accelerate', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -219,8 +256,17 @@ def test_public_names() -> None:
 
 def test_no_file_names_a_machine() -> None:
     # Written in pieces, or this file would find itself.
-    paths = "|".join(["/" + top + "/" for top in ("work", "home", "root", "Users")] + ["/tmp/" + r"\w"])
-    hosts = "|".join([r"py" + r"pi\.org", r"pythonhosted" + r"\.org", r"download\.py" + r"torch", "npm" + r"js\.org"])
+    paths = "|".join(
+        ["/" + top + "/" for top in ("work", "home", "root", "Users")] + ["/tmp/" + r"\w"]
+    )
+    hosts = "|".join(
+        [
+            r"py" + r"pi\.org",
+            r"pythonhosted" + r"\.org",
+            r"download\.py" + r"torch",
+            "npm" + r"js\.org",
+        ]
+    )
     pattern = re.compile(rf"(?<![\w.]){paths}|{hosts}")
     wrong = [
         f"{where(file)}: {found.group()}"

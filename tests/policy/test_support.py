@@ -35,9 +35,16 @@ def test_difference_names_the_lines() -> None:
 
 @pytest.mark.parametrize(
     ("area", "mode", "engine", "code"),
-    [("nothing", "sp", "DDP", "x"), ("loss", "pp", "DDP", "x"), ("loss", "sp", "JAX", "x"), ("loss", "sp", "DDP", "")],
+    [
+        ("nothing", "sp", "DDP", "x"),
+        ("loss", "pp", "DDP", "x"),
+        ("loss", "sp", "JAX", "x"),
+        ("loss", "sp", "DDP", ""),
+    ],
 )
-def test_unknown_words_fail_the_test_that_uses_them(area: str, mode: str, engine: str, code: str) -> None:
+def test_unknown_words_fail_the_test_that_uses_them(
+    area: str, mode: str, engine: str, code: str
+) -> None:
     with pytest.raises(AssertionError):
         Support()(area, "x", mode, code=code, engine=engine)
 

@@ -1,4 +1,6 @@
-"""Any order of stepping, breaking, saving, loading and changing epochs, against a list that is walked by hand."""
+"""Any order of stepping, breaking, saving, loading and changing epochs, against a list that is
+walked by hand.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def order_of(kind: str, count: int, epoch: int) -> list[int]:
 class Machine(RuleBasedStateMachine):
     """`place` is the model: how many steps of `epoch` were taken; None between epochs."""
 
-    @initialize(kind=st.sampled_from(["plain", "sampler"]), count=st.integers(1, 5), skip=st.integers(0, 2))
+    @initialize(
+        kind=st.sampled_from(["plain", "sampler"]), count=st.integers(1, 5), skip=st.integers(0, 2)
+    )
     def begin(self, kind: str, count: int, skip: int) -> None:
         self.kind, self.count, self.skip = kind, count, skip
         self.sampler_epoch = 0
@@ -84,7 +88,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.saved.append((json.dumps(self.adapter.state_dict()), self.epoch, self.sampler_epoch, self.place))
+        self.saved.append(
+            (json.dumps(self.adapter.state_dict()), self.epoch, self.sampler_epoch, self.place)
+        )
 
     @precondition(lambda self: self.saved)
     @rule(pick=st.integers(0, 100), anew=st.booleans())
@@ -92,7 +98,8 @@ class Machine(RuleBasedStateMachine):
         state, epoch, sampler_epoch, place = self.saved[pick % len(self.saved)]
         told = json.loads(state)["set_epoch"]
         if anew or not told:
-            # A sampler that was told an epoch can't be told that it was never told one: take a new one.
+            # A sampler that was told an epoch can't be told that it was never told one: take a new
+            # one.
             self.adapter = self.fresh()
         self.adapter.load_state_dict(json.loads(state))
         self.iterator = None
@@ -102,7 +109,11 @@ class Machine(RuleBasedStateMachine):
     def state_shows_the_place(self) -> None:
         if hasattr(self, "adapter"):
             state = self.adapter.state_dict()
-            assert (state["batches"], state["micro_step"], state["epoch"]) == (self.place, 0, self.epoch)
+            assert (state["batches"], state["micro_step"], state["epoch"]) == (
+                self.place,
+                0,
+                self.epoch,
+            )
 
 
 Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

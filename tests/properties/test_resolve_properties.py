@@ -12,17 +12,24 @@ from hypothesis import strategies as st
 from ulysses_accel.config.mesh_sizes import legal_factorizations
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.config.settings import AXES, FIELDS
-from ulysses_accel.config.sources import SOURCES_VARIABLE, environment_layer, export_environment, resolve
+from ulysses_accel.config.sources import (
+    SOURCES_VARIABLE,
+    environment_layer,
+    export_environment,
+    resolve,
+)
 from ulysses_accel.config.yaml_file import parse_yaml_layer
 from ulysses_accel.errors import ConfigError, MeshError
 
 FAST = settings(max_examples=150, deadline=None)
-_PLAIN = (
-    "parallelism_config sp_size parallelism_config_sp_size 2 : - [ ] { } &a *a !! | > ' \" # ? << null ~ yes 0x10 1e3 %"
+_PLAIN = "parallelism_config sp_size parallelism_config_sp_size 2 : - [ ] { } &a *a !! | > ' \" # ? << null ~ yes 0x10 1e3 %"
+_WORDS = st.sampled_from(
+    [*_PLAIN.split(), "2020-99-99", "---", "...", ",", "@", "`", "\n", "  ", "\t", ": ", "\n  "]
 )
-_WORDS = st.sampled_from([*_PLAIN.split(), "2020-99-99", "---", "...", ",", "@", "`", "\n", "  ", "\t", ": ", "\n  "])
 VALUES = st.one_of(
-    st.text(max_size=12), st.integers().map(str), st.sampled_from(["true", "None", "sdpa", "ulysses", "auto", "32/8"])
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.sampled_from(["true", "None", "sdpa", "ulysses", "auto", "32/8"]),
 )
 
 
@@ -50,14 +57,21 @@ def test_any_value_under_a_key_gives_settings_or_a_config_error(name: str, value
 
 
 VARIABLES = st.one_of(
-    st.sampled_from([f.variable for f in FIELDS.values()]), VALUES.map("PARALLELISM_CONFIG_{}".format)
+    st.sampled_from([f.variable for f in FIELDS.values()]),
+    VALUES.map("PARALLELISM_CONFIG_{}".format),
 )
 
 
 @FAST
 @given(st.dictionaries(VARIABLES, VALUES, max_size=4), VALUES)
-def test_any_environment_gives_settings_or_a_config_error(environ: dict[str, str], record: str) -> None:
-    outcome = _outcome(lambda: ParallelismConfig.from_layers(environment_layer({**environ, SOURCES_VARIABLE: record})))
+def test_any_environment_gives_settings_or_a_config_error(
+    environ: dict[str, str], record: str
+) -> None:
+    outcome = _outcome(
+        lambda: ParallelismConfig.from_layers(
+            environment_layer({**environ, SOURCES_VARIABLE: record})
+        )
+    )
     assert "_CONFIG_" in outcome or "processes = " in outcome
 
 
@@ -106,7 +120,9 @@ def test_exported_settings_come_back_with_their_sources(values: dict[str, object
 
 @FAST
 @given(st.integers(1, 4096), st.tuples(*[st.integers(1, 12)] * 5), st.sets(st.sampled_from(AXES)))
-def test_every_suggested_factorization_is_legal(world: int, wish: tuple[int, ...], free: set[str]) -> None:
+def test_every_suggested_factorization_is_legal(
+    world: int, wish: tuple[int, ...], free: set[str]
+) -> None:
     found = legal_factorizations(world, dict(zip(AXES, wish, strict=True)), frozenset(free))
     assert found
     for sizes in found:
@@ -117,7 +133,9 @@ def test_every_suggested_factorization_is_legal(world: int, wish: tuple[int, ...
 
 @FAST
 @given(st.integers(1, 4096), SIZES, SIZES)
-def test_fitting_derives_data_parallelism_or_says_what_is_legal(world: int, cp: int, sp: int) -> None:
+def test_fitting_derives_data_parallelism_or_says_what_is_legal(
+    world: int, cp: int, sp: int
+) -> None:
     config = ParallelismConfig(cp_size=cp, sp_size=sp)
     if world % (cp * sp) == 0:
         config.fit_world_size(world)

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from ulysses_accel.sequence.documents import Rows, documents_from_lengths, find_documents
 from ulysses_accel.sequence.labels import num_counted, shift_labels
-from ulysses_accel.sequence.sharding import next_multiple, pad_position_ids, pad_sequence_dim, shard, unshard
+from ulysses_accel.sequence.sharding import (
+    next_multiple,
+    pad_position_ids,
+    pad_sequence_dim,
+    shard,
+    unshard,
+)
 
 ranks = st.sampled_from([1, 2, 3, 4, 8])
 layout = settings(max_examples=60, deadline=None)
@@ -18,7 +24,9 @@ layout = settings(max_examples=60, deadline=None)
 
 @st.composite
 def packed_rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, Rows]:
-    """Position ids and mask `[B, S]` made of documents (length 1 too) with padding in front, between and behind."""
+    """Position ids and mask `[B, S]` made of documents (length 1 too) with padding in front,
+    between and behind.
+    """
     length = draw(st.integers(1, 24))
     positions = torch.zeros(draw(st.integers(1, 3)), length, dtype=torch.long)
     mask = torch.zeros_like(positions)
@@ -60,8 +68,15 @@ def reference_shift(labels: list[int], segments: tuple[tuple[int, int], ...]) ->
 
 
 @layout
-@given(st.integers(1, 3), st.integers(1, 30), ranks, st.sampled_from([torch.int64, torch.bool, torch.bfloat16]))
-def test_unshard_undoes_pad_and_shard(batch: int, length: int, parts: int, dtype: torch.dtype) -> None:
+@given(
+    st.integers(1, 3),
+    st.integers(1, 30),
+    ranks,
+    st.sampled_from([torch.int64, torch.bool, torch.bfloat16]),
+)
+def test_unshard_undoes_pad_and_shard(
+    batch: int, length: int, parts: int, dtype: torch.dtype
+) -> None:
     whole = torch.randint(0, 2, (batch, length, 2)).to(dtype)
     padded = pad_sequence_dim(whole, next_multiple(length, parts), 0)
     shards = [shard(padded, parts, rank) for rank in range(parts)]
@@ -81,10 +96,14 @@ def test_every_token_is_on_exactly_one_rank(length: int, parts: int) -> None:
 
 @layout
 @given(packed_rows())
-def test_documents_are_found_as_token_by_token(rows: tuple[torch.Tensor, torch.Tensor, Rows]) -> None:
+def test_documents_are_found_as_token_by_token(
+    rows: tuple[torch.Tensor, torch.Tensor, Rows],
+) -> None:
     positions, mask, made = rows
     found = find_documents(positions, mask)
-    assert found == tuple(reference_documents(p, m) for p, m in zip(positions.tolist(), mask.tolist()))
+    assert found == tuple(
+        reference_documents(p, m) for p, m in zip(positions.tolist(), mask.tolist())
+    )
     assert found == made
 
 
@@ -102,8 +121,12 @@ def test_labels_stay_in_their_document(rows: tuple[torch.Tensor, torch.Tensor, R
     positions, _, made = rows
     labels = torch.arange(positions.numel()).view_as(positions)
     shifted = shift_labels(labels, made)
-    assert shifted.tolist() == [reference_shift(own, segments) for own, segments in zip(labels.tolist(), made)]
-    assert num_counted(shifted) == sum(stop - start - 1 for segments in made for start, stop in segments)
+    assert shifted.tolist() == [
+        reference_shift(own, segments) for own, segments in zip(labels.tolist(), made)
+    ]
+    assert num_counted(shifted) == sum(
+        stop - start - 1 for segments in made for start, stop in segments
+    )
 
 
 @layout
@@ -127,7 +150,8 @@ def test_shards_of_shifted_labels_count_what_the_whole_counts(
     labels = torch.arange(positions.numel()).view_as(positions)
     length = next_multiple(labels.shape[1], parts)
     shifted = shift_labels(labels, made)
-    # Padding first or shifting first is the same, so a shard of the global shift is all that a rank needs.
+    # Padding first or shifting first is the same, so a shard of the global shift is all that a rank
+    # needs.
     padded_first = shift_labels(pad_sequence_dim(labels, length, -100), made)
     assert torch.equal(padded_first, pad_sequence_dim(shifted, length, -100))
     counts = [num_counted(shard(padded_first, parts, rank)) for rank in range(parts)]
@@ -145,7 +169,9 @@ def test_cumulative_lengths_give_consecutive_documents(lengths: list[int], tail:
 
 @layout
 @given(packed_rows(), st.integers(0, 9))
-def test_padded_positions_start_no_document(rows: tuple[torch.Tensor, torch.Tensor, Rows], missing: int) -> None:
+def test_padded_positions_start_no_document(
+    rows: tuple[torch.Tensor, torch.Tensor, Rows], missing: int
+) -> None:
     positions, _, _ = rows
     padded = pad_position_ids(positions, positions.shape[1] + missing)
     assert torch.equal(padded[:, : positions.shape[1]], positions)

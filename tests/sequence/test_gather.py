@@ -1,4 +1,6 @@
-"""A gathered, re-sharded or pooled sequence is one process's, in value and in the mean of all ranks' gradients."""
+"""A gathered, re-sharded or pooled sequence is one process's, in value and in the mean of all
+ranks' gradients.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ from ulysses_accel.sequence.layout import Layout
 RANKS, LENGTH, WIDTH = 4, 16, 3
 # float64 sums of a few dozen terms.
 EXACT = 1e-14
-LAYOUTS: list[tuple[int, Layout]] = [(1, "contiguous"), (4, "zigzag"), (2, "zigzag"), (4, "striped")]
-# Padded left, right and not, packed, a hole, nothing but padding; with 4 tokens a rank, first and last lie on each.
+LAYOUTS: list[tuple[int, Layout]] = [
+    (1, "contiguous"),
+    (4, "zigzag"),
+    (2, "zigzag"),
+    (4, "striped"),
+]
+# Padded left, right and not, packed, a hole, nothing but padding; with 4 tokens a rank, first and
+# last lie on each.
 ROWS: Rows = (((5, 16),), ((0, 3),), ((0, 7), (7, 8), (8, 14)), ((2, 12),), (), ((13, 15),))
 HOLES: Rows = ((), (), (), ((4, 9),), (), ())
 POOLINGS: list[Pooling] = ["first", "last", "mean", "max"]
@@ -37,7 +45,11 @@ def described(ring_size: int, layout: Layout) -> SequenceDescription:
 def whole_hidden() -> Tensor:
     # Small whole numbers, so that maxima are tied, also between ranks.
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-3, 4, (len(ROWS), LENGTH, WIDTH), generator=generator).double().requires_grad_()
+    return (
+        torch.randint(-3, 4, (len(ROWS), LENGTH, WIDTH), generator=generator)
+        .double()
+        .requires_grad_()
+    )
 
 
 def weights_of(result: Tensor) -> Tensor:
@@ -49,17 +61,28 @@ def pooled(hidden: Tensor, how: Pooling, of: Unit) -> Tensor:
     found = []
     for row, (segments, holes) in enumerate(zip(ROWS, HOLES)):
         hollow = {place for start, stop in holes for place in range(start, stop)}
-        units = [[place for place in range(start, stop) if place not in hollow] for start, stop in segments]
+        units = [
+            [place for place in range(start, stop) if place not in hollow]
+            for start, stop in segments
+        ]
         for places in [list(chain(*units))] if of == "row" else units:
             tokens = hidden[row, places]
-            reduced = {"first": lambda x: x[0], "last": lambda x: x[-1], "mean": lambda x: x.mean(0)}
+            reduced = {
+                "first": lambda x: x[0],
+                "last": lambda x: x[-1],
+                "mean": lambda x: x.mean(0),
+            }
             reduce = {**reduced, "max": lambda x: torch.amax(x, 0)}[how]
             found.append(reduce(tokens) if places else hidden.new_zeros(WIDTH))
     return torch.stack(found)
 
 
-def distance(function: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], group: ProcessGroup) -> float:
-    """Returns how far a function of the sharded sequence is from that of the whole, with its gradient."""
+def distance(
+    function: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], group: ProcessGroup
+) -> float:
+    """Returns how far a function of the sharded sequence is from that of the whole, with its
+    gradient.
+    """
     whole, expected_of = whole_hidden(), whole_hidden()
     result, expected = function(whole), reference(expected_of)
     (result * weights_of(result)).sum().backward()
@@ -84,7 +107,9 @@ def all_functions() -> dict[str, float]:
 
         name = f"{layout} {ring_size}"
         found[f"gather, {name}"] = distance(
-            lambda whole, one=description: gather_sequence(own(whole, one), one, group), lambda whole: whole, group
+            lambda whole, one=description: gather_sequence(own(whole, one), one, group),
+            lambda whole: whole,
+            group,
         )
         for how in POOLINGS:
             for of in ("row", "document"):
@@ -113,7 +138,9 @@ def other_shapes() -> list[str]:
     hidden = whole_hidden()
     assert gather_sequence(hidden, one_shard, group) is hidden
     assert shard_sequence(hidden, one_shard, group) is hidden
-    assert torch.equal(pool_sequence(hidden, one_shard, group, "mean"), pooled(hidden, "mean", "row"))
+    assert torch.equal(
+        pool_sequence(hidden, one_shard, group, "mean"), pooled(hidden, "mean", "row")
+    )
     messages = []
     for wrong in (
         lambda: gather_sequence(hidden, description, group),
@@ -134,7 +161,9 @@ def test_every_layout_equals_one_process() -> None:
 
 def test_other_shapes_and_refusals() -> None:
     for tokens, ranks, pooling in run_ranks(other_shapes, RANKS):
-        assert "of shape (6, 16, 3) was given for 4 tokens in dim 1 (16 tokens over 4 ranks)" in tokens
+        assert (
+            "of shape (6, 16, 3) was given for 4 tokens in dim 1 (16 tokens over 4 ranks)" in tokens
+        )
         assert "is of 2 ranks that share a sequence, the group given has 4" in ranks
         assert "asked for the 'median' of each 'row'" in pooling
 

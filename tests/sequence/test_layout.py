@@ -27,18 +27,27 @@ def test_shard_is_a_view_of_consecutive_tokens() -> None:
 
 
 def test_a_length_that_does_not_divide_names_the_next_one() -> None:
-    with pytest.raises(ShapeError, match=r"4 ranks do not divide a sequence of 6 tokens.*Pad it to 8"):
+    with pytest.raises(
+        ShapeError, match=r"4 ranks do not divide a sequence of 6 tokens.*Pad it to 8"
+    ):
         shard(torch.zeros(1, 6), 4, 0)
 
 
-@pytest.mark.parametrize(("length", "multiple", "expected"), [(1, 4, 4), (4, 4, 4), (5, 4, 8), (0, 4, 0), (7, 1, 7)])
+@pytest.mark.parametrize(
+    ("length", "multiple", "expected"), [(1, 4, 4), (4, 4, 4), (5, 4, 8), (0, 4, 0), (7, 1, 7)]
+)
 def test_next_multiple(length: int, multiple: int, expected: int) -> None:
     assert next_multiple(length, multiple) == expected
 
 
 def test_padding_keeps_dtype_and_counts_positions_on() -> None:
-    assert pad_sequence_dim(torch.ones(1, 2, dtype=torch.bool), 3, False).tolist() == [[True, True, False]]
-    assert pad_position_ids(torch.tensor([[0, 1, 0], [3, 4, 5]]), 5).tolist() == [[0, 1, 0, 1, 2], [3, 4, 5, 6, 7]]
+    assert pad_sequence_dim(torch.ones(1, 2, dtype=torch.bool), 3, False).tolist() == [
+        [True, True, False]
+    ]
+    assert pad_position_ids(torch.tensor([[0, 1, 0], [3, 4, 5]]), 5).tolist() == [
+        [0, 1, 0, 1, 2],
+        [3, 4, 5, 6, 7],
+    ]
     same = torch.zeros(1, 3)
     assert pad_sequence_dim(same, 3, 0) is same
     assert pad_position_ids(same, 3) is same
@@ -64,7 +73,9 @@ def test_documents_from_cumulative_lengths() -> None:
 
 def test_no_label_crosses_a_document() -> None:
     labels = torch.arange(8).view(1, 8)
-    assert shift_labels(labels, (((0, 3), (3, 4), (5, 8)),)).tolist() == [[1, 2, -100, -100, -100, 6, 7, -100]]
+    assert shift_labels(labels, (((0, 3), (3, 4), (5, 8)),)).tolist() == [
+        [1, 2, -100, -100, -100, 6, 7, -100]
+    ]
 
 
 def test_a_row_of_padding_has_no_label() -> None:
@@ -78,7 +89,13 @@ def test_counted_labels() -> None:
 
 def test_what_a_description_says() -> None:
     dense = SequenceDescription(8, 2, (((0, 8),), ((0, 8),)))
-    assert (dense.batch_size, dense.shard_length, dense.is_dense, dense.is_plain_causal, dense.is_packed) == (
+    assert (
+        dense.batch_size,
+        dense.shard_length,
+        dense.is_dense,
+        dense.is_plain_causal,
+        dense.is_packed,
+    ) == (
         2,
         4,
         True,

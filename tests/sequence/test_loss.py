@@ -25,7 +25,9 @@ EXACT = 1e-13
 Labels = list[list[int]]
 
 PATTERNS = st.lists(
-    st.lists(st.sampled_from([IGNORE_INDEX, 0, 1, VOCAB - 1]), min_size=6, max_size=6), min_size=1, max_size=3
+    st.lists(st.sampled_from([IGNORE_INDEX, 0, 1, VOCAB - 1]), min_size=6, max_size=6),
+    min_size=1,
+    max_size=3,
 )
 NOTHING, SOME = [IGNORE_INDEX] * 3, [0, IGNORE_INDEX, 2]
 FIXED: list[Labels] = [
@@ -80,17 +82,28 @@ def errors(labels: Labels, group: ProcessGroup) -> list[float]:
     value, gradient = expected(labels)
     found = []
     for counted in (False, True):
-        logits, targets = own(whole_logits(labels)).clone().requires_grad_(), own(torch.tensor(labels))
+        logits, targets = (
+            own(whole_logits(labels)).clone().requires_grad_(),
+            own(torch.tensor(labels)),
+        )
         items = count_items([{"shift_labels": targets}], group) if counted else None
         flat = (logits.flatten(0, 1), targets.flatten())
-        # As transformers' loss functions: the mean, NaN without a counted token; or the sum over the number given.
-        loss = F.cross_entropy(*flat) if items is None else F.cross_entropy(*flat, reduction="sum") / items
+        # As transformers' loss functions: the mean, NaN without a counted token; or the sum over
+        # the number given.
+        loss = (
+            F.cross_entropy(*flat)
+            if items is None
+            else F.cross_entropy(*flat, reduction="sum") / items
+        )
         total = aggregate_loss(loss, targets, group, num_items_in_batch=items)
         # A later factor must reach the gradient.
         (total * 3).backward()
         assert logits.grad is not None
         # Every engine averages over the ranks: each carries the factor of the group.
-        found += [abs(float(total.detach()) - value), float((logits.grad / 3 / RANKS - own(gradient)).abs().max())]
+        found += [
+            abs(float(total.detach()) - value),
+            float((logits.grad / 3 / RANKS - own(gradient)).abs().max()),
+        ]
     return found
 
 
@@ -124,14 +137,24 @@ def counted_collectives() -> dict[str, Any]:
     kept: list[Tensor] = []
     forward = collectives_of(lambda: kept.append(aggregate_loss(loss, labels, group)))
     backward = collectives_of(lambda: kept[0].backward())
-    given = collectives_of(lambda: aggregate_loss(loss, labels, group, num_items_in_batch=torch.tensor(5)))
+    given = collectives_of(
+        lambda: aggregate_loss(loss, labels, group, num_items_in_batch=torch.tensor(5))
+    )
     items = collectives_of(lambda: kept.append(count_items([{"shift_labels": labels}] * 3, group)))
-    return {"counts": [forward, backward, given, items], "values": [float(kept[0].detach()), int(kept[1])]}
+    return {
+        "counts": [forward, backward, given, items],
+        "values": [float(kept[0].detach()), int(kept[1])],
+    }
 
 
 def test_one_collective_on_the_groups_own_ranks() -> None:
     for rank in run_ranks(counted_collectives, 4):
-        assert rank["counts"] == [["c10d::allreduce_"], [], ["c10d::allreduce_"], ["c10d::allreduce_"]]
+        assert rank["counts"] == [
+            ["c10d::allreduce_"],
+            [],
+            ["c10d::allreduce_"],
+            ["c10d::allreduce_"],
+        ]
         assert rank["values"] == [pytest.approx(2.0 * 3 / 5 + 3.0 * 2 / 5), 15]
 
 
@@ -145,7 +168,11 @@ def other_types() -> dict[str, Any]:
         total = aggregate_loss(loss, labels, group, ignore_index=-1)
         total.backward()
         assert loss.grad is not None
-        found[str(dtype)] = [float(total.detach()), float(loss.grad), total.dtype == loss.grad.dtype == dtype]
+        found[str(dtype)] = [
+            float(total.detach()),
+            float(loss.grad),
+            total.dtype == loss.grad.dtype == dtype,
+        ]
     nothing = torch.full((1, 3), IGNORE_INDEX)
     found["nothing"] = int(count_items([{"shift_labels": nothing}], group))
     # 2^24 + 1 tokens are not a float32; the count must not be rounded to one.

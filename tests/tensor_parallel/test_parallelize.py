@@ -44,9 +44,21 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
         4,
         "tp_size=4 (from test) does not divide num_attention_heads=4 and num_key_value_heads=2",
     ),
-    "experts": (lambda: MixtralConfig(**_GROUPED, num_local_experts=2), 2, "how to cut model.layers.0.mlp"),
-    "wide norms": (lambda: Olmo2Config(**_GROUPED), 2, "how to cut model.layers.0.self_attn.q_norm.weight"),
-    "features": (lambda: CONFIGS["llama"]().__class__(**{**_GROUPED, "intermediate_size": 47}), 2, "mlp.gate_proj"),
+    "experts": (
+        lambda: MixtralConfig(**_GROUPED, num_local_experts=2),
+        2,
+        "how to cut model.layers.0.mlp",
+    ),
+    "wide norms": (
+        lambda: Olmo2Config(**_GROUPED),
+        2,
+        "how to cut model.layers.0.self_attn.q_norm.weight",
+    ),
+    "features": (
+        lambda: CONFIGS["llama"]().__class__(**{**_GROUPED, "intermediate_size": 47}),
+        2,
+        "mlp.gate_proj",
+    ),
     "other layers": (CONFIGS["gpt2"], 2, "no decoder with a list of layers"),
 }
 
@@ -61,11 +73,15 @@ def test_a_model_that_is_not_cut_is_refused_by_the_part(name: str, support: Supp
     assert fact in str(refusal.value)
     assert "Use tp_size" in str(refusal.value)
     if name == "experts":
-        support.refused("model", "Mixture of experts", "tp", "experts are not cut by tensor parallelism")
+        support.refused(
+            "model", "Mixture of experts", "tp", "experts are not cut by tensor parallelism"
+        )
 
 
 def test_the_legal_sizes_are_named() -> None:
-    with pytest.raises(UnsupportedModelError, match="Use tp_size 1 or 2, and sp_size or cp_size for the rest"):
+    with pytest.raises(
+        UnsupportedModelError, match="Use tp_size 1 or 2, and sp_size or cp_size for the rest"
+    ):
         make_plan(build("qwen2"), 4, "test")
 
 
@@ -78,8 +94,13 @@ def test_tiles_are_refused_by_name(setting: str) -> None:
 
 def test_deepspeed_is_refused(support: Support) -> None:
     with pytest.raises(ConfigError, match=r"tp_size=2 .* with DeepSpeed.*Use FSDP2, or no engine"):
-        check_engine(ParallelismConfig(tp_size=2), SimpleNamespace(distributed_type="DistributedType.DEEPSPEED"))
-    support.refused("system", "Tensor parallelism under DeepSpeed", "tp", "its engines keep no cut parameters")
+        check_engine(
+            ParallelismConfig(tp_size=2),
+            SimpleNamespace(distributed_type="DistributedType.DEEPSPEED"),
+        )
+    support.refused(
+        "system", "Tensor parallelism under DeepSpeed", "tp", "its engines keep no cut parameters"
+    )
 
 
 class Rows(nn.Module):
@@ -89,7 +110,9 @@ class Rows(nn.Module):
         super().__init__()
         self.inner = model
 
-    def forward(self, input_ids: torch.Tensor, table: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+    def forward(
+        self, input_ids: torch.Tensor, table: torch.Tensor, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
         return self.inner(inputs_embeds=nn.functional.embedding(input_ids, table), **kwargs)  # type: ignore[no-any-return]
 
 
@@ -104,13 +127,18 @@ def _without_engine(folder: str) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters()))
     found["again"] = error_of(accelerator.prepare, Rows(plain))
     state = accelerator.get_state_dict(model)
-    found["is_whole"] = state.keys() == expected.keys() if accelerator.is_main_process else not state
+    found["is_whole"] = (
+        state.keys() == expected.keys() if accelerator.is_main_process else not state
+    )
     found["is_same"] = all(torch.equal(state[name], expected[name]) for name in state)
     found["is_tied"] = model.lm_head.weight is model.model.embed_tokens.weight
     weights = [parameter.to_local() for parameter in model.parameters()]
     # Parts that were views would keep the whole weights alive.
     found["is_small"] = all(own.untyped_storage().nbytes() == own.nbytes for own in weights)
-    found["rank"], found["enabled"] = accelerator.tensor_parallel_rank, accelerator.parallelism_config.tp_enabled
+    found["rank"], found["enabled"] = (
+        accelerator.tensor_parallel_rank,
+        accelerator.parallelism_config.tp_enabled,
+    )
     found["save"] = error_of(accelerator.save_state, folder)
     found["save model"] = error_of(model.save_pretrained, folder)
     if accelerator.is_main_process:
@@ -123,17 +151,28 @@ def _without_engine(folder: str) -> dict[str, Any]:
     other = CASES["plain"](accelerator.process_index)
     for batch in accelerator.prepare(loader([other])):
         found["other batch"] = error_of(model, **batch)
-    found["is_stepped"] = {id(each) for group in optimizer.param_groups for each in group["params"]} == parameters
+    found["is_stepped"] = {
+        id(each) for group in optimizer.param_groups for each in group["params"]
+    } == parameters
     accelerator.sequence_parallel.uninstall()
     found["is_restored"] = accelerator.get_state_dict.__func__ is stock_state
-    found["is_restored"] &= not {"save_state", "save_pretrained"} & {*vars(accelerator), *vars(model)}
+    found["is_restored"] &= not {"save_state", "save_pretrained"} & {
+        *vars(accelerator),
+        *vars(model),
+    }
     return found
 
 
 def _in_any_order() -> dict[str, Any]:
-    """Prepares an optimizer before its model, part of which is frozen; then what can't be put right is refused."""
+    """Prepares an optimizer before its model, part of which is frozen; then what can't be put right
+    is refused.
+    """
     sample, found = CASES["packed"](0), {}
-    accelerator, model, reference = Setup("Llama", {"tp": 2}).accelerator(), build("llama"), build("llama")
+    accelerator, model, reference = (
+        Setup("Llama", {"tp": 2}).accelerator(),
+        build("llama"),
+        build("llama"),
+    )
     for one in (model, reference):
         one.model.norm.requires_grad_(False)
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), **ADAM))
@@ -161,21 +200,36 @@ def test_optimizers_and_models_are_prepared_in_any_order() -> None:
     for found in run_ranks(_in_any_order, 2, init=False):
         # Adam divides gradients by their size, so that their rounding is seen.
         assert found["difference"] <= 1e-11
-        assert "the optimizer (AdamW) has made steps with parameters that are cut" in found["stepped"]
-        assert "the random state of tp_size=2 ranks, which drop the same features behind" in found["seeds"]
+        assert (
+            "the optimizer (AdamW) has made steps with parameters that are cut" in found["stepped"]
+        )
+        assert (
+            "the random state of tp_size=2 ranks, which drop the same features behind"
+            in found["seeds"]
+        )
 
 
 def test_without_an_engine(tmp_path: Path) -> None:
     for rank, found in enumerate(run_ranks(_without_engine, 2, str(tmp_path), init=False)):
         assert all(
-            found[name] for name in ("is_whole", "is_same", "is_tied", "is_small", "is_stepped", "is_restored")
+            found[name]
+            for name in ("is_whole", "is_same", "is_tied", "is_small", "is_stepped", "is_restored")
         ), found
         assert (found["rank"], found["enabled"]) == (rank, True)
-        assert found["save"].startswith("ConfigError: save_state with tensor parallelism and no engine")
+        assert found["save"].startswith(
+            "ConfigError: save_state with tensor parallelism and no engine"
+        )
         assert found["save model"].startswith("ConfigError: save_pretrained of a model that is cut")
-        assert found["loose batch"].startswith("BatchError: a model that is cut over tp_size=2 ranks")
-        assert "the first batch of tp_size=2 ranks is not the same on all ranks: checksum" in found["other batch"]
-        assert "lm_head.weight of LlamaForCausalLM is a Parameter of torch.int8" in found["quantized"]
+        assert found["loose batch"].startswith(
+            "BatchError: a model that is cut over tp_size=2 ranks"
+        )
+        assert (
+            "the first batch of tp_size=2 ranks is not the same on all ranks: checksum"
+            in found["other batch"]
+        )
+        assert (
+            "lm_head.weight of LlamaForCausalLM is a Parameter of torch.int8" in found["quantized"]
+        )
         assert "embed_tokens.weight of GemmaForCausalLM is a " in found["again"]
 
 
@@ -199,7 +253,9 @@ def _resumed(folder: str) -> dict[str, Any]:
             accelerator.save_state(folder)
     after = full_parameters(model)
     accelerator.load_state(folder)
-    found["is_another"] = not torch.equal(full_parameters(model)["lm_head.weight"], after["lm_head.weight"])
+    found["is_another"] = not torch.equal(
+        full_parameters(model)["lm_head.weight"], after["lm_head.weight"]
+    )
     step(batch)
     found["difference"] = max(
         float((full_parameters(model)[name] - value).abs().max()) for name, value in after.items()
@@ -219,13 +275,17 @@ def _embedded() -> tuple[float, float, float]:
     table = torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sample = CASES["packed"](3)
     reference = build("llama")
-    losses, grads = plain_step(reference, [sample], lambda model, each: Rows(model)(table=table, **each.plain).loss)
+    losses, grads = plain_step(
+        reference, [sample], lambda model, each: Rows(model)(table=table, **each.plain).loss
+    )
     accelerator = Setup("Llama", {"tp": 2}).accelerator()
     model, batches = accelerator.prepare(Rows(build("llama")), loader([sample]))
     for batch in batches:
         loss = model(table=table, **batch).loss
         accelerator.backward(loss)
-    model.inner.model.embed_tokens.weight.grad = torch.zeros_like(model.inner.model.embed_tokens.weight)
+    model.inner.model.embed_tokens.weight.grad = torch.zeros_like(
+        model.inner.model.embed_tokens.weight
+    )
     found = {name.removeprefix("inner."): grad for name, grad in full_gradients(model).items()}
     difference = compare(float(loss.detach()), found, losses[0], grads)
     return difference.loss, difference.grad, difference.ratio
@@ -242,18 +302,27 @@ def _classified(classes: list[Any]) -> list[float]:
         models = []
         for _ in range(2):
             torch.manual_seed(0)
-            models.append(cls(LlamaConfig(**_GROUPED, num_labels=3, classifier_dropout=0.0)).double())
+            models.append(
+                cls(LlamaConfig(**_GROUPED, num_labels=3, classifier_dropout=0.0)).double()
+            )
         model, reference = models
         labels = torch.arange(32).view(2, 16) % 3
-        batch = {"input_ids": labels + 3, "labels": labels[:, 0] if "Sequence" in cls.__name__ else labels}
+        batch = {
+            "input_ids": labels + 3,
+            "labels": labels[:, 0] if "Sequence" in cls.__name__ else labels,
+        }
         reference(**batch).loss.backward()
         accelerator = Setup("Llama", {"tp": 2}).accelerator()
-        model, batches = accelerator.prepare(model, DataLoader([batch], batch_size=1, collate_fn=lambda rows: rows[0]))
+        model, batches = accelerator.prepare(
+            model, DataLoader([batch], batch_size=1, collate_fn=lambda rows: rows[0])
+        )
         for shard in batches:
             accelerator.backward(model(**shard).loss)
         whole = full_gradients(model)
         right = {name: parameter.grad for name, parameter in reference.named_parameters()}
-        found.append(max(float((whole[name] - grad).norm() / grad.norm()) for name, grad in right.items()))
+        found.append(
+            max(float((whole[name] - grad).norm() / grad.norm()) for name, grad in right.items())
+        )
     return found
 
 
@@ -270,27 +339,41 @@ def test_small_heads_are_computed_on_every_rank(support: Support) -> None:
 def test_the_heads_of_a_rank_are_enough_for_ulysses() -> None:
     config = ParallelismConfig(tp_size=2, sp_size=4)
     cutter = TensorParallel(config, None, SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match=r"sp_size=4 .* is more than num_attention_heads=4 / tp_size=2"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"sp_size=4 .* is more than num_attention_heads=4 / tp_size=2"
+    ):
         cutter.distribute(build("llama"))
 
 
 def _trainer_logs(folder: str, sizes: dict[str, int], fsdp2: bool) -> list[dict[str, float]]:
     AcceleratorState._reset_state(True)
-    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 3}
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "max_steps": 3,
+    }
     if sizes:
         options["parallelism_config"] = ParallelismConfig(**sizes)
     if fsdp2:
         options["fsdp"] = "full_shard auto_wrap"
         options["fsdp_config"] = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     arguments = TrainingArguments(
-        folder, per_device_train_batch_size=2, report_to="none", disable_tqdm=True, use_cpu=True, **options
+        folder,
+        per_device_train_batch_size=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
     )
     model = build("", config=FAMILIES["Qwen3"]())
     trainer = Trainer(model, arguments, train_dataset=documents(8), eval_dataset=documents(5))  # type: ignore[arg-type]
     trainer.train()
     trainer.save_model(f"{folder}/final")
     kept = ("loss", "grad_norm", "eval_loss")
-    return [{name: line[name] for name in kept if name in line} for line in trainer.state.log_history]
+    return [
+        {name: line[name] for name in kept if name in line} for line in trainer.state.log_history
+    ]
 
 
 def test_a_stock_trainer_gives_one_process_s_curve(tmp_path: Path, support: Support) -> None:
@@ -312,5 +395,8 @@ def test_a_stock_trainer_gives_one_process_s_curve(tmp_path: Path, support: Supp
 def test_tokens_that_do_not_divide_are_refused() -> None:
     description = SequenceDescription.from_document_ids(torch.zeros(1, 5, dtype=torch.long), 1)
     entry = DecoderEntry(SimpleNamespace(size=lambda: 2))  # type: ignore[arg-type]
-    with describe_forward(description), pytest.raises(BatchError, match=r"5 tokens on this rank .* tp_size=2 ranks"):
+    with (
+        describe_forward(description),
+        pytest.raises(BatchError, match=r"5 tokens on this rank .* tp_size=2 ranks"),
+    ):
         entry(nn.Identity(), (), {"input_ids": torch.zeros(1, 5, dtype=torch.long)})

@@ -1,8 +1,9 @@
-"""ALiBi: each head adds its slope times the way from the query to the key, in tokens, to its scores.
+"""ALiBi: each head adds its slope times the way from the query to the key, in tokens, to its
+scores.
 
-Only distances count, so the places may be those in the row, whatever document a token is in. Keys in front of the
-query lower its score, those behind it, where they are seen at all, raise it, as in the models that have such biases.
-Source: Train Short, Test Long (arXiv 2108.12409).
+Only distances count, so the places may be those in the row, whatever document a token is in. Keys
+in front of the query lower its score, those behind it, where they are seen at all, raise it, as in
+the models that have such biases. Source: Train Short, Test Long (arXiv 2108.12409).
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ class Alibi:
         return replace(self, slopes=self.slopes[heads])
 
     def bias(self, chunk: slice, dtype: torch.dtype) -> Tensor:
-        """Returns `[H, c, k]`, the biases of some of the queries; distances are taken before they are rounded."""
+        """Returns `[H, c, k]`, the biases of some of the queries; distances are taken before they
+        are rounded.
+        """
         distances = self.keys[None, :] - self.queries[chunk, None]
         return self.slopes.to(dtype)[:, None, None] * distances.to(dtype)
 
 
 def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Tensor:
-    """Returns the usual slopes `[H]`: powers of 2 ** (-max_bias / H), for H that is no power of two interleaved.
+    """Returns the usual slopes `[H]`: powers of 2 ** (-max_bias / H), for H that is no power of two
+    interleaved.
 
     Args:
         num_heads: query heads H.
@@ -65,9 +69,11 @@ def check_slopes(slopes: Tensor, num_heads: int) -> None:
     """
     if tuple(slopes.shape) != (num_heads,):
         raise ShapeError(
-            f"alibi_slopes has shape {tuple(slopes.shape)} for {num_heads} query heads. Give one slope for each head."
+            f"alibi_slopes has shape {tuple(slopes.shape)} for {num_heads} query heads. Give one "
+            "slope for each head."
         )
     if slopes.requires_grad:
         raise UnsupportedModelError(
-            "alibi_slopes asks for a gradient, which is not computed. Give slopes that are constant: slopes.detach()."
+            "alibi_slopes asks for a gradient, which is not computed. Give slopes that are "
+            "constant: slopes.detach()."
         )

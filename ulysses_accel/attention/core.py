@@ -1,7 +1,9 @@
-"""Core attention on whole sequences: one call where the rows are dense, one call per document where they are not.
+"""Core attention on whole sequences: one call where the rows are dense, one call per document where
+they are not.
 
-An S × S mask is never made. Padding tokens belong to no document; they get zeros and give no gradient.
-Shapes: B = rows, H = query heads, K = key/value heads, S = tokens, D = head size, Dv = value head size.
+An S × S mask is never made. Padding tokens belong to no document; they get zeros and give no
+gradient. Shapes: B = rows, H = query heads, K = key/value heads, S = tokens, D = head size, Dv =
+value head size.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Core = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-    """Runs torch's fused attention: `[B, H, S, D]`, `[B, K, S, D]`, `[B, K, S, Dv]` -> `[B, H, S, Dv]`."""
+    """Runs torch's fused attention: `[B, H, S, D]`, `[B, K, S, D]`, `[B, K, S, Dv]` -> `[B, H, S,
+    Dv]`.
+    """
     if call.softcap is not None:
         raise UnsupportedModelError(
             f"sdpa has no soft cap, and the model asks for softcap={call.softcap}. "
@@ -44,8 +48,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tens
     )
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, mask: Tensor | None = None) -> Tensor:
-    """Runs attention with all scores in memory, for tests and small models; shapes as in `sdpa`, mask additive."""
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, mask: Tensor | None = None
+) -> Tensor:
+    """Runs attention with all scores in memory, for tests and small models; shapes as in `sdpa`,
+    mask additive.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = call.scale if call.scale is not None else 1.0 / math.sqrt(query.shape[-1])
@@ -58,14 +66,18 @@ def eager(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, mask: 
         scores = scores.masked_fill(later, -math.inf)
     if mask is not None:
         scores = scores + mask[..., : key.shape[2]]
-    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype)
+    weights = (
+        scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype)
+    )
     return torch.matmul(F.dropout(weights, call.dropout), value)
 
 
 def flash(implementation: str) -> Core:
     """Returns transformers' flash attention kernel of that name as a core; shapes as in `sdpa`."""
 
-    def run(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, **lengths: Any) -> Tensor:
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, **lengths: Any
+    ) -> Tensor:
         from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
         head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -92,7 +104,8 @@ def core_for(implementation: str) -> Core:
     """Returns the core of an attention implementation, by transformers' name for it.
 
     Args:
-        implementation: `sdpa`, `eager`, `flash_attention_2/3/4`, or a kernel of the hub that transformers has loaded.
+        implementation: `sdpa`, `eager`, `flash_attention_2/3/4`, or a kernel of the hub that
+            transformers has loaded.
     """
     return {"sdpa": sdpa, "eager": eager}.get(implementation) or flash(implementation)
 
@@ -125,7 +138,11 @@ def core_attention(
         return _flash_by_document(core, query, key, value, description, call)
     rows = []
     for row, (q, k, v) in enumerate(zip(query.split(1), key.split(1), value.split(1))):
-        pieces = _pieces(description.rows[row], query.shape[2], description.holes[row] if description.holes else ())
+        pieces = _pieces(
+            description.rows[row],
+            query.shape[2],
+            description.holes[row] if description.holes else (),
+        )
         rows.append(_by_document(core, (q, k, v), pieces, pieces, call))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -138,7 +155,8 @@ def core_cross_attention(
     seen: tuple[Rows, Rows],
     call: AttentionCall,
 ) -> Tensor:
-    """Runs attention of every token of one sequence to every token of another, padding of either left out.
+    """Runs attention of every token of one sequence to every token of another, padding of either
+    left out.
 
     Args:
         implementation: name of the core.
@@ -157,8 +175,12 @@ def core_cross_attention(
         return core(query, key, value, call)
     out = []
     for rows, (queries, keys) in equal_neighbours(list(zip(*seen))):
-        pieces = [_pieces(row, length, joined=True) for row, length in zip((queries, keys), lengths)]
-        out.append(_by_document(core, (query[rows], key[rows], value[rows]), pieces[0], pieces[1], call))
+        pieces = [
+            _pieces(row, length, joined=True) for row, length in zip((queries, keys), lengths)
+        ]
+        out.append(
+            _by_document(core, (query[rows], key[rows], value[rows]), pieces[0], pieces[1], call)
+        )
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -171,21 +193,29 @@ def bounded(
     limit: int = MAX_ELEMENTS,
     **lengths: Any,
 ) -> Tensor:
-    """Runs a core in as many calls as it takes for each to have `limit` elements at most; shapes as in `sdpa`."""
+    """Runs a core in as many calls as it takes for each to have `limit` elements at most; shapes as
+    in `sdpa`.
+    """
     parts = halves(query, key) if num_elements(query, key) > limit else ()
     if not parts:
         return core(query, key, value, call, **lengths)
     outs = [
-        bounded(core, query[rows, heads], key[rows, keys], value[rows, keys], call, limit, **lengths)
+        bounded(
+            core, query[rows, heads], key[rows, keys], value[rows, keys], call, limit, **lengths
+        )
         for rows, heads, keys in parts
     ]
     return torch.cat(outs, dim=0 if query.shape[0] > 1 else 1)
 
 
 def _pieces(
-    documents: tuple[Segment, ...], length: int, holes: tuple[Segment, ...] = (), joined: bool = False
+    documents: tuple[Segment, ...],
+    length: int,
+    holes: tuple[Segment, ...] = (),
+    joined: bool = False,
 ) -> tuple[list[int], list[int | None]]:
-    """Cuts a row into consecutive pieces: their lengths, and the document of each, None for padding.
+    """Cuts a row into consecutive pieces: their lengths, and the document of each, None for
+    padding.
 
     With `joined` all documents count as one.
     """
@@ -213,8 +243,11 @@ def _by_document(
     keys: tuple[list[int], list[int | None]],
     call: AttentionCall,
 ) -> Tensor:
-    """Runs the core on each document of rows that are cut alike, `[B, H, S, D]` -> `[B, H, S, Dv]`."""
-    # `split`, not slices: its backward joins all gradients once, a slice's pads each one to the whole row.
+    """Runs the core on each document of rows that are cut alike, `[B, H, S, D]` -> `[B, H, S,
+    Dv]`.
+    """
+    # `split`, not slices: its backward joins all gradients once, a slice's pads each one to the
+    # whole row.
     q_parts, k_parts, v_parts = (
         tensor.split(lengths, dim=2) for tensor, (lengths, _) in zip(tensors, (queries, keys, keys))
     )
@@ -227,7 +260,9 @@ def _by_document(
         if document not in k_places:
             continue
         q = _joined([q_parts[place] for place in places])
-        k, v = (_joined([parts[place] for place in k_places[document]]) for parts in (k_parts, v_parts))
+        k, v = (
+            _joined([parts[place] for place in k_places[document]]) for parts in (k_parts, v_parts)
+        )
         found = core(q, k, v, call).split([queries[0][place] for place in places], dim=2)
         for place, part in zip(places, found):
             out[place] = part
@@ -272,7 +307,9 @@ def _flash_by_document(
     description: SequenceDescription,
     call: AttentionCall,
 ) -> Tensor:
-    """Runs one variable-length call over all rows laid end to end; padding is a document of its own."""
+    """Runs one variable-length call over all rows laid end to end; padding is a document of its
+    own.
+    """
     batch, length = query.shape[0], query.shape[2]
     bounds, longest = cumulative_lengths(description.rows, length)
     cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=query.device)
@@ -294,7 +331,9 @@ def _flash_by_document(
 
 
 def cumulative_lengths(rows: Rows, length: int) -> tuple[list[int], int]:
-    """Returns `[0, end of first piece, ...]` over all rows laid end to end, and the longest piece, in tokens."""
+    """Returns `[0, end of first piece, ...]` over all rows laid end to end, and the longest piece,
+    in tokens.
+    """
     bounds, longest = [0], 0
     for segments in rows:
         for piece in _pieces(segments, length)[0]:

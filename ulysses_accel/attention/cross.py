@@ -1,7 +1,9 @@
-"""Cross-attention over a sharded sequence: the queries are one sequence's, keys and values another's of its own length.
+"""Cross-attention over a sharded sequence: the queries are one sequence's, keys and values
+another's of its own length.
 
-Where every rank has all of the other sequence, attention is local. Otherwise both are exchanged, tokens for heads.
-Shapes: B = rows, H / K = query / key-value heads, P = ranks, T / S = tokens of the two sequences, D / Dv = head sizes.
+Where every rank has all of the other sequence, attention is local. Otherwise both are exchanged,
+tokens for heads. Shapes: B = rows, H / K = query / key-value heads, P = ranks, T / S = tokens of
+the two sequences, D / Dv = head sizes.
 """
 
 from __future__ import annotations
@@ -21,15 +23,25 @@ from ulysses_accel.sequence.layout import Run, runs
 
 
 class _TokensForHeads(torch.autograd.Function):
-    """[B, N, s, D] of each tensor -> [B, n, P * s, D], n heads of this rank; one message for all tensors."""
+    """[B, N, s, D] of each tensor -> [B, n, P * s, D], n heads of this rank; one message for all
+    tensors.
+    """
 
     @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, heads: list[list[Range]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, group: ProcessGroup, heads: list[list[Range]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.group, ctx.heads, ctx.shapes = group, heads, [tensor.shape for tensor in tensors]
         batch, length = tensors[0].shape[0], tensors[0].shape[2]
         # [B, n, s, D] -> [s, B, n * D]
         parts = [
-            torch.cat([t[:, low:high].permute(2, 0, 1, 3).flatten(2) for t, (low, high) in zip(tensors, ranges)], dim=2)
+            torch.cat(
+                [
+                    t[:, low:high].permute(2, 0, 1, 3).flatten(2)
+                    for t, (low, high) in zip(tensors, ranges)
+                ],
+                dim=2,
+            )
             for ranges in heads
         ]
         own, size = parts[group.rank()].numel(), len(parts)
@@ -39,7 +51,9 @@ class _TokensForHeads(torch.autograd.Function):
         widths = [count * tensor.shape[3] for count, tensor in zip(counts, tensors)]
         # [P * s, B, n * D] -> [B, n, P * s, D]
         found = received.view(size * length, batch, -1).split(widths, dim=2)
-        return tuple(part.unflatten(2, (count, -1)).permute(1, 2, 0, 3) for part, count in zip(found, counts))
+        return tuple(
+            part.unflatten(2, (count, -1)).permute(1, 2, 0, 3) for part, count in zip(found, counts)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,7 +61,10 @@ class _TokensForHeads(torch.autograd.Function):
         length = ctx.shapes[0][2]
         # [B, n, P * s, D] -> [P * s, B, n * D]
         send = torch.cat([grad.permute(2, 0, 1, 3).flatten(2) for grad in grads], dim=2)
-        widths = [[(high - low) * shape[3] for (low, high), shape in zip(ranges, ctx.shapes)] for ranges in heads]
+        widths = [
+            [(high - low) * shape[3] for (low, high), shape in zip(ranges, ctx.shapes)]
+            for ranges in heads
+        ]
         sizes = [length * batch * sum(each) for each in widths]
         received = all_to_all(send.flatten(), ctx.group, [send.numel() // size] * size, sizes)
         totals = [send.new_zeros(shape) for shape in ctx.shapes]
@@ -82,7 +99,9 @@ def sequences_to_heads(
 
 
 def encoder_of(description: SequenceDescription, key: Tensor) -> SequenceDescription:
-    """Returns the sequence that cross-attention reads; where the batch does not say, all of `key` `[B, K, S, D]`."""
+    """Returns the sequence that cross-attention reads; where the batch does not say, all of `key`
+    `[B, K, S, D]`.
+    """
     if description.encoder is not None:
         return description.encoder
     wanted = ("encoder", key.shape[2])
@@ -93,26 +112,40 @@ def encoder_of(description: SequenceDescription, key: Tensor) -> SequenceDescrip
     return encoder
 
 
-def check_lengths(query: Tensor, key: Tensor, description: SequenceDescription, encoder: SequenceDescription) -> None:
-    """Raises ShapeError where the tensors are not of the described sequences, or these are dealt in different ways."""
-    held, expected = (query.shape[2], key.shape[2]), (description.shard_length, encoder.shard_length)
+def check_lengths(
+    query: Tensor, key: Tensor, description: SequenceDescription, encoder: SequenceDescription
+) -> None:
+    """Raises ShapeError where the tensors are not of the described sequences, or these are dealt in
+    different ways.
+    """
+    held, expected = (
+        (query.shape[2], key.shape[2]),
+        (description.shard_length, encoder.shard_length),
+    )
     if encoder.batch_size != description.batch_size:
         raise ShapeError(
-            f"the sequence that cross-attention reads has {encoder.batch_size} rows, the one that reads it "
+            f"the sequence that cross-attention reads has {encoder.batch_size} rows, the one that "
+            "reads it "
             f"{description.batch_size}. Describe both of the same batch."
         )
     dealt = (description.num_shards, description.ring_size)
-    if held != expected or (encoder.num_shards > 1 and (encoder.num_shards, encoder.ring_size) != dealt):
+    if held != expected or (
+        encoder.num_shards > 1 and (encoder.num_shards, encoder.ring_size) != dealt
+    ):
         raise ShapeError(
-            f"cross-attention got {held[0]} queries and {held[1]} keys on a rank, of sequences described as "
-            f"{description.sequence_length} tokens on {description.num_shards} ranks (ring of {description.ring_size}) "
-            f"and {encoder.sequence_length} on {encoder.num_shards} (ring of {encoder.ring_size}). Describe both as "
+            f"cross-attention got {held[0]} queries and {held[1]} keys on a rank, of sequences "
+            "described as "
+            f"{description.sequence_length} tokens on {description.num_shards} ranks (ring of "
+            f"{description.ring_size}) "
+            f"and {encoder.sequence_length} on {encoder.num_shards} (ring of {encoder.ring_size}). "
+            "Describe both as "
             f"they are dealt; an encoder's sequence of one shard is whole on every rank."
         )
 
 
 def local_description(description: SequenceDescription, shard: int) -> SequenceDescription:
-    """Returns one rank's tokens as a sequence of their own: a row's tokens without padding, in local places.
+    """Returns one rank's tokens as a sequence of their own: a row's tokens without padding, in
+    local places.
 
     Args:
         description: of the whole sequence.
@@ -145,5 +178,7 @@ def _shard_runs(description: SequenceDescription, shard: int) -> list[Run]:
     for run in runs(description.sequence_length, description.ring_size, place, description.layout):
         low, high = max(first, run.offset), min(last, run.offset + run.count)
         if low < high:
-            found.append(Run(run.start + (low - run.offset) * run.step, run.step, high - low, low - first))
+            found.append(
+                Run(run.start + (low - run.offset) * run.step, run.step, high - low, low - first)
+            )
     return found

@@ -1,4 +1,6 @@
-"""A call's sequence as a description, from the documents, lengths and prefixes that the caller gives."""
+"""A call's sequence as a description, from the documents, lengths and prefixes that the caller
+gives.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ def describe(
     """Returns the description of the whole sequence of one call.
 
     Args:
-        document_ids: `[B, S]`, equal for the tokens of one document, negative for padding; or the description itself;
-            or None: each row is one document.
+        document_ids: `[B, S]`, equal for the tokens of one document, negative for padding; or the
+            description itself; or None: each row is one document.
         key_lengths: `[B]` tokens of each row; those behind are padding.
-        prefix_lengths: `[B]` or `[B, documents]` first tokens of the row's first or of each document that all of its
-            tokens see.
+        prefix_lengths: `[B]` or `[B, documents]` first tokens of the row's first or of each
+            document that all of its tokens see.
         shape: rows B and tokens S of the query on all ranks.
         num_shards: ranks P that share the sequence.
         ring_size: ranks of the ring among them.
@@ -43,7 +45,8 @@ def describe(
     if isinstance(document_ids, SequenceDescription):
         if key_lengths is not None or prefix_lengths is not None:
             raise ConfigError(
-                "a SequenceDescription says padding and prefixes itself: leave out key_lengths and prefix_lengths, or "
+                "a SequenceDescription says padding and prefixes itself: leave out key_lengths and "
+                "prefix_lengths, or "
                 "give document_ids as a tensor."
             )
         description = document_ids
@@ -57,8 +60,10 @@ def describe(
         description = SequenceDescription.from_document_ids(ids, num_shards, ring_size, layout)
     if (description.batch_size, description.sequence_length) != shape:
         raise ShapeError(
-            f"the documents are of {description.batch_size} rows with {description.sequence_length} tokens, the query "
-            f"of {shape[0]} rows with {shape[1]} tokens on {num_shards} ranks. Describe the whole sequence, each batch "
+            f"the documents are of {description.batch_size} rows with "
+            f"{description.sequence_length} tokens, the query "
+            f"of {shape[0]} rows with {shape[1]} tokens on {num_shards} ranks. Describe the whole "
+            "sequence, each batch "
             f"anew."
         )
     if prefix_lengths is None:
@@ -70,18 +75,22 @@ def _without_padding(ids: Tensor, key_lengths: Tensor) -> Tensor:
     lengths = key_lengths.cpu()
     if lengths.shape != ids.shape[:1] or bool(((lengths < 0) | (lengths > ids.shape[1])).any()):
         raise BatchError(
-            f"key_lengths={lengths.tolist()} must be one number of tokens, 0 to {ids.shape[1]}, for each of "
+            f"key_lengths={lengths.tolist()} must be one number of tokens, 0 to {ids.shape[1]}, "
+            "for each of "
             f"{ids.shape[0]} rows."
         )
     return ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], -1)
 
 
-def _prefixes(prefix_lengths: Tensor, description: SequenceDescription) -> tuple[tuple[int, ...], ...]:
+def _prefixes(
+    prefix_lengths: Tensor, description: SequenceDescription
+) -> tuple[tuple[int, ...], ...]:
     """Returns for each row the length of each document's prefix; what is not given is zero."""
     given: list[Sequence[int]] = prefix_lengths.reshape(prefix_lengths.shape[0], -1).tolist()
     if len(given) != description.batch_size:
         raise ShapeError(
-            f"prefix_lengths has {len(given)} rows, the batch {description.batch_size}. Give one row for each."
+            f"prefix_lengths has {len(given)} rows, the batch {description.batch_size}. Give one "
+            "row for each."
         )
     found = []
     for documents, lengths in zip(description.rows, given):
@@ -89,7 +98,8 @@ def _prefixes(prefix_lengths: Tensor, description: SequenceDescription) -> tuple
         fits = all(0 <= length <= stop - start for (start, stop), length in zip(documents, padded))
         if not fits or any(padded[len(documents) :]):
             raise BatchError(
-                f"prefix_lengths={list(lengths)} do not fit documents of {[stop - start for start, stop in documents]} "
+                f"prefix_lengths={list(lengths)} do not fit documents of "
+                f"{[stop - start for start, stop in documents]} "
                 f"tokens. A prefix has 0 tokens at least and its document's at most."
             )
         found.append(tuple(padded[: len(documents)]))

@@ -1,6 +1,8 @@
-"""How heads are dealt to the ranks of a Ulysses group: whole groups of query heads with their key/value head.
+"""How heads are dealt to the ranks of a Ulysses group: whole groups of query heads with their
+key/value head.
 
-Pure arithmetic. With fewer key/value heads than ranks, a head has several readers, which split its query heads.
+Pure arithmetic. With fewer key/value heads than ranks, a head has several readers, which split its
+query heads.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ Range = tuple[int, int]
 
 
 def spread(total: int, parts: int) -> list[Range]:
-    """Returns `total` things cut into consecutive parts that differ by one at most, the larger ones first."""
+    """Returns `total` things cut into consecutive parts that differ by one at most, the larger ones
+    first.
+    """
     small, extra = divmod(total, parts)
     bounds = [small * part + min(part, extra) for part in range(parts + 1)]
     return list(pairwise(bounds))
@@ -38,12 +42,14 @@ class HeadSplit:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_key_value_heads:
             raise ShapeError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_heads}. "
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_heads}. "
                 f"Grouped-query attention needs whole groups."
             )
         if self.size > self.num_heads:
             raise ShapeError(
-                f"sp_size={self.size} is more than num_attention_heads={self.num_heads}: a rank would have no head. "
+                f"sp_size={self.size} is more than num_attention_heads={self.num_heads}: a rank "
+                "would have no head. "
                 f"Use sp_size={self.num_heads} at most, and cp_size for the rest."
             )
 
@@ -70,10 +76,14 @@ class HeadSplit:
 
     @cached_property
     def is_even(self) -> bool:
-        """True when every rank has as many heads as the others, and every key/value head as many readers."""
+        """True when every rank has as many heads as the others, and every key/value head as many
+        readers.
+        """
         if self.num_heads % self.size:
             return False
-        return self.num_key_value_heads % self.size == 0 or self.size % self.num_key_value_heads == 0
+        return (
+            self.num_key_value_heads % self.size == 0 or self.size % self.num_key_value_heads == 0
+        )
 
     @property
     def heads(self) -> int:
@@ -96,5 +106,7 @@ class HeadSplit:
         return q_high - q_low, k_high - k_low, k_high - k_low
 
     def width(self, rank: int, sizes: tuple[int, int, int]) -> int:
-        """Returns the elements that one token of one row has in the message to a rank, by head sizes (D, D, Dv)."""
+        """Returns the elements that one token of one row has in the message to a rank, by head
+        sizes (D, D, Dv).
+        """
         return sum(count * size for count, size in zip(self.counts(rank), sizes))

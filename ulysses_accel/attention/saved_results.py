@@ -1,7 +1,9 @@
-"""Results that a checkpointed layer keeps, so that its recompute need not compute or exchange them again.
+"""Results that a checkpointed layer keeps, so that its recompute need not compute or exchange them
+again.
 
-Attention is the one part of a layer whose recompute costs as much as its forward. Whoever computes it asks `kept` for
-the result; the checkpoint engine (`memory.checkpoint`) answers, where one runs the layer.
+Attention is the one part of a layer whose recompute costs as much as its forward. Whoever computes
+it asks `kept` for the result; the checkpoint engine (`memory.checkpoint`) answers, where one runs
+the layer.
 """
 
 from __future__ import annotations
@@ -31,16 +33,21 @@ def answering(answer: Answer) -> Iterator[None]:
 
 
 def kept(part: Part, compute: Callable[[], Results]) -> Results:
-    """Returns what `compute` returns; in a checkpointed layer's recompute what it returned the first time.
+    """Returns what `compute` returns; in a checkpointed layer's recompute what it returned the
+    first time.
 
     Args:
-        part: `attention`: a core attention's output and log-sum-exp; `exchange`: what a collective delivered.
-        compute: makes the results, without autograd recording it (call this in a Function's forward).
+        part: `attention`: a core attention's output and log-sum-exp; `exchange`: what a collective
+            delivered.
+        compute: makes the results, without autograd recording it (call this in a Function's
+            forward).
     """
     answer = _ANSWER.get()
     return compute() if answer is None else answer(part, compute)
 
 
 def is_keeping() -> bool:
-    """Returns whether a layer runs whose attention is to be kept, so that it must go through `kept`."""
+    """Returns whether a layer runs whose attention is to be kept, so that it must go through
+    `kept`.
+    """
     return _ANSWER.get() is not None

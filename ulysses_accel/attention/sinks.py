@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns log-sum-exp, and in its place output, with one more key of no value in every row, score `sinks` `[H]`."""
+    """Returns log-sum-exp, and in its place output, with one more key of no value in every row,
+    score `sinks` `[H]`.
+    """
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     return out.mul_((lse - total).exp_().unsqueeze(-1)), total
 

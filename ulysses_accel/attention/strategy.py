@@ -1,8 +1,10 @@
-"""Unified sequence parallel attention: Ulysses within a ring, each alone being the other at degree 1.
+"""Unified sequence parallel attention: Ulysses within a ring, each alone being the other at degree
+1.
 
-The tokens are dealt over the ring first and over the Ulysses ranks within. The Ulysses exchange gives a rank all tokens
-of its ring place for some heads; the ring then attends over the whole sequence.
-Shapes: B = rows, H / K = query / key-value heads, U = Ulysses ranks, R = ring ranks, P = U × R, D / Dv = head sizes.
+The tokens are dealt over the ring first and over the Ulysses ranks within. The Ulysses exchange
+gives a rank all tokens of its ring place for some heads; the ring then attends over the whole
+sequence. Shapes: B = rows, H / K = query / key-value heads, U = Ulysses ranks, R = ring ranks, P =
+U × R, D / Dv = head sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from torch.distributed import ProcessGroup
 from ulysses_accel.attention.alibi import check_slopes
 from ulysses_accel.attention.call import AttentionCall
 from ulysses_accel.attention.core import core_attention, core_cross_attention
-from ulysses_accel.attention.cross import check_lengths, encoder_of, local_description, sequences_to_heads
+from ulysses_accel.attention.cross import (
+    check_lengths,
+    encoder_of,
+    local_description,
+    sequences_to_heads,
+)
 from ulysses_accel.attention.describe import describe
 from ulysses_accel.attention.heads import HeadSplit
 from ulysses_accel.attention.ring.attention import attend_in_ring
@@ -39,11 +46,12 @@ class SequenceAttention:
     Args:
         ulysses_group: the U ranks that exchange tokens for heads; None for one rank.
         ring_group: the R ranks that rotate keys; None for one rank.
-        core: transformers' name of the attention that runs on whole sequences, where there is no ring.
+        core: transformers' name of the attention that runs on whole sequences, where there is no
+            ring.
         exchange: how keys travel around the ring.
         head_stride: how many key/value heads an `all_gather` takes at a time; all when None.
-        head_chunks: in how many parts the heads of a Ulysses rank are exchanged and attended to, one after another, in
-            less memory; cross-attention is exchanged at once.
+        head_chunks: in how many parts the heads of a Ulysses rank are exchanged and attended to,
+            one after another, in less memory; cross-attention is exchanged at once.
     """
 
     ulysses_group: ProcessGroup | None
@@ -67,7 +75,9 @@ class SequenceAttention:
     def shard(self) -> int:
         """Which of the sequence's P shards this rank holds."""
         ring_rank = self.ring_group.rank() if self.ring_group is not None else 0
-        return ring_rank * self.ulysses_size + (self.ulysses_group.rank() if self.ulysses_group is not None else 0)
+        return ring_rank * self.ulysses_size + (
+            self.ulysses_group.rank() if self.ulysses_group is not None else 0
+        )
 
     def __call__(
         self,
@@ -84,13 +94,15 @@ class SequenceAttention:
 
         Args:
             query: `[B, H, S / P, D]`, this rank's tokens.
-            key: `[B, K, S / P, D]`; with cross-attention the tokens that this rank has of `description.encoder`.
+            key: `[B, K, S / P, D]`; with cross-attention the tokens that this rank has of
+                `description.encoder`.
             value: `[B, K, S / P, Dv]`.
             description: the whole batch's documents and layout.
             call: scale, causality, dropout, soft cap, sinks and ALiBi slopes of all heads.
-            window: with causal attention, how many tokens one sees, itself included; without, how far away on either
-                side they may be; None for all.
-            crosses: whether every token sees every token of `description.encoder`, whatever `call` says of causality.
+            window: with causal attention, how many tokens one sees, itself included; without, how
+                far away on either side they may be; None for all.
+            crosses: whether every token sees every token of `description.encoder`, whatever `call`
+                says of causality.
 
         Returns:
             `[B, S / P, H, Dv]`.
@@ -115,11 +127,15 @@ class SequenceAttention:
                 value,
                 group,
                 chunks,
-                lambda q, k, v, heads: self._attend(q, k, v, description, call.for_heads(*heads), window),
+                lambda q, k, v, heads: self._attend(
+                    q, k, v, description, call.for_heads(*heads), window
+                ),
             )
         # [B, H, S/P, D] -> [B, H/U, S/R, D]
         query, key, value = seq_to_head(query, key, value, group)
-        out = self._attend(query, key, value, description, call.for_heads(*split.queries(group.rank())), window)
+        out = self._attend(
+            query, key, value, description, call.for_heads(*split.queries(group.rank())), window
+        )
         # [B, H/U, S/R, Dv] -> [B, S/P, H, Dv]
         return head_to_seq(out, group, split)
 
@@ -132,16 +148,24 @@ class SequenceAttention:
         call: AttentionCall,
         window: int | None,
     ) -> Tensor:
-        """Attends over the whole sequence with the heads at hand, `[B, h, S / R, D]` -> `[B, h, S / R, Dv]`."""
+        """Attends over the whole sequence with the heads at hand, `[B, h, S / R, D]` -> `[B, h, S /
+        R, Dv]`.
+        """
         if window is not None and window >= description.sequence_length:
             window = None
         if description.ring_size != self.ring_size:
             raise ShapeError(
-                f"the batch was laid out for a ring of {description.ring_size} ranks, this model's ring has "
+                f"the batch was laid out for a ring of {description.ring_size} ranks, this model's "
+                "ring has "
                 f"{self.ring_size}. Prepare loader and model with the same configuration."
             )
         has_prefixes = call.is_causal and description.has_prefixes
-        if self.ring_size == 1 and window is None and not has_prefixes and self._core_computes(call):
+        if (
+            self.ring_size == 1
+            and window is None
+            and not has_prefixes
+            and self._core_computes(call)
+        ):
             with _per_rank_dropout(call.dropout, self.shard):
                 return core_attention(self.core, query, key, value, description, call)
         return self._by_blocks(query, key, value, description, call, window)
@@ -157,9 +181,13 @@ class SequenceAttention:
     ) -> Tensor:
         """Runs cross-attention, `[B, H, T / P, D]` -> `[B, T / P, H, Dv]`; see `__call__`."""
         if window is not None:
-            raise ConfigError(f"window={window} with cross-attention is not computed. Use window=None.")
+            raise ConfigError(
+                f"window={window} with cross-attention is not computed. Use window=None."
+            )
         if call.alibi_slopes is not None:
-            raise ConfigError("alibi_slopes with cross-attention are not computed. Use alibi_slopes=None.")
+            raise ConfigError(
+                "alibi_slopes with cross-attention are not computed. Use alibi_slopes=None."
+            )
         encoder = encoder_of(description, key)
         check_lengths(query, key, description, encoder)
         call, group = replace(call, is_causal=False), self.ulysses_group
@@ -168,13 +196,17 @@ class SequenceAttention:
             local = local_description(description, self.shard)
             return self._attend_across(query, key, value, local, encoder, call).transpose(1, 2)
         if group is None or group.size() == 1:
-            return self._attend_across(query, key, value, description, encoder, call).transpose(1, 2)
+            return self._attend_across(query, key, value, description, encoder, call).transpose(
+                1, 2
+            )
         split = HeadSplit(group.size(), query.shape[1], key.shape[1])
         # [B, H, T/P, D], [B, K, S/P, D] -> [B, H/U, T/R, D], [B, K/U, S/R, D]
         query, key, value = sequences_to_heads(query, key, value, group, split)
         call = call.for_heads(*split.queries(group.rank()))
         # [B, H/U, T/R, Dv] -> [B, T/P, H, Dv]
-        return head_to_seq(self._attend_across(query, key, value, description, encoder, call), group, split)
+        return head_to_seq(
+            self._attend_across(query, key, value, description, encoder, call), group, split
+        )
 
     def _attend_across(
         self,
@@ -185,7 +217,9 @@ class SequenceAttention:
         encoder: SequenceDescription,
         call: AttentionCall,
     ) -> Tensor:
-        """Attends to `encoder` with the heads at hand, `[B, h, T / R, D]` -> `[B, h, T / R, Dv]`."""
+        """Attends to `encoder` with the heads at hand, `[B, h, T / R, D]` -> `[B, h, T / R,
+        Dv]`.
+        """
         if description.ring_size == 1 and self._core_computes(call):
             seen = (visible_rows(description), visible_rows(encoder))
             with _per_rank_dropout(call.dropout, self.shard):
@@ -193,7 +227,9 @@ class SequenceAttention:
         return self._by_blocks(query, key, value, description, call, None, encoder)
 
     def _core_computes(self, call: AttentionCall) -> bool:
-        """Whether the core has all that a call asks for; the block kernels have, and give what a checkpoint keeps."""
+        """Whether the core has all that a call asks for; the block kernels have, and give what a
+        checkpoint keeps.
+        """
         is_plain = call.sinks is None and call.alibi_slopes is None
         return is_plain and (call.softcap is None or self.core != "sdpa") and not is_keeping()
 
@@ -207,12 +243,16 @@ class SequenceAttention:
         window: int | None,
         encoder: SequenceDescription | None = None,
     ) -> Tensor:
-        """Attends in blocks, around the ring where there is one, by the batch's plan, made at the first such layer."""
+        """Attends in blocks, around the ring where there is one, by the batch's plan, made at the
+        first such layer.
+        """
         group = self.ring_group if description.ring_size > 1 else None
         rank = group.rank() if group is not None else 0
         wanted = (rank, call.is_causal, window, encoder is not None and encoder.sequence_length)
         if wanted not in description.cache:
-            description.cache[wanted] = RingPlan.of(description, rank, call.is_causal, window, encoder)
+            description.cache[wanted] = RingPlan.of(
+                description, rank, call.is_causal, window, encoder
+            )
         return attend_in_ring(
             query,
             key,
@@ -230,7 +270,8 @@ class SequenceAttention:
 def _per_rank_dropout(dropout: float, shard: int) -> Iterator[None]:
     """Gives each rank a dropout mask of its own, even where all ranks were seeded alike.
 
-    The seed comes from the host's generator, which activation checkpointing rewinds: the recompute gets the same masks.
+    The seed comes from the host's generator, which activation checkpointing rewinds: the recompute
+    gets the same masks.
     """
     if dropout == 0.0:
         yield
@@ -264,7 +305,8 @@ def usp_attention(
     head_chunks: int = 1,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Computes exact attention over a sequence spread over a ring whose every place is a Ulysses group.
+    """Computes exact attention over a sequence spread over a ring whose every place is a Ulysses
+    group.
 
     Args:
         query: `[B, H, S / P, D]`; U is at most H.
@@ -273,25 +315,29 @@ def usp_attention(
         ulysses_group: the U ranks that hold one ring place's tokens, in order; None for one.
         ring_group: the R ranks of the ring; None for one.
         is_causal: whether a token sees only itself and the tokens before it.
-        window: with causal attention, how many tokens one sees, itself included; without, how far away on either side
-            they may be; None for all.
+        window: with causal attention, how many tokens one sees, itself included; without, how far
+            away on either side they may be; None for all.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight, with a mask of its own on each rank.
         softcap: bound of the scores through tanh; None for no bound.
-        document_ids: `[B, S]` of the whole sequence in its own order, equal for the tokens of one document, negative
-            for padding; or a `SequenceDescription`, made once for a batch. None: each row is one document.
+        document_ids: `[B, S]` of the whole sequence in its own order, equal for the tokens of one
+            document, negative for padding; or a `SequenceDescription`, made once for a batch. None:
+            each row is one document.
         layout: how the tokens are dealt over the ring: `contiguous`, `zigzag` or `striped`.
         exchange: how keys travel around the ring: `p2p` or `all_gather`.
-        core: the attention on whole sequences, where there is no ring: `sdpa`, `eager`, `flash_attention_2`, ...
+        core: the attention on whole sequences, where there is no ring: `sdpa`, `eager`,
+            `flash_attention_2`, ...
         key_lengths: `[B]` tokens of each row; those behind are padding.
-        prefix_lengths: `[B]` or `[B, documents]` first tokens of a row's first or of each document that all tokens of
-            the document see.
+        prefix_lengths: `[B]` or `[B, documents]` first tokens of a row's first or of each document
+            that all tokens of the document see.
         sinks: `[H]` scores of a key of no value that every token sees.
-        key_description: for cross-attention, the sequence that `key` and `value` are of; every token sees all of it.
-            Of one shard where every rank has all of it. None for self-attention.
-        head_chunks: in how many parts a Ulysses rank's heads are exchanged and attended to, one after another; memory
-            shrinks by it, result and bytes stay.
-        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the key; constants.
+        key_description: for cross-attention, the sequence that `key` and `value` are of; every
+            token sees all of it. Of one shard where every rank has all of it. None for
+            self-attention.
+        head_chunks: in how many parts a Ulysses rank's heads are exchanged and attended to, one
+            after another; memory shrinks by it, result and bytes stay.
+        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the
+            key; constants.
 
     Returns:
         `[B, H, S / P, Dv]`, this rank's tokens.
@@ -301,10 +347,14 @@ def usp_attention(
 
     Source: USP (arXiv 2405.07719).
     """
-    attention = SequenceAttention(ulysses_group, ring_group, core, exchange, head_chunks=head_chunks)
+    attention = SequenceAttention(
+        ulysses_group, ring_group, core, exchange, head_chunks=head_chunks
+    )
     num_shards = attention.ring_size * attention.ulysses_size
     shape = (query.shape[0], query.shape[2] * num_shards)
-    description = describe(document_ids, key_lengths, prefix_lengths, shape, num_shards, attention.ring_size, layout)
+    description = describe(
+        document_ids, key_lengths, prefix_lengths, shape, num_shards, attention.ring_size, layout
+    )
     if key_description is not None and description.encoder is not key_description:
         description = replace(description, encoder=key_description, cache={})
     call = AttentionCall(is_causal, scale, dropout, softcap, sinks, alibi_slopes)
@@ -340,10 +390,11 @@ def ulysses_attention(
         value: `[B, K, S / P, Dv]`.
         group: the P ranks, in the order of the tokens.
         is_causal: whether a token sees only itself and the tokens before it.
-        window: with causal attention, how many tokens one sees, itself included; without, how far away on either side
-            they may be; None for all.
+        window: with causal attention, how many tokens one sees, itself included; without, how far
+            away on either side they may be; None for all.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        dropout: probability of dropping an attention weight, with a different mask on each rank's heads.
+        dropout: probability of dropping an attention weight, with a different mask on each rank's
+            heads.
         softcap: bound of the scores through tanh; None for no bound.
         document_ids: as for `usp_attention`.
         core: `sdpa`, `eager`, `flash_attention_2`, ...

@@ -7,13 +7,16 @@ import sys
 
 from ulysses_accel.errors import UlyssesAccelError, closest
 
-# Each function takes the arguments behind the command and returns the exit code. A command is imported only when it
-# runs, so that `ulysses-accel --help` needs neither torch nor accelerate.
+# Each function takes the arguments behind the command and returns the exit code. A command is
+# imported only when it runs, so that `ulysses-accel --help` needs neither torch nor accelerate.
 COMMANDS: dict[str, str] = {
     "launch": "ulysses_accel.cli.launch:launch",
     "config": "ulysses_accel.cli.config_wizard:configure",
 }
-_USAGE = "usage: ulysses-accel COMMAND ...\ncommands: {commands}\nulysses-accel COMMAND --help says more."
+_USAGE = (
+    "usage: ulysses-accel COMMAND ...\ncommands: {commands}\n"
+    "ulysses-accel COMMAND --help says more."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(
-            f"ulysses-accel: unknown command {name[:100]!r}.{closest(name[:100], COMMANDS)}\n{usage}", file=sys.stderr
+            "ulysses-accel: unknown command "
+            f"{name[:100]!r}.{closest(name[:100], COMMANDS)}\n{usage}",
+            file=sys.stderr,
         )
         return 2
     module, _, function = COMMANDS[name].partition(":")

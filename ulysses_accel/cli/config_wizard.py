@@ -1,4 +1,6 @@
-"""`ulysses-accel config`: asks what `accelerate config` never asks and writes accelerate's YAML file."""
+"""`ulysses-accel config`: asks what `accelerate config` never asks and writes accelerate's YAML
+file.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,16 @@ def configure(argv: list[str]) -> int:
         argv: `--output PATH`, or nothing for accelerate's default location.
 
     Returns:
-        0 after writing; 1 where the input ended, or the user kept an existing file: then nothing is written.
+        0 after writing; 1 where the input ended, or the user kept an existing file: then nothing is
+        written.
     """
     parser = argparse.ArgumentParser(prog="ulysses-accel config", description=__doc__)
-    parser.add_argument("--output", type=Path, default=None, help="the file to write (accelerate's default location)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="the file to write (accelerate's default location)",
+    )
     path = parser.parse_args(argv).output or _default_path()
     try:
         if path.exists() and not ask(f"{path} exists. Overwrite it?", "no", _yes_or_no):
@@ -99,19 +107,35 @@ def ask_all() -> Answers:
         EOFError: the input ended.
     """
     processes = ask("How many processes, all machines together?", "2", _size)
-    settings = {"sp_size": ask("How many processes share one sequence?", str(processes), _degree_of(processes))}
+    settings = {
+        "sp_size": ask(
+            "How many processes share one sequence?", str(processes), _degree_of(processes)
+        )
+    }
     degree = int(settings["sp_size"].value or 1)
     settings |= _ask_for_ring(degree)
-    engine = ask(f"What averages the gradients ({', '.join(_ENGINES)})?", "fsdp2", _one_of("engine", _ENGINES))
+    engine = ask(
+        f"What averages the gradients ({', '.join(_ENGINES)})?",
+        "fsdp2",
+        _one_of("engine", _ENGINES),
+    )
     attention = FIELDS["sp_attn_implementation"]
     cores = ", ".join(ATTENTION_CORES)
-    settings[attention.name] = ask(f"Which attention ({cores})?", "sdpa", lambda text: attention.settle(text, _ANSWER))
+    settings[attention.name] = ask(
+        f"Which attention ({cores})?", "sdpa", lambda text: attention.settle(text, _ANSWER)
+    )
     length = ask("Tokens of the whole sequence, or 'variable'?", "variable", _length_of(settings))
     settings["sp_seq_length_is_variable"] = Setting(length.value is None, _ANSWER)
     if length.value is not None:
         settings["sp_seq_length"] = length
-    precision = ask(f"Mixed precision ({', '.join(_PRECISIONS)})?", "bf16", _one_of("mixed_precision", _PRECISIONS))
-    saving = ask(f"What saves memory ({', '.join(_MEMORY)})?", "none", _one_of("memory", tuple(_MEMORY)))
+    precision = ask(
+        f"Mixed precision ({', '.join(_PRECISIONS)})?",
+        "bf16",
+        _one_of("mixed_precision", _PRECISIONS),
+    )
+    saving = ask(
+        f"What saves memory ({', '.join(_MEMORY)})?", "none", _one_of("memory", tuple(_MEMORY))
+    )
     settings |= {name: Setting(value, _ANSWER) for name, value in _MEMORY[saving].items()}
     if engine == "fsdp2" and processes > degree:
         settings["dp_shard_size"] = Setting(processes // degree, _ANSWER)
@@ -125,14 +149,22 @@ def _ask_for_ring(degree: int) -> dict[str, Setting]:
     """Asks how many of the processes of a sequence form a ring; the others exchange heads."""
     if degree == 1:
         return {}
-    question = "How many of them pass keys around a ring (more than there are heads, or many nodes)?"
+    question = (
+        "How many of them pass keys around a ring (more than there are heads, or many nodes)?"
+    )
     ring = ask(question, "1", _ring_of(degree))
     if ring == 1:
         return {}
     layout = FIELDS["cp_layout"]
     kinds = "zigzag for causal attention, contiguous, striped"
-    dealt = ask(f"How are its tokens dealt ({kinds})?", "zigzag", lambda text: layout.settle(text, _ANSWER))
-    return {"sp_size": Setting(degree // ring, _ANSWER), "cp_size": Setting(ring, _ANSWER), "cp_layout": dealt}
+    dealt = ask(
+        f"How are its tokens dealt ({kinds})?", "zigzag", lambda text: layout.settle(text, _ANSWER)
+    )
+    return {
+        "sp_size": Setting(degree // ring, _ANSWER),
+        "cp_size": Setting(ring, _ANSWER),
+        "cp_layout": dealt,
+    }
 
 
 def write(path: Path, answers: Answers) -> None:
@@ -145,14 +177,17 @@ def write(path: Path, answers: Answers) -> None:
     Raises:
         ConfigError: the file can't be written.
     """
-    text = f"# Written by `ulysses-accel config`.\n# ulysses-accel launch --config_file {path.name} train.py\n"
+    text = "# Written by `ulysses-accel config`.\n"
+    text += f"# ulysses-accel launch --config_file {path.name} train.py\n"
     text += yaml.safe_dump(stock_file(answers), sort_keys=False)
     parse_yaml_layer(text, str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: can't write the file: {error}. Choose another place with --output.") from error
+        raise ConfigError(
+            f"{path}: can't write the file: {error}. Choose another place with --output."
+        ) from error
 
 
 def stock_file(answers: Answers) -> dict[str, Any]:
@@ -189,10 +224,14 @@ def stock_file(answers: Answers) -> dict[str, Any]:
             "zero3_init_flag": False,
             "deepspeed_multinode_launcher": "standard",
         }
-    # accelerate copies these into its arguments as they are, so the names need the prefix; it refuses other sections.
+    # accelerate copies these into its arguments as they are, so the names need the prefix; it
+    # refuses other sections.
     section = {FIELDS[name].key: setting.value for name, setting in answers.settings.items()}
     backends = ["sp_backend", *(["cp_backend"] if "cp_size" in answers.settings else [])]
-    content[PARALLELISM] = {**section, **{FIELDS[name].key: FIELDS[name].default for name in backends}}
+    content[PARALLELISM] = {
+        **section,
+        **{FIELDS[name].key: FIELDS[name].default for name in backends},
+    }
     return content
 
 
@@ -223,7 +262,9 @@ def _ring_of(degree: int) -> Callable[[str], int]:
     def parse(answer: str) -> int:
         ring = FIELDS["cp_size"].settle(answer, _ANSWER).value
         if not isinstance(ring, int) or degree % ring:
-            raise ConfigError(f"cp_size={answer[:40]} (from your answer) does not divide {degree}. Use a divisor.")
+            raise ConfigError(
+                f"cp_size={answer[:40]} (from your answer) does not divide {degree}. Use a divisor."
+            )
         return ring
 
     return parse
@@ -235,7 +276,9 @@ def _length_of(settings: dict[str, Setting]) -> Callable[[str], Setting]:
         setting = FIELDS["sp_seq_length"].settle(text, _ANSWER)
         if setting.value is not None:
             fixed = Setting(False, _ANSWER)
-            ParallelismConfig.from_layers({**settings, "sp_seq_length": setting, "sp_seq_length_is_variable": fixed})
+            ParallelismConfig.from_layers(
+                {**settings, "sp_seq_length": setting, "sp_seq_length_is_variable": fixed}
+            )
         return setting
 
     return parse
@@ -244,7 +287,9 @@ def _length_of(settings: dict[str, Setting]) -> Callable[[str], Setting]:
 def _one_of(name: str, legal: tuple[str, ...]) -> Callable[[str], str]:
     def parse(answer: str) -> str:
         if answer.lower() not in legal:
-            raise ConfigError(f"{name}={answer[:40]!r} (from your answer) must be one of {', '.join(legal)}.")
+            raise ConfigError(
+                f"{name}={answer[:40]!r} (from your answer) must be one of {', '.join(legal)}."
+            )
         return answer.lower()
 
     return parse

@@ -1,10 +1,13 @@
-"""`ulysses-accel launch [accelerate's flags] script ...`: starts the workers and does what the flags say.
+"""`ulysses-accel launch [accelerate's flags] script ...`: starts the workers and does what the
+flags say.
 
-The flags are those of `accelerate launch`, and accelerate's own launchers start the workers. The parallelism settings
-take another way than accelerate's: they are resolved and checked here, as are those of memory, and travel to the
-workers as `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*`, with `ULYSSES_ACCEL_SOURCES` to say where each came from.
-Whenever processes share a batch, `ACCELERATE_USE_PARALLELISM_CONFIG` is exported too: a script that forgets to pass our
-config then builds accelerate's own, which refuses `sp_backend=ulysses`, so that the degree is never silently ignored.
+The flags are those of `accelerate launch`, and accelerate's own launchers start the workers. The
+parallelism settings take another way than accelerate's: they are resolved and checked here, as are
+those of memory, and travel to the workers as `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*`, with
+`ULYSSES_ACCEL_SOURCES` to say where each came from. Whenever processes share a batch,
+`ACCELERATE_USE_PARALLELISM_CONFIG` is exported too: a script that forgets to pass our config then
+builds accelerate's own, which refuses `sp_backend=ulysses`, so that the degree is never silently
+ignored.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ def launch(argv: list[str]) -> int:
         argv: accelerate's launch flags, the script, and the script's arguments.
 
     Returns:
-        The exit code of the first worker that failed, 128 + the signal's number where one was killed, else 0.
+        The exit code of the first worker that failed, 128 + the signal's number where one was
+        killed, else 0.
 
     Raises:
         ConfigError: the settings are not legal or contradict each other; nothing was started.
@@ -104,7 +108,9 @@ def plan_launch(argv: list[str]) -> LaunchPlan:
     file = _load_stock_file(arguments.config_file)
     config = ParallelismConfig.from_layers(*layers, cluster=_cluster(arguments, file))
     if is_auto(wishes):
-        notices.append(f"sp_size={config.sp_size}, cp_size={config.cp_size}: {config.source_of('sp_size')}")
+        notices.append(
+            f"sp_size={config.sp_size}, cp_size={config.cp_size}: {config.source_of('sp_size')}"
+        )
     engine = _choose_engine(arguments, file)
     _settle_processes(arguments, config, file, engine, notices)
     cpu_file = file is not None and (file.use_cpu or file.distributed_type == "MULTI_CPU")
@@ -116,12 +122,15 @@ def plan_launch(argv: list[str]) -> LaunchPlan:
     _settle_machines(merged)
     environment = _worker_environment(config, engine, on_cpu, wants_config)
     if on_cpu and merged.num_cpu_threads_per_process:
-        # accelerate's DeepSpeed launcher leaves this out, and torch would give each worker a single thread.
+        # accelerate's DeepSpeed launcher leaves this out, and torch would give each worker a single
+        # thread.
         environment["OMP_NUM_THREADS"] = str(merged.num_cpu_threads_per_process)
     if engine == "deepspeed":
         return LaunchPlan(merged, config, environment, engine, "deepspeed", notices)
     single = merged.num_processes == 1 and engine == "ddp"
-    return LaunchPlan(merged, config, environment, engine, "simple" if single else "torchrun", notices)
+    return LaunchPlan(
+        merged, config, environment, engine, "simple" if single else "torchrun", notices
+    )
 
 
 def start(plan: LaunchPlan) -> int:
@@ -173,21 +182,29 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     """
     parser = stock.launch_command_parser()
     parser.prog = "ulysses-accel launch"
-    # accelerate's formatter hides groups of flags by what the program's own arguments say, and all of ours.
+    # accelerate's formatter hides groups of flags by what the program's own arguments say, and all
+    # of ours.
     parser.formatter_class = argparse.HelpFormatter
     _add_our_flags(parser)
     options: set[str] = set()
     for action in parser._actions:
         options.update(option for option in action.option_strings if option.startswith("--"))
         if action.dest.startswith(_FLAG_PREFIXES):
-            # Our own code checks these: accelerate reads `False` as True and refuses the backends' other names.
+            # Our own code checks these: accelerate reads `False` as True and refuses the backends'
+            # other names.
             action.type, action.choices = str, None
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0]
-        raise ConfigError(f"unknown flag {name[:100]!r} before the script.{_closest_flag(name[:100], options)}")
+        raise ConfigError(
+            f"unknown flag {name[:100]!r} before the script.{_closest_flag(name[:100], options)}"
+        )
     written: set[str] = getattr(arguments, "nondefault", set())
-    flags = {name: getattr(arguments, field.key) for name, field in FIELDS.items() if field.key in written}
+    flags = {
+        name: getattr(arguments, field.key)
+        for name, field in FIELDS.items()
+        if field.key in written
+    }
     return arguments, flags
 
 
@@ -197,13 +214,19 @@ def _add_our_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ulysses-accel Arguments", "Settings that accelerate lacks.")
     for setting in FIELDS.values():
         if setting.key not in known:
-            group.add_argument(f"--{setting.key}", default=None, help=f"Defaults to {setting.default}.")
+            group.add_argument(
+                f"--{setting.key}", default=None, help=f"Defaults to {setting.default}."
+            )
 
 
 def _cluster(arguments: argparse.Namespace, file: Any) -> Cluster:
-    """Returns the ranks of the job as far as flags, file and devices tell, for degrees that are `auto`."""
+    """Returns the ranks of the job as far as flags, file and devices tell, for degrees that are
+    `auto`.
+    """
     in_file = getattr(file, "num_processes", -1)
-    processes = arguments.num_processes or (in_file if in_file > 0 else 0) or _accelerator_count() or None
+    processes = (
+        arguments.num_processes or (in_file if in_file > 0 else 0) or _accelerator_count() or None
+    )
     machines = arguments.num_machines or getattr(file, "num_machines", 1) or 1
     return Cluster(processes, None if processes is None else max(1, processes // machines))
 
@@ -213,7 +236,11 @@ def _closest_flag(name: str, options: set[str]) -> str:
     if "parallelism" in name or "memory" in name:
         return closest(name, [field.flag for field in FIELDS.values()])
     suggestion = closest(name, options)
-    return suggestion if "Did you mean" in suggestion else " `ulysses-accel launch --help` lists the flags."
+    return (
+        suggestion
+        if "Did you mean" in suggestion
+        else " `ulysses-accel launch --help` lists the flags."
+    )
 
 
 def _load_stock_file(path: str | None) -> Any:
@@ -232,47 +259,73 @@ def _choose_engine(arguments: argparse.Namespace, file: Any) -> Engine:
     flags = {"use_deepspeed": "deepspeed", "use_fsdp": "fsdp", "multi_gpu": "ddp"}
     chosen = [flag for flag in flags if getattr(arguments, flag)]
     if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join('--' + flag for flag in chosen)} contradict each other. Keep one of them.")
+        raise ConfigError(
+            f"{' and '.join('--' + flag for flag in chosen)} contradict each other. Keep one of "
+            "them."
+        )
     if arguments.tpu or arguments.use_megatron_lm:
-        raise ConfigError(f"--tpu and --use_megatron_lm can't be started by `ulysses-accel launch`. {_OTHER_LAUNCHERS}")
+        raise ConfigError(
+            "--tpu and --use_megatron_lm can't be started by `ulysses-accel launch`. "
+            f"{_OTHER_LAUNCHERS}"
+        )
     name = flags[chosen[0]] if chosen else _engine_of_file(arguments.config_file, file)
     return "deepspeed" if name == "deepspeed" else "fsdp" if name == "fsdp" else "ddp"
 
 
 def _engine_of_file(path: str | None, file: Any) -> str:
-    kind = "NO" if file is None else str(getattr(file.distributed_type, "value", file.distributed_type))
+    kind = (
+        "NO"
+        if file is None
+        else str(getattr(file.distributed_type, "value", file.distributed_type))
+    )
     if "AMAZON" in str(getattr(file, "compute_environment", "")):
         kind = "SageMaker"
     if kind != "NO" and kind not in ("DEEPSPEED", "FSDP") and not kind.startswith("MULTI_"):
         raise ConfigError(
-            f"distributed_type={kind} ({path}) can't be started by `ulysses-accel launch`. {_OTHER_LAUNCHERS}"
+            f"distributed_type={kind} ({path}) can't be started by `ulysses-accel launch`. "
+            f"{_OTHER_LAUNCHERS}"
         )
     return {"DEEPSPEED": "deepspeed", "FSDP": "fsdp"}.get(kind, "ddp")
 
 
 def _settle_processes(
-    arguments: argparse.Namespace, config: ParallelismConfig, file: Any, engine: Engine, notices: list[str]
+    arguments: argparse.Namespace,
+    config: ParallelismConfig,
+    file: Any,
+    engine: Engine,
+    notices: list[str],
 ) -> None:
-    """Decides the number of processes: the flag, else the file's where the sizes fit it, else the sizes' product."""
+    """Decides the number of processes: the flag, else the file's where the sizes fit it, else the
+    sizes' product.
+    """
     axis: Literal["dp_replicate", "dp_shard"] = "dp_shard" if engine == "fsdp" else "dp_replicate"
     if arguments.num_processes is None:
         in_file = getattr(file, "num_processes", -1)
         arguments.num_processes = _default_processes(config, in_file)
         if in_file not in (-1, arguments.num_processes):
             notices.append(
-                f"starts {arguments.num_processes} processes, the product of the sizes, not num_processes={in_file} of "
+                f"starts {arguments.num_processes} processes, the product of the sizes, not "
+                f"num_processes={in_file} of "
                 f"{arguments.config_file}. Pass --num_processes to decide."
             )
     if arguments.num_processes < 1:
-        raise ConfigError(f"--num_processes={arguments.num_processes} must be at least 1. Use the number of workers.")
+        raise ConfigError(
+            f"--num_processes={arguments.num_processes} must be at least 1. Use the number of "
+            "workers."
+        )
     config.fit_world_size(arguments.num_processes, axis=axis)
 
 
 def _default_processes(config: ParallelismConfig, in_file: int) -> int:
     sources = {name: config.source_of(f"{name}_size").kind for name in config.sizes}
     stronger_than_file = any(kind in ("env", "command line") for kind in sources.values())
-    derivable = config.data_parallel_size == 1 and sources["dp_shard"] == sources["dp_replicate"] == "default"
-    fits = config.total_size == in_file or (derivable and in_file % config.non_data_parallel_size == 0)
+    derivable = (
+        config.data_parallel_size == 1
+        and sources["dp_shard"] == sources["dp_replicate"] == "default"
+    )
+    fits = config.total_size == in_file or (
+        derivable and in_file % config.non_data_parallel_size == 0
+    )
     if in_file != -1 and (fits or not stronger_than_file):
         return in_file
     if in_file == -1 and set(sources.values()) == {"default"}:
@@ -281,7 +334,11 @@ def _default_processes(config: ParallelismConfig, in_file: int) -> int:
 
 
 def _settle_fsdp_version(
-    arguments: argparse.Namespace, config: ParallelismConfig, file: Any, engine: Engine, notices: list[str]
+    arguments: argparse.Namespace,
+    config: ParallelismConfig,
+    file: Any,
+    engine: Engine,
+    notices: list[str],
 ) -> None:
     if engine != "fsdp" or config.non_data_parallel_size == 1:
         return
@@ -293,30 +350,43 @@ def _settle_fsdp_version(
     if written or in_file is not None:
         source = "command line --fsdp_version" if written else f"{arguments.config_file}"
         raise ConfigError(
-            f"fsdp_version={version} (from {source}) can't shard over a sequence group. Use --fsdp_version 2."
+            f"fsdp_version={version} (from {source}) can't shard over a sequence group. Use "
+            "--fsdp_version 2."
         )
     arguments.fsdp_version = "2"
     arguments.nondefault.add("fsdp_version")
-    notices.append("uses FSDP version 2, which sequence parallelism needs. Pass --fsdp_version 2 to say so yourself.")
+    notices.append(
+        "uses FSDP version 2, which sequence parallelism needs. Pass --fsdp_version 2 to say so "
+        "yourself."
+    )
 
 
 def _accelerator_count() -> int:
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return 0 if accelerator is None or accelerator.type == "mps" else torch.accelerator.device_count()
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return (
+        0 if accelerator is None or accelerator.type == "mps" else torch.accelerator.device_count()
+    )
 
 
 def _take_shadowed_values(arguments: argparse.Namespace, file: Any) -> None:
-    # accelerate's parser gives these a default, behind which its merging never sees the file's value.
+    # accelerate's parser gives these a default, behind which its merging never sees the file's
+    # value.
     for name in ("rdzv_backend", "same_network"):
         value = getattr(file, name, None)
         if value is not None and name not in getattr(arguments, "nondefault", set()):
             setattr(arguments, name, value)
 
 
-def _merge_stock_arguments(arguments: argparse.Namespace, engine: Engine, on_cpu: bool) -> argparse.Namespace:
-    """Lets accelerate merge the file into the arguments, without the parallelism flags that it would drop or refuse."""
+def _merge_stock_arguments(
+    arguments: argparse.Namespace, engine: Engine, on_cpu: bool
+) -> argparse.Namespace:
+    """Lets accelerate merge the file into the arguments, without the parallelism flags that it
+    would drop or refuse.
+    """
     arguments.use_deepspeed, arguments.use_fsdp = engine == "deepspeed", engine == "fsdp"
     arguments.multi_gpu = engine == "ddp" and arguments.num_processes > 1
     # accelerate excludes --cpu beside an engine; the workers learn of the CPU from the environment.
@@ -327,7 +397,11 @@ def _merge_stock_arguments(arguments: argparse.Namespace, engine: Engine, on_cpu
         arguments.mixed_precision = arguments.mixed_precision or "no"
         arguments.dynamo_backend = arguments.dynamo_backend or "no"
         arguments.use_cpu = on_cpu
-    if on_cpu and arguments.num_cpu_threads_per_process is None and not os.environ.get("OMP_NUM_THREADS"):
+    if (
+        on_cpu
+        and arguments.num_cpu_threads_per_process is None
+        and not os.environ.get("OMP_NUM_THREADS")
+    ):
         local = max(1, arguments.num_processes // (arguments.num_machines or 1))
         arguments.num_cpu_threads_per_process = max(1, (os.cpu_count() or 1) // local)
     merged: argparse.Namespace
@@ -338,7 +412,11 @@ def _merge_stock_arguments(arguments: argparse.Namespace, engine: Engine, on_cpu
     except ValueError as error:
         raise ConfigError(f"accelerate refuses these flags: {error}") from error
     merged.config_file = path
-    fields = list(file.deepspeed_config) if file is not None and hasattr(file, "deepspeed_config") else []
+    fields = (
+        list(file.deepspeed_config)
+        if file is not None and hasattr(file, "deepspeed_config")
+        else []
+    )
     merged.deepspeed_fields_from_accelerate_config = ",".join(
         [*fields, *(["mixed_precision"] if precision_from_file else [])]
     )
@@ -355,34 +433,45 @@ def _settle_machines(arguments: argparse.Namespace) -> None:
         return
     if arguments.num_processes % machines:
         raise ConfigError(
-            f"num_processes={arguments.num_processes} is not divisible by num_machines={machines}. Pass the number of "
+            f"num_processes={arguments.num_processes} is not divisible by num_machines={machines}. "
+            "Pass the number of "
             "processes of all machines together as --num_processes."
         )
     if not arguments.main_process_ip:
         raise ConfigError(
-            f"num_machines={machines} needs the address of the machine of rank 0. Pass --main_process_ip."
+            f"num_machines={machines} needs the address of the machine of rank 0. Pass "
+            "--main_process_ip."
         )
     if arguments.machine_rank is None or not 0 <= int(arguments.machine_rank) < machines:
         raise ConfigError(
-            f"machine_rank={arguments.machine_rank} must be from 0 to {machines - 1}. Pass --machine_rank, a different "
+            f"machine_rank={arguments.machine_rank} must be from 0 to {machines - 1}. Pass "
+            "--machine_rank, a different "
             "one on each machine."
         )
     if arguments.deepspeed_multinode_launcher is None and arguments.deepspeed_hostfile is None:
-        # accelerate would start `deepspeed` with pdsh, which needs a hostfile; this command runs on every machine.
+        # accelerate would start `deepspeed` with pdsh, which needs a hostfile; this command runs on
+        # every machine.
         arguments.deepspeed_multinode_launcher = "standard"
 
 
-def _worker_environment(config: ParallelismConfig, engine: Engine, on_cpu: bool, wants_config: bool) -> dict[str, str]:
+def _worker_environment(
+    config: ParallelismConfig, engine: Engine, on_cpu: bool, wants_config: bool
+) -> dict[str, str]:
     always = [f"{axis}_backend" for axis in ("sp", "cp") if config.sizes[axis] > 1]
     environment = export_environment(config.settings, always)
     if wants_config or config.non_data_parallel_size > 1:
         environment[STOCK_GATE_VARIABLE] = "true"
     memory = config.memory_config
-    if memory is not None and memory.expandable_segments and not any(map(os.environ.get, _ALLOCATOR_VARIABLES)):
+    if (
+        memory is not None
+        and memory.expandable_segments
+        and not any(map(os.environ.get, _ALLOCATOR_VARIABLES))
+    ):
         # The allocator reads this once, before any of our code runs in the worker.
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if on_cpu and engine == "deepspeed":
-        # accelerate drops DeepSpeed where it is told to use the CPU: DeepSpeed itself has to choose it.
+        # accelerate drops DeepSpeed where it is told to use the CPU: DeepSpeed itself has to choose
+        # it.
         environment["DS_ACCELERATOR"] = "cpu"
         if _accelerator_count() > 0:
             environment["CUDA_VISIBLE_DEVICES"] = ""

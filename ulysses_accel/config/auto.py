@@ -1,4 +1,6 @@
-"""`sp_size="auto"`: chooses the ring and Ulysses degrees from the heads of the model and the ranks of the job."""
+"""`sp_size="auto"`: chooses the ring and Ulysses degrees from the heads of the model and the ranks
+of the job.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ _ANY_HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks of a job and how fast they send; only the ratio of the two bandwidths matters for a choice.
+    """The ranks of a job and how fast they send; only the ratio of the two bandwidths matters for a
+    choice.
 
     Args:
         num_ranks: processes of the whole job; None where that is not known yet.
         ranks_per_node: processes on one node; all of them where None.
-        bandwidth_inside: GB/s at which a rank sends to ranks of its node; the default is NVLink's of an H100.
-        bandwidth_between: GB/s at which a rank sends to other nodes; the default is a 400 Gb/s card for each rank.
+        bandwidth_inside: GB/s at which a rank sends to ranks of its node; the default is NVLink's
+            of an H100.
+        bandwidth_between: GB/s at which a rank sends to other nodes; the default is a 400 Gb/s card
+            for each rank.
     """
 
     num_ranks: int | None
@@ -37,7 +42,8 @@ class Cluster:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Cluster:
-        """Returns what the launcher said in `WORLD_SIZE` and `LOCAL_WORLD_SIZE`; one process where it said nothing.
+        """Returns what the launcher said in `WORLD_SIZE` and `LOCAL_WORLD_SIZE`; one process where
+        it said nothing.
 
         Raises:
             ConfigError: a variable is no whole number above 0.
@@ -52,7 +58,8 @@ def _count(environ: Mapping[str, str], variable: str) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) <= MAX_SIZE):
         raise ConfigError(
-            f"{variable}={show(text)} (from env {variable}) is no number of processes. Let a launcher set it."
+            f"{variable}={show(text)} (from env {variable}) is no number of processes. Let a "
+            "launcher set it."
         )
     return int(text)
 
@@ -93,11 +100,14 @@ def heads_of(model: Any) -> Heads:
     queries = getattr(config, "num_attention_heads", None)
     if not isinstance(queries, int) or queries < 1:
         raise ConfigError(
-            f"{source} has no num_attention_heads, so sp_size='auto' can't be solved. Pass a transformers model or "
+            f"{source} has no num_attention_heads, so sp_size='auto' can't be solved. Pass a "
+            "transformers model or "
             f"config, or set sp_auto_heads, such as '32/8'."
         )
     keys = getattr(config, "num_key_value_heads", None) or queries
-    size = getattr(config, "head_dim", None) or max(1, int(getattr(config, "hidden_size", 0)) // queries)
+    size = getattr(config, "head_dim", None) or max(
+        1, int(getattr(config, "hidden_size", 0)) // queries
+    )
     return Heads(queries, keys, size, source)
 
 
@@ -107,7 +117,8 @@ def is_auto(settings: Layer) -> bool:
 
 
 def settle_degrees(settings: Layer, model: Any, cluster: Cluster) -> dict[str, Setting]:
-    """Chooses the degrees that are `auto`, and a ring degree that nobody set beside `sp_size="auto"`.
+    """Chooses the degrees that are `auto`, and a ring degree that nobody set beside
+    `sp_size="auto"`.
 
     Args:
         settings: every field's setting.
@@ -121,14 +132,20 @@ def settle_degrees(settings: Layer, model: Any, cluster: Cluster) -> dict[str, S
         ConfigError: the heads or the number of processes are not known, or no choice is legal.
     """
     wish = next(settings[name] for name in ("sp_size", "cp_size") if settings[name].value == AUTO)
-    request = _request(settings, _known_heads(settings, model, wish), _ranks_left(settings, cluster, wish), cluster)
+    request = _request(
+        settings, _known_heads(settings, model, wish), _ranks_left(settings, cluster, wish), cluster
+    )
     split = _choose(settings, request)
     heads = f"{request.num_heads}/{request.num_key_value_heads} heads"
     reason = f"auto from {wish.source}, {request.num_ranks} ranks and {heads}: {split.reason}"
     if os.environ.get("RANK", "0") == "0":
         _LOGGER.info("sp_size=%d, cp_size=%d: %s", split.sp_size, split.cp_size, reason)
     chosen = {"sp_size": split.sp_size, "cp_size": split.cp_size}
-    return {name: Setting(size, Source("derived", reason)) for name, size in chosen.items() if _is_open(settings, name)}
+    return {
+        name: Setting(size, Source("derived", reason))
+        for name, size in chosen.items()
+        if _is_open(settings, name)
+    }
 
 
 def _is_open(settings: Layer, name: str) -> bool:
@@ -142,8 +159,10 @@ def _known_heads(settings: Layer, model: Any, wish: Setting) -> Heads:
     written = settings["sp_auto_heads"]
     if written.value is None:
         raise ConfigError(
-            f"sp_size={AUTO} (from {wish.source}) needs the model's heads, which nobody gave. Pass model=... (a model, "
-            f"its config or its name) to ParallelismConfig, or set sp_auto_heads, such as '32/8' for 32 query and 8 "
+            f"sp_size={AUTO} (from {wish.source}) needs the model's heads, which nobody gave. Pass "
+            "model=... (a model, "
+            "its config or its name) to ParallelismConfig, or set sp_auto_heads, such as '32/8' "
+            "for 32 query and 8 "
             f"key/value heads."
         )
     queries, keys = str(written.value).split("/")
@@ -154,7 +173,8 @@ def _ranks_left(settings: Layer, cluster: Cluster, wish: Setting) -> int:
     """Returns how many ranks the other axes leave for a sequence."""
     if cluster.num_ranks is None:
         raise ConfigError(
-            f"sp_size={AUTO} (from {wish.source}) needs the number of processes, which nobody gave. "
+            f"sp_size={AUTO} (from {wish.source}) needs the number of processes, which nobody "
+            "gave. "
             f"Pass --num_processes."
         )
     ranks = cluster.num_ranks
@@ -162,8 +182,10 @@ def _ranks_left(settings: Layer, cluster: Cluster, wish: Setting) -> int:
         size = int(settings[name].value or 1)
         if ranks % size:
             raise MeshError(
-                f"{name}={size} (from {settings[name].source}) does not divide the {ranks} processes that are left of "
-                f"{cluster.num_ranks}, so none can be chosen for a sequence. Use sizes whose product divides "
+                f"{name}={size} (from {settings[name].source}) does not divide the {ranks} "
+                "processes that are left of "
+                f"{cluster.num_ranks}, so none can be chosen for a sequence. Use sizes whose "
+                "product divides "
                 f"{cluster.num_ranks}."
             )
         ranks //= size
@@ -174,10 +196,16 @@ def _request(settings: Layer, heads: Heads, num_ranks: int, cluster: Cluster) ->
     tensor_ranks = int(settings["tp_size"].value or 1)
     if heads.num_heads % tensor_ranks or heads.num_key_value_heads % tensor_ranks:
         raise ConfigError(
-            f"tp_size={tensor_ranks} (from {settings['tp_size'].source}) does not divide {heads.num_heads} query and "
-            f"{heads.num_key_value_heads} key/value heads ({heads.source}). Use a tp_size that does."
+            f"tp_size={tensor_ranks} (from {settings['tp_size'].source}) does not divide "
+            f"{heads.num_heads} query and "
+            f"{heads.num_key_value_heads} key/value heads ({heads.source}). Use a tp_size that "
+            "does."
         )
-    length = settings["sp_seq_length"].value if settings["sp_seq_length_is_variable"].value is False else None
+    length = (
+        settings["sp_seq_length"].value
+        if settings["sp_seq_length_is_variable"].value is False
+        else None
+    )
     return SplitRequest(
         num_ranks=num_ranks,
         num_heads=heads.num_heads // tensor_ranks,
@@ -199,10 +227,14 @@ def _choose(settings: Layer, request: SplitRequest) -> Split:
     size, ranks = int(settings[fixed].value or 1), request.num_ranks
     written = f"{fixed}={size} (from {settings[fixed].source})"
     if ranks % size:
-        raise MeshError(f"{written} does not divide the {ranks} ranks of a sequence. Use a divisor of {ranks}.")
+        raise MeshError(
+            f"{written} does not divide the {ranks} ranks of a sequence. Use a divisor of {ranks}."
+        )
     cp_size, sp_size = (size, ranks // size) if fixed == "cp_size" else (ranks // size, size)
     why = refusal(request, cp_size, sp_size)
     if why is not None:
-        raise ConfigError(f"{written} leaves cp_size={cp_size}, sp_size={sp_size}: {why}. Let both be '{AUTO}'.")
+        raise ConfigError(
+            f"{written} leaves cp_size={cp_size}, sp_size={sp_size}: {why}. Let both be '{AUTO}'."
+        )
     split = next(found for found in candidates(request) if found.cp_size == cp_size)
     return replace(split, reason=f"what {fixed}={size} leaves")

@@ -14,11 +14,15 @@ Rule: TypeAlias = "str | int | Callable[..., Any]"
 _WORDS = ("shard", "replicate")
 _KEY = re.compile(r"[^\s=,()]+")
 _DIM = re.compile(r"[+-]?[0-9]{1,3}")
-_FORMS = "Use 'shard' (the second dim is the sequence), 'replicate' (none is), or the sequence dim's number"
+_FORMS = (
+    "Use 'shard' (the second dim is the sequence), 'replicate' (none is), "
+    "or the sequence dim's number"
+)
 
 
 class BatchSchema(dict[str, Rule]):
-    """A checked rule for each key; its text is `key=rule, key=rule`, functions with their names behind.
+    """A checked rule for each key; its text is `key=rule, key=rule`, functions with their names
+    behind.
 
     Args:
         raw: a mapping from key to rule, or such text, which has no functions.
@@ -33,7 +37,10 @@ class BatchSchema(dict[str, Rule]):
         elif isinstance(raw, Mapping):
             super().__init__({_key(name): _rule(name, rule) for name, rule in raw.items()})
         else:
-            raise ValueError("must map a batch's keys to rules. Use {'my_key': 'replicate'}, or my_key=replicate.")
+            raise ValueError(
+                "must map a batch's keys to rules. Use {'my_key': 'replicate'}, or "
+                "my_key=replicate."
+            )
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={_written(rule)}" for name, rule in self.items())
@@ -45,7 +52,9 @@ class BatchSchema(dict[str, Rule]):
 
 
 def _written(rule: Rule) -> str:
-    return f"{getattr(rule, '__qualname__', type(rule).__name__)}()" if callable(rule) else str(rule)
+    return (
+        f"{getattr(rule, '__qualname__', type(rule).__name__)}()" if callable(rule) else str(rule)
+    )
 
 
 def _read(text: str) -> dict[str, Rule]:
@@ -53,7 +62,9 @@ def _read(text: str) -> dict[str, Rule]:
     for entry in filter(None, map(str.strip, text.split(","))):
         name, equals, rule = map(str.strip, entry.partition("="))
         if not equals:
-            raise ValueError(f"has {entry[:80]!r}, which is no key=rule. Write my_key=replicate, other_key=2.")
+            raise ValueError(
+                f"has {entry[:80]!r}, which is no key=rule. Write my_key=replicate, other_key=2."
+            )
         if name in found:
             raise ValueError(f"has the key {name[:80]!r} twice. Keep one.")
         found[_key(name)] = _rule(name, int(rule) if _DIM.fullmatch(rule) else rule)
@@ -62,7 +73,9 @@ def _read(text: str) -> dict[str, Rule]:
 
 def _key(name: object) -> str:
     if not isinstance(name, str) or not _KEY.fullmatch(name):
-        raise ValueError(f"has the key {name!r:.80}, which is no name in a batch. Use the key's name alone.")
+        raise ValueError(
+            f"has the key {name!r:.80}, which is no name in a batch. Use the key's name alone."
+        )
     return name
 
 
@@ -71,5 +84,6 @@ def _rule(name: object, rule: object) -> Rule:
     if is_dim or rule in _WORDS or callable(rule):
         return rule  # type: ignore[return-value]
     raise ValueError(
-        f"has the rule {rule!r:.80} for the key {name!r:.80}. {_FORMS}; a function only in Python, in the constructor."
+        f"has the rule {rule!r:.80} for the key {name!r:.80}. {_FORMS}; a function only in Python, "
+        "in the constructor."
     )

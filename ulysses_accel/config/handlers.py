@@ -22,12 +22,16 @@ class DeepSpeedSequenceParallelConfig(Settled, _Stock):  # type: ignore[misc]
     """How the sequence is split: its length, and the attention that runs on the gathered heads.
 
     Args:
-        sp_seq_length: tokens of the whole, unsharded sequence; `None` where batches differ in length.
-        sp_seq_length_is_variable: whether batches may differ in length; `None` reads the environment, then true.
-        sp_attn_implementation: `sdpa`, `flash_attention_2`, `_3`, `_4`, `eager`, or a flash-attn kernel of the
-            `kernels-community` hub organization; `None` reads the environment, then `sdpa`.
-        sp_head_chunks: in how many parts a rank's heads are exchanged and attended to, one after another; attention's
-            working set shrinks by it, the result and the bytes sent don't change. `None` reads the environment, then 1.
+        sp_seq_length: tokens of the whole, unsharded sequence; `None` where batches differ in
+            length.
+        sp_seq_length_is_variable: whether batches may differ in length; `None` reads the
+            environment, then true.
+        sp_attn_implementation: `sdpa`, `flash_attention_2`, `_3`, `_4`, `eager`, or a flash-attn
+            kernel of the `kernels-community` hub organization; `None` reads the environment, then
+            `sdpa`.
+        sp_head_chunks: in how many parts a rank's heads are exchanged and attended to, one after
+            another; attention's working set shrinks by it, the result and the bytes sent don't
+            change. `None` reads the environment, then 1.
 
     Raises:
         ConfigError: a value is not legal, or the length is fixed but not given.
@@ -44,22 +48,27 @@ class DeepSpeedSequenceParallelConfig(Settled, _Stock):  # type: ignore[misc]
         if not self.sp_seq_length_is_variable and self.sp_seq_length is None:
             source = self._settings["sp_seq_length_is_variable"].source
             raise ConfigError(
-                f"sp_seq_length_is_variable=False (from {source}) needs sp_seq_length, which is None "
-                f"({self._settings['sp_seq_length'].source}). Set sp_seq_length to the tokens of the whole sequence, "
+                f"sp_seq_length_is_variable=False (from {source}) needs sp_seq_length, which is "
+                "None "
+                f"({self._settings['sp_seq_length'].source}). Set sp_seq_length to the tokens of "
+                "the whole sequence, "
                 "or let the length vary."
             )
 
 
 @dataclass
 class RingAttentionConfig(Settled):
-    """How a ring works: the `cp_handler`. A `None` reads the environment (`PARALLELISM_CONFIG_CP_*`), then the default.
+    """How a ring works: the `cp_handler`. A `None` reads the environment
+    (`PARALLELISM_CONFIG_CP_*`), then the default.
 
     Args:
-        layout: how tokens are dealt over the ring: `zigzag` (the default: causal work is even, and a quarter of the
-            bytes is dropped), `contiguous` or `striped`.
-        exchange: how keys travel: `p2p` (the default) rotates them in memory of one shard; `all_gather` sends each rank
-            the keys it sees in one collective, with a sliding window only those.
-        head_stride: with `all_gather`, how many key/value heads are gathered at a time; all where `None`.
+        layout: how tokens are dealt over the ring: `zigzag` (the default: causal work is even, and
+            a quarter of the bytes is dropped), `contiguous` or `striped`.
+        exchange: how keys travel: `p2p` (the default) rotates them in memory of one shard;
+            `all_gather` sends each rank the keys it sees in one collective, with a sliding window
+            only those.
+        head_stride: with `all_gather`, how many key/value heads are gathered at a time; all where
+            `None`.
 
     Raises:
         ConfigError: a value is not legal, or a stride without `all_gather`.
@@ -79,8 +88,10 @@ class RingAttentionConfig(Settled):
     def _check(self) -> None:
         if self.head_stride is not None and self.exchange != "all_gather":
             raise ConfigError(
-                f"cp_head_stride={self.head_stride} (from {self._settings['cp_head_stride'].source}) divides an "
-                f"all_gather, but cp_exchange={self.exchange} ({self._settings['cp_exchange'].source}). "
+                f"cp_head_stride={self.head_stride} (from "
+                f"{self._settings['cp_head_stride'].source}) divides an "
+                f"all_gather, but cp_exchange={self.exchange} "
+                f"({self._settings['cp_exchange'].source}). "
                 f"Use exchange='all_gather', or leave the stride out."
             )
 
@@ -99,7 +110,8 @@ def check_handler(name: str, handler: object, *expected: type[Any]) -> None:
     if handler is not None and not isinstance(handler, expected):
         names = " or ".join(kind.__name__ for kind in expected)
         raise ConfigError(
-            f"{name} (from constructor) is a {type(handler).__name__}, not a {names}. Pass one, or leave {name} out."
+            f"{name} (from constructor) is a {type(handler).__name__}, not a {names}. Pass one, or "
+            f"leave {name} out."
         )
 
 
@@ -138,8 +150,13 @@ def handler_values(values: Mapping[str, Any], name: str, legal: tuple[str, ...])
     if handler is None:
         return {}
     if not isinstance(handler, Mapping):
-        raise ConfigError(f"{name} (from from_dict) is a {type(handler).__name__}, not a mapping of its fields.")
+        raise ConfigError(
+            f"{name} (from from_dict) is a {type(handler).__name__}, not a mapping of its fields."
+        )
     for key in handler:
         if key not in legal:
-            raise ConfigError(f"unknown key {str(key)[:100]!r} in {name} of from_dict.{closest(str(key)[:100], legal)}")
+            raise ConfigError(
+                f"unknown key {str(key)[:100]!r} in {name} of "
+                f"from_dict.{closest(str(key)[:100], legal)}"
+            )
     return dict(handler)

@@ -1,4 +1,6 @@
-"""`MemoryConfig`: what saves memory in training, with every value checked and every source known."""
+"""`MemoryConfig`: what saves memory in training, with every value checked and every source
+known.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,17 @@ from typing import Any, ClassVar, Literal
 
 from ulysses_accel.config.settings import FIELDS, MEMORY_FIELDS, Setting, Source, show
 from ulysses_accel.config.settings_class import CONSTRUCTOR, Settled
-from ulysses_accel.config.sources import Layer, argument_layer, environment_layer, resolve, yaml_layer
+from ulysses_accel.config.sources import (
+    Layer,
+    argument_layer,
+    environment_layer,
+    resolve,
+    yaml_layer,
+)
 from ulysses_accel.errors import ConfigError, closest
 
-# What the paper on Arctic Long Sequence Training switches on; the settings that nobody gives keep their defaults.
+# What the paper on Arctic Long Sequence Training switches on; the settings that nobody gives keep
+# their defaults.
 ALST: dict[str, bool] = {
     "tiled_mlp": True,
     "tiled_norm": True,
@@ -35,31 +44,44 @@ _NEEDS = {
     "save_exchange": "save_attention",
     "save_attention_bytes": "save_attention",
 }
-_FEATURES = ("tiled_mlp", "tiled_norm", "tiled_loss", "checkpoint", "expandable_segments", "bf16_gradient_reduction")
+_FEATURES = (
+    "tiled_mlp",
+    "tiled_norm",
+    "tiled_loss",
+    "checkpoint",
+    "expandable_segments",
+    "bf16_gradient_reduction",
+)
 _ALST_SOURCE = Source("constructor", "MemoryConfig.alst()")
 
 
 @dataclass
 class MemoryConfig(Settled):
-    """What saves memory: `ParallelismConfig(memory_config=...)`, or `memory.apply_memory(model, config)` alone.
+    """What saves memory: `ParallelismConfig(memory_config=...)`, or `memory.apply_memory(model,
+    config)` alone.
 
-    A value that is `None` here is taken from the environment (`MEMORY_CONFIG_*`), then from the default. Losses and
-    gradients change by rounding at most, which only `bf16_gradient_reduction` makes coarser.
+    A value that is `None` here is taken from the environment (`MEMORY_CONFIG_*`), then from the
+    default. Losses and gradients change by rounding at most, which only `bf16_gradient_reduction`
+    makes coarser.
 
     Args:
         tiled_mlp: compute the MLP blocks in tiles of tokens; false.
-        tiled_mlp_bytes: bytes of a tile's intermediate values; fitted to the model where nobody set it.
+        tiled_mlp_bytes: bytes of a tile's intermediate values; fitted to the model where nobody set
+            it.
         tiled_norm: compute the norms in tiles of tokens; false.
         tiled_loss: compute the loss in tiles of tokens, without the full logits; false.
         tiled_loss_tokens: tokens of a tile; fitted to the vocabulary where nobody set it.
         use_liger_loss: with `tiled_loss`, compute with Liger's fused linear cross-entropy; false.
-        checkpoint: keep only the inputs of the layers, and compute the rest again in backward; false.
+        checkpoint: keep only the inputs of the layers, and compute the rest again in backward;
+            false.
         checkpoint_every_n_layers: how many layers share one kept input; 1.
         checkpoint_offload: put the inputs away on the host; false.
         checkpoint_keep_last: how many of the last inputs stay on the device; 1.
-        save_attention: with `checkpoint`, keep what attention computed: `no`, on the `device` or on the `host`; `no`.
+        save_attention: with `checkpoint`, keep what attention computed: `no`, on the `device` or on
+            the `host`; `no`.
         save_exchange: with `save_attention`, keep too what the exchanges delivered; false.
-        save_attention_bytes: how much `save_attention` may take on a process; all layers where nobody set it.
+        save_attention_bytes: how much `save_attention` may take on a process; all layers where
+            nobody set it.
         expandable_segments: let the GPU's allocator grow its blocks, against fragmentation; false.
         bf16_gradient_reduction: reduce gradients in bfloat16; false.
 
@@ -90,10 +112,12 @@ class MemoryConfig(Settled):
 
     @classmethod
     def alst(cls, **overrides: Any) -> MemoryConfig:
-        """Builds what the paper on Arctic Long Sequence Training uses: everything but what needs a choice.
+        """Builds what the paper on Arctic Long Sequence Training uses: everything but what needs a
+        choice.
 
         Args:
-            overrides: constructor arguments, which win; a feature that they switch off takes its details with it.
+            overrides: constructor arguments, which win; a feature that they switch off takes its
+                details with it.
 
         Returns:
             The config.
@@ -103,15 +127,20 @@ class MemoryConfig(Settled):
         """
         given = _layer(overrides, CONSTRUCTOR)
         switched_off = {name for name, setting in given.items() if setting.value is False}
-        preset = {name: value for name, value in ALST.items() if _NEEDS.get(name) not in switched_off}
-        return cls._from_settings(resolve(environment_layer(), argument_layer(preset, _ALST_SOURCE), given))
+        preset = {
+            name: value for name, value in ALST.items() if _NEEDS.get(name) not in switched_off
+        }
+        return cls._from_settings(
+            resolve(environment_layer(), argument_layer(preset, _ALST_SOURCE), given)
+        )
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> MemoryConfig:
         """Builds a config from a YAML file, the environment and arguments, the later ones winning.
 
         Args:
-            path: a file with a section `memory_config:`, or with `memory_config_*` keys in `parallelism_config:`.
+            path: a file with a section `memory_config:`, or with `memory_config_*` keys in
+                `parallelism_config:`.
             overrides: constructor arguments.
 
         Returns:
@@ -120,11 +149,14 @@ class MemoryConfig(Settled):
         Raises:
             ConfigError: the file can't be read, or as for the constructor.
         """
-        return cls._from_settings(resolve(yaml_layer(path), environment_layer(), _layer(overrides, CONSTRUCTOR)))
+        return cls._from_settings(
+            resolve(yaml_layer(path), environment_layer(), _layer(overrides, CONSTRUCTOR))
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryConfig:
-        """Builds a config from what `to_dict` returned; values that are left out come from the environment.
+        """Builds a config from what `to_dict` returned; values that are left out come from the
+        environment.
 
         Args:
             values: field name to value.
@@ -184,7 +216,8 @@ class MemoryConfig(Settled):
                 use = "'device' or 'host'" if switch == "save_attention" else "True"
                 raise ConfigError(
                     f"{name}={setting.value} (from {setting.source}) means nothing with {switch}="
-                    f"{self._settings[switch].value} ({self._settings[switch].source}). Use {switch}={use}, or leave "
+                    f"{self._settings[switch].value} ({self._settings[switch].source}). Use "
+                    f"{switch}={use}, or leave "
                     f"{name} out."
                 )
 
@@ -231,5 +264,8 @@ def settle_memory(settings: Layer, given: MemoryConfig | None) -> MemoryConfig |
 def _layer(values: Mapping[str, Any], source: Source) -> Layer:
     for name in values:
         if name not in MEMORY_FIELDS:
-            raise ConfigError(f"unknown setting {show(name)} (from {source}).{closest(str(name)[:100], MEMORY_FIELDS)}")
+            raise ConfigError(
+                f"unknown setting {show(name)} (from "
+                f"{source}).{closest(str(name)[:100], MEMORY_FIELDS)}"
+            )
     return argument_layer(values, source)

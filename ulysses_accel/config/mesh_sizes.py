@@ -39,7 +39,8 @@ class MeshAxes:
 
     @property
     def _sizes(self) -> dict[str, int]:
-        # Stock code and the Trainer assign to `tp_size` and friends: one truth, read from the attributes.
+        # Stock code and the Trainer assign to `tp_size` and friends: one truth, read from the
+        # attributes.
         return self.sizes
 
     @property
@@ -66,14 +67,18 @@ class MeshAxes:
     def cp_enabled(self) -> bool:
         """Always false; read `cp_size` for the ring degree.
 
-        Stock accelerate and the Trainer act on true: they force causal attention on every module named `self_attn`,
-        demand an FSDP2 plugin and wrap each step in torch's own context parallelism. Our ring does none of that.
+        Stock accelerate and the Trainer act on true: they force causal attention on every module
+            named `self_attn`,
+        demand an FSDP2 plugin and wrap each step in torch's own context parallelism. Our ring does
+        none of that.
         """
         return False
 
     @property
     def tp_enabled(self) -> bool:
-        """True where `tp_size` is above 1; false while stock code prepares a model that is cut already."""
+        """True where `tp_size` is above 1; false while stock code prepares a model that is cut
+        already.
+        """
         return self.tp_size > 1 and not self._tp_hidden
 
     def _active(self, *axes: str) -> list[str]:
@@ -92,18 +97,23 @@ class MeshAxes:
 
     @property
     def dp_shard_cp_dim_names(self) -> list[str]:
-        """The axes above 1 over which parameters are sharded; flattened they are the axis `dp_shard_cp`."""
+        """The axes above 1 over which parameters are sharded; flattened they are the axis
+        `dp_shard_cp`.
+        """
         return self._active("dp_shard", "cp", "sp")
 
     @property
     def dp_cp_dim_names(self) -> list[str]:
-        """The axes above 1 over which gradients are averaged; flattened they are the axis `dp_cp`."""
+        """The axes above 1 over which gradients are averaged; flattened they are the axis
+        `dp_cp`.
+        """
         return self._active("dp_replicate", "dp_shard", "cp", "sp")
 
     @property
     def fsdp_dim_names(self) -> list[str]:
         """The mesh axes that FSDP2 takes; only axes that exist in the mesh."""
-        # The mesh has the joint axis always, of one rank where there is nothing but replicas and tensor parallelism.
+        # The mesh has the joint axis always, of one rank where there is nothing but replicas and
+        # tensor parallelism.
         return self._active("dp_replicate") + (
             ["dp_shard_cp"] if self.dp_shard_cp_dim_names or self.tp_size > 1 else []
         )
@@ -120,7 +130,9 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def legal_factorizations(world_size: int, sizes: Sizes, free: frozenset[str]) -> list[dict[str, int]]:
+def legal_factorizations(
+    world_size: int, sizes: Sizes, free: frozenset[str]
+) -> list[dict[str, int]]:
     """Lists a few sizes whose product is the number of processes, those nearest to the wish first.
 
     Args:
@@ -129,7 +141,8 @@ def legal_factorizations(world_size: int, sizes: Sizes, free: frozenset[str]) ->
         free: the axes that nobody set; these are changed before the others.
 
     Returns:
-        At most `MAX_SUGGESTIONS` complete assignments, never empty for a positive number of processes.
+        At most `MAX_SUGGESTIONS` complete assignments, never empty for a positive number of
+        processes.
     """
     found: list[dict[str, int]] = []
     for candidate in _candidates(world_size, sizes, free):
@@ -142,12 +155,16 @@ def legal_factorizations(world_size: int, sizes: Sizes, free: frozenset[str]) ->
 
 def describe_sizes(sizes: Sizes) -> str:
     """Writes the axes above 1 as constructor arguments, such as `dp_shard_size=2, sp_size=4`."""
-    return ", ".join(f"{axis}_size={size}" for axis, size in sizes.items() if size > 1) or "every size 1"
+    return (
+        ", ".join(f"{axis}_size={size}" for axis, size in sizes.items() if size > 1)
+        or "every size 1"
+    )
 
 
 def _candidates(world_size: int, sizes: Sizes, free: frozenset[str]) -> Iterator[dict[str, int]]:
     ones = dict.fromkeys(AXES, 1)
-    # One axis changed: the free ones first, then the wished ones, data parallelism before the model's own axes.
+    # One axis changed: the free ones first, then the wished ones, data parallelism before the
+    # model's own axes.
     for axis in sorted(AXES, key=lambda name: name not in free):
         others = math.prod(size for name, size in sizes.items() if name != axis)
         if world_size % others == 0:
@@ -165,16 +182,22 @@ def _candidates(world_size: int, sizes: Sizes, free: frozenset[str]) -> Iterator
 
 
 def warn_of_earlier_accelerator(cp_size: int, sp_size: int) -> None:
-    """Says that an accelerator without a config exists already: stock code ignores the config of any later one.
+    """Says that an accelerator without a config exists already: stock code ignores the config of
+    any later one.
 
     Args:
         cp_size: of the config that comes too late.
         sp_size: likewise.
     """
     shared = AcceleratorState._shared_state
-    if cp_size * sp_size > 1 and "parallelism_config" in shared and shared["parallelism_config"] is None:
+    if (
+        cp_size * sp_size > 1
+        and "parallelism_config" in shared
+        and shared["parallelism_config"] is None
+    ):
         warnings.warn(
-            f"sp_size={sp_size} and cp_size={cp_size} come too late: an Accelerator was made in this process without a "
+            f"sp_size={sp_size} and cp_size={cp_size} come too late: an Accelerator was made in "
+            "this process without a "
             f"parallelism_config, and accelerate ignores that of later ones. Make this one first.",
             stacklevel=4,
         )
@@ -183,11 +206,12 @@ def warn_of_earlier_accelerator(cp_size: int, sp_size: int) -> None:
 def settle_mode(settings: Layer) -> dict[str, Setting]:
     """Returns the sizes that a mode decides, and refuses sizes that contradict it.
 
-    `split_gather` shards the sequence over the `tp` axis between the linear layers, which every `tp_size` above 1 does,
-    so the word only asks for it; sp_size and cp_size keep what they were given. `all_to_all` is Ulysses over `sp_size`,
-    without a ring. `ring_attn` is a ring: its degree is cp_size, or sp_size where cp_size is 1. So ColossalAI's
-    `HybridParallelPlugin(tp_size=4, sp_size=1, sequence_parallelism_mode="split_gather")` and
-    `(tp_size=2, sp_size=2, sequence_parallelism_mode="all_to_all")` or `"ring_attn"` have the same arguments here; the
+    `split_gather` shards the sequence over the `tp` axis between the linear layers, which every
+    `tp_size` above 1 does, so the word only asks for it; sp_size and cp_size keep what they were
+    given. `all_to_all` is Ulysses over `sp_size`, without a ring. `ring_attn` is a ring: its degree
+    is cp_size, or sp_size where cp_size is 1. So ColossalAI's `HybridParallelPlugin(tp_size=4,
+    sp_size=1, sequence_parallelism_mode="split_gather")` and `(tp_size=2, sp_size=2,
+    sequence_parallelism_mode="all_to_all")` or `"ring_attn"` have the same arguments here; the
     latter two shard over `tp` as well.
 
     Args:
@@ -207,12 +231,17 @@ def settle_mode(settings: Layer) -> dict[str, Setting]:
     here = f"sequence_parallelism_mode={mode.value!r} (from {mode.source})"
     if mode.value == "split_gather":
         if sizes["tp_size"].value == 1:
-            raise ConfigError(f"{here} shards the sequence over tensor parallel ranks, but {shown}. Set tp_size.")
+            raise ConfigError(
+                f"{here} shards the sequence over tensor parallel ranks, but {shown}. Set tp_size."
+            )
         return {}
     ring, ulysses = sizes["cp_size"], sizes["sp_size"]
     if mode.value == "all_to_all":
         if ulysses.value == 1 or ring.value not in (1, "auto"):
-            raise ConfigError(f"{here} is Ulysses over sp_size ranks alone, but {shown}. Set sp_size only. {_ONE}.")
+            raise ConfigError(
+                f"{here} is Ulysses over sp_size ranks alone, but {shown}. Set sp_size only. "
+                f"{_ONE}."
+            )
         return {"cp_size": _decided(1, mode)}
     if ring.value != 1 and ulysses.value != 1:
         raise ConfigError(f"{here} has one degree, but {shown}. Set sp_size or cp_size. {_ONE}.")
@@ -221,10 +250,13 @@ def settle_mode(settings: Layer) -> dict[str, Setting]:
     if ring.value != 1:
         return {"sp_size": _decided(1, mode)}
     taken = Source(
-        "derived", f"sp_size={ulysses.value} from {ulysses.source}, as sequence_parallelism_mode='ring_attn'"
+        "derived",
+        f"sp_size={ulysses.value} from {ulysses.source}, as sequence_parallelism_mode='ring_attn'",
     )
     return {"cp_size": Setting(ulysses.value, taken), "sp_size": _decided(1, mode)}
 
 
 def _decided(size: int, mode: Setting) -> Setting:
-    return Setting(size, Source("derived", f"sequence_parallelism_mode={mode.value!r} from {mode.source}"))
+    return Setting(
+        size, Source("derived", f"sequence_parallelism_mode={mode.value!r} from {mode.source}")
+    )

@@ -1,7 +1,7 @@
 """`ParallelismConfig`: accelerate's class with every value checked and every source known.
 
-It is a subclass of accelerate's, so that a stock `Accelerator` and `Trainer` take it, but runs none of the parent's
-construction code.
+It is a subclass of accelerate's, so that a stock `Accelerator` and `Trainer` take it, but runs none
+of the parent's construction code.
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ from ulysses_accel.config.settings import (
     Setting,
     Source,
 )
-from ulysses_accel.config.sources import Layer, argument_layer, environment_layer, resolve, yaml_layer
+from ulysses_accel.config.sources import (
+    Layer,
+    argument_layer,
+    environment_layer,
+    resolve,
+    yaml_layer,
+)
 from ulysses_accel.errors import ConfigError, MeshError, closest
 from ulysses_accel.sequence.layout import multiple_of
 
@@ -64,34 +70,40 @@ __all__ = ["DeepSpeedSequenceParallelConfig", "ParallelismConfig", "RingAttentio
 
 @dataclass(repr=False)
 class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc]
-    """The sizes of the mesh axes and how each axis works; pass it to `accelerate.Accelerator(parallelism_config=...)`.
+    """The sizes of the mesh axes and how each axis works; pass it to
+    `accelerate.Accelerator(parallelism_config=...)`.
 
-    A value that is `None` here is taken from the environment (`PARALLELISM_CONFIG_*`), then from the default. Sizes
-    count processes; the product of all sizes is the number of processes.
+    A value that is `None` here is taken from the environment (`PARALLELISM_CONFIG_*`), then from
+    the default. Sizes count processes; the product of all sizes is the number of processes.
 
     Args:
         dp_replicate_size: copies of the parameters that see different batches.
         dp_shard_size: processes that see different batches and share one copy of the parameters.
-        tp_size: tensor parallel processes, over which the sequence is sharded too where the weights are not.
+        tp_size: tensor parallel processes, over which the sequence is sharded too where the weights
+            are not.
         cp_size: ring attention degree; `"auto"`: chosen, as for `sp_size`.
         cp_backend: `ring`; `torch` is read as `ring`.
-        sp_size: Ulysses degree; `"auto"` chooses it, and a ring degree that nobody set, for the processes that the
-            other axes leave of the launcher's `WORLD_SIZE`: the split whose bytes take the least time.
+        sp_size: Ulysses degree; `"auto"` chooses it, and a ring degree that nobody set, for the
+            processes that the other axes leave of the launcher's `WORLD_SIZE`: the split whose
+            bytes take the least time.
         sp_backend: `ulysses`; upstream's `deepspeed` is read as `ulysses`.
         tp_handler: accelerate's `TorchTensorParallelConfig`.
         cp_handler: a `RingAttentionConfig`, or accelerate's `TorchContextParallelConfig`.
         sp_handler: a `DeepSpeedSequenceParallelConfig`, ours or accelerate's.
         memory_config: what saves memory; `None` where nobody set anything about it.
-        ep_size: processes that the experts of each layer are dealt to; no axis of its own: neighbours on the others.
-        batch_schema: how tensors of a batch are cut, by key: the number of their sequence dim, `"shard"` (the second),
-            `"replicate"` (none), or a function `f(tensor, description, rank)` that is given the whole tensor as the
-            collate function returned it, the batch's `SequenceDescription` and this process's rank in its sequence
-            group, and returns what this rank's model gets. In a file or the environment: `my_key=replicate, other=2`.
-            Known keys need none.
-        sequence_parallelism_mode: ColossalAI's word: `split_gather` (over tp_size), `all_to_all` (Ulysses) or
-            `ring_attn` (of degree sp_size or cp_size); see `mesh_sizes.settle_mode`. `None` goes by the sizes.
-        model: for `"auto"`, a transformers model, its config or its name; the setting `sp_auto_heads` ("32/8") where
-            there is none.
+        ep_size: processes that the experts of each layer are dealt to; no axis of its own:
+            neighbours on the others.
+        batch_schema: how tensors of a batch are cut, by key: the number of their sequence dim,
+            `"shard"` (the second), `"replicate"` (none), or a function `f(tensor, description,
+            rank)` that is given the whole tensor as the collate function returned it, the batch's
+            `SequenceDescription` and this process's rank in its sequence group, and returns what
+            this rank's model gets. In a file or the environment: `my_key=replicate, other=2`. Known
+            keys need none.
+        sequence_parallelism_mode: ColossalAI's word: `split_gather` (over tp_size), `all_to_all`
+            (Ulysses) or `ring_attn` (of degree sp_size or cp_size); see `mesh_sizes.settle_mode`.
+            `None` goes by the sizes.
+        model: for `"auto"`, a transformers model, its config or its name; the setting
+            `sp_auto_heads` ("32/8") where there is none.
 
     Raises:
         ConfigError: a value is not legal, or two values contradict each other.
@@ -130,16 +142,19 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         model: Any = None,
         cluster: Cluster | None = None,
     ) -> ParallelismConfig:
-        """Builds a config from settings alone; of the environment only the number of processes is read, for "auto".
+        """Builds a config from settings alone; of the environment only the number of processes is
+        read, for "auto".
 
         Args:
-            layers: mappings from field name to setting, the weakest first; see `ulysses_accel.config.sources`.
+            layers: mappings from field name to setting, the weakest first; see
+                `ulysses_accel.config.sources`.
             tp_handler: as for the constructor.
             cp_handler: as for the constructor.
             sp_handler: as for the constructor; wins over the layers where it was given values.
             memory_config: as for `sp_handler`.
             model: as for the constructor.
-            cluster: the job's ranks, for `"auto"`; what the launcher's environment says where `None`.
+            cluster: the job's ranks, for `"auto"`; what the launcher's environment says where
+                `None`.
 
         Returns:
             The config.
@@ -152,13 +167,18 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         return config
 
     @classmethod
-    def for_model(cls, model: Any, *, cluster: Cluster | None = None, **arguments: Any) -> ParallelismConfig:
-        """Builds a config whose ring and Ulysses degrees are chosen for a model; `explain()` says why.
+    def for_model(
+        cls, model: Any, *, cluster: Cluster | None = None, **arguments: Any
+    ) -> ParallelismConfig:
+        """Builds a config whose ring and Ulysses degrees are chosen for a model; `explain()` says
+        why.
 
         Args:
             model: a transformers model, its config or its name.
-            cluster: number of processes, processes on a node, and bandwidths; the launcher's where `None`.
-            arguments: the constructor's, and those of its handlers (`sp_seq_length`, `tiled_mlp`, ...).
+            cluster: number of processes, processes on a node, and bandwidths; the launcher's where
+                `None`.
+            arguments: the constructor's, and those of its handlers (`sp_seq_length`, `tiled_mlp`,
+                ...).
 
         Returns:
             The config.
@@ -175,8 +195,10 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         """Builds a config from a YAML file, the environment and arguments, the later ones winning.
 
         Args:
-            path: an accelerate config file, of which the sections `parallelism_config:` and `memory_config:` are read.
-            overrides: constructor arguments, and those of its handlers (`sp_seq_length`, `tiled_mlp`, ...).
+            path: an accelerate config file, of which the sections `parallelism_config:` and
+                `memory_config:` are read.
+            overrides: constructor arguments, and those of its handlers (`sp_seq_length`,
+                `tiled_mlp`, ...).
 
         Returns:
             The config.
@@ -190,7 +212,8 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParallelismConfig:
-        """Builds a config from what `to_dict` returned; values that are left out come from the environment.
+        """Builds a config from what `to_dict` returned; values that are left out come from the
+        environment.
 
         Args:
             values: field name to value, and handler name to a mapping of its fields or `None`.
@@ -205,19 +228,25 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         legal = {*_OWN_FIELDS, *_HANDLERS}
         for name in values:
             if name not in legal:
-                raise ConfigError(f"unknown key {str(name)[:100]!r} in from_dict.{closest(str(name)[:100], legal)}")
+                raise ConfigError(
+                    f"unknown key {str(name)[:100]!r} in "
+                    f"from_dict.{closest(str(name)[:100], legal)}"
+                )
         layer = argument_layer({name: values.get(name) for name in _OWN_FIELDS}, source)
         held = {**ring_values(values), **handler_values(values, "sp_handler", HANDLER_FIELDS)}
         tensor = handler_values(values, "tp_handler", ("enable_async_tp",))
         layer.update(argument_layer(held, source))
         layer.update(dict_layer(handler_values(values, "memory_config", tuple(MEMORY_FIELDS))))
         for name in {"sp_seq_length", "cp_head_stride"} & set(held):
-            # Unlike an argument that was left out, a None that was written down by `to_dict` is a value.
+            # Unlike an argument that was left out, a None that was written down by `to_dict` is a
+            # value.
             layer[name] = FIELDS[name].settle(held[name], source)
         return cls.from_layers(
             environment_layer(),
             layer,
-            tp_handler=TorchTensorParallelConfig(**tensor) if values.get("tp_handler") is not None else None,
+            tp_handler=TorchTensorParallelConfig(**tensor)
+            if values.get("tp_handler") is not None
+            else None,
         )
 
     def _settle(
@@ -238,7 +267,9 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         self._settings = resolve(*layers, *handlers)
         self._settings.update(settle_mode(self._settings))
         if is_auto(self._settings):
-            self._settings.update(settle_degrees(self._settings, model, cluster or Cluster.from_environment()))
+            self._settings.update(
+                settle_degrees(self._settings, model, cluster or Cluster.from_environment())
+            )
         for name in _OWN_FIELDS:
             setattr(self, name, self._settings[name].value)
         self.tp_handler = tp_handler or (TorchTensorParallelConfig() if self.tp_size > 1 else None)
@@ -250,21 +281,32 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     def _check_sequence_length(self) -> None:
         handler, layout = self.sp_handler, self.cp_handler.layout
         # Tensor parallel ranks cut each rank's shard once more.
-        multiple = math.lcm(multiple_of(self.cp_size, layout, self.sp_size), self.non_data_parallel_size)
-        if handler.sp_seq_length_is_variable or handler.sp_seq_length is None or handler.sp_seq_length % multiple == 0:
+        multiple = math.lcm(
+            multiple_of(self.cp_size, layout, self.sp_size), self.non_data_parallel_size
+        )
+        if (
+            handler.sp_seq_length_is_variable
+            or handler.sp_seq_length is None
+            or handler.sp_seq_length % multiple == 0
+        ):
             return
         below = handler.sp_seq_length // multiple * multiple
         lengths = f"{below} or {below + multiple}" if below else f"{multiple}"
-        dealt = "" if self.cp_size == 1 else f", dealt {layout}, so must be a multiple of {multiple}"
+        dealt = (
+            "" if self.cp_size == 1 else f", dealt {layout}, so must be a multiple of {multiple}"
+        )
         dealt += "" if self.tp_size == 1 else f", times tp_size={self.tp_size}"
         raise ConfigError(
-            f"sp_seq_length={handler.sp_seq_length} ({self._settings['sp_seq_length'].source}) is not divisible by "
-            f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {self.sequence_parallel_size} (sp_size: "
-            f"{self.source_of('sp_size')}){dealt}. Use {lengths} tokens, or sp_seq_length_is_variable=True, which pads "
+            f"sp_seq_length={handler.sp_seq_length} ({self._settings['sp_seq_length'].source}) is "
+            "not divisible by "
+            f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {self.sequence_parallel_size} "
+            "(sp_size: "
+            f"{self.source_of('sp_size')}){dealt}. Use {lengths} tokens, or "
+            "sp_seq_length_is_variable=True, which pads "
             f"every batch."
         )
 
-    # ---- the attach point -------------------------------------------------------------------------------------------
+    # ---- the attach point ------------------------------------------------------------------------
 
     def build_device_mesh(self, device_type: str) -> Any:
         """Builds the mesh of this config.
@@ -275,7 +317,8 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         Returns:
             The device mesh, or `None` where there is one process.
         """
-        # Upward import, on purpose: the attach point is where a stock Accelerator meets this package.
+        # Upward import, on purpose: the attach point is where a stock Accelerator meets this
+        # package.
         return importlib.import_module(_ATTACH_POINT).build_mesh(self, device_type)
 
     def get_device_mesh(self, device_type: str | None = None) -> Any:
@@ -292,11 +335,15 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         """
         if self.device_mesh is None:  # type: ignore[has-type]
             if device_type is None:
-                raise ConfigError("the device mesh is not built yet and no device type is given. Pass 'cpu' or 'cuda'.")
+                raise ConfigError(
+                    "the device mesh is not built yet and no device type is given. Pass 'cpu' or "
+                    "'cuda'."
+                )
             self.device_mesh = self.build_device_mesh(device_type)
         elif device_type is not None and self.device_mesh.device_type != device_type:
             raise ConfigError(
-                f"the device mesh was built for device type '{self.device_mesh.device_type}' and is now asked for on "
+                f"the device mesh was built for device type '{self.device_mesh.device_type}' and "
+                "is now asked for on "
                 f"'{device_type}'. Use one ParallelismConfig for each device type."
             )
         return self.device_mesh
@@ -304,7 +351,9 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     def _validate_accelerator(self, accelerator: Any) -> None:
         importlib.import_module(_ATTACH_POINT).attach(self, accelerator)
 
-    def fit_world_size(self, world_size: int, *, axis: Literal["dp_replicate", "dp_shard"] = "dp_replicate") -> None:
+    def fit_world_size(
+        self, world_size: int, *, axis: Literal["dp_replicate", "dp_shard"] = "dp_replicate"
+    ) -> None:
         """Checks the product of the sizes, or derives the data parallel size where nobody set one.
 
         Args:
@@ -318,23 +367,34 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             return
         unset = frozenset(name for name in AXES if self.source_of(f"{name}_size").kind in _NOBODY)
         others = self.non_data_parallel_size
-        if {"dp_replicate", "dp_shard"} <= unset and self.data_parallel_size == 1 and world_size % others == 0:
-            derived = Source("derived", f"derived: {world_size} processes / {others} on the cp, sp and tp axes")
+        if (
+            {"dp_replicate", "dp_shard"} <= unset
+            and self.data_parallel_size == 1
+            and world_size % others == 0
+        ):
+            derived = Source(
+                "derived", f"derived: {world_size} processes / {others} on the cp, sp and tp axes"
+            )
             self._set_size(axis, world_size // others)
             self._settings[f"{axis}_size"] = Setting(world_size // others, derived)
             return
         product = " × ".join(str(size) for size in self.sizes.values())
         wished = "; ".join(
-            f"{name}_size={size} ({self.source_of(f'{name}_size')})" for name, size in self.sizes.items()
+            f"{name}_size={size} ({self.source_of(f'{name}_size')})"
+            for name, size in self.sizes.items()
         )
-        legal = "; ".join(describe_sizes(sizes) for sizes in legal_factorizations(world_size, self.sizes, unset))
+        legal = "; ".join(
+            describe_sizes(sizes) for sizes in legal_factorizations(world_size, self.sizes, unset)
+        )
         raise MeshError(
-            f"{' × '.join(f'{name}_size' for name in AXES)} = {product} = {self.total_size}, but the number of "
-            f"processes is {world_size}: {wished}. Start {self.total_size} processes, or use sizes (1 where not named) "
+            f"{' × '.join(f'{name}_size' for name in AXES)} = {product} = {self.total_size}, but "
+            "the number of "
+            f"processes is {world_size}: {wished}. Start {self.total_size} processes, or use sizes "
+            "(1 where not named) "
             f"such as: {legal}."
         )
 
-    # ---- what the user sees -----------------------------------------------------------------------------------------
+    # ---- what the user sees ----------------------------------------------------------------------
 
     def source_of(self, name: str) -> Source:
         """Says where a value came from.
@@ -352,14 +412,18 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             raise ConfigError(f"unknown setting {name[:100]!r}.{closest(name[:100], FIELDS)}")
         setting = self._settings[name]
         return (
-            setting.source if self._live(name) == setting.value else Source("assigned", "assigned after construction")
+            setting.source
+            if self._live(name) == setting.value
+            else Source("assigned", "assigned after construction")
         )
 
     @property
     def settings(self) -> dict[str, Setting]:
         """Every field's value and source, as they are now."""
         return {
-            name: setting if self.source_of(name) is setting.source else Setting(self._live(name), self.source_of(name))
+            name: setting
+            if self.source_of(name) is setting.source
+            else Setting(self._live(name), self.source_of(name))
             for name, setting in self._settings.items()
         }
 
@@ -385,7 +449,9 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that `from_dict` turns into an equal config."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _OWN_FIELDS}
-        values["batch_schema"] = BatchSchema(self.batch_schema).plain if self.batch_schema is not None else None
+        values["batch_schema"] = (
+            BatchSchema(self.batch_schema).plain if self.batch_schema is not None else None
+        )
         for name in _HANDLERS:
             handler = getattr(self, name)
             values[name] = None if handler is None else dataclasses.asdict(handler)
@@ -396,11 +462,14 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         return json.dumps(self.to_dict(), indent=2)
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        fields = ", ".join(
+            f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self)
+        )
         return f"ParallelismConfig({fields}, total_size={self.total_size})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelismConfig:
-        # A mesh holds process groups, which belong to the process and can't be copied: the copy shares them.
+        # A mesh holds process groups, which belong to the process and can't be copied: the copy
+        # shares them.
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         for name, value in self.__dict__.items():

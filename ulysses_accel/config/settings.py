@@ -1,6 +1,8 @@
-"""The settings one by one: their names, defaults, legal values, and the sentence that says where each came from.
+"""The settings one by one: their names, defaults, legal values, and the sentence that says where
+each came from.
 
-Imports neither torch nor accelerate, so that a launcher can check a setting before it starts anything.
+Imports neither torch nor accelerate, so that a launcher can check a setting before it starts
+anything.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from ulysses_accel.errors import ConfigError
 
 Value: TypeAlias = "int | str | bool | None"
 SourceKind = Literal[
-    "default", "yaml", "env", "launcher", "command line", "constructor", "from_dict", "derived", "assigned"
+    "default",
+    "yaml",
+    "env",
+    "launcher",
+    "command line",
+    "constructor",
+    "from_dict",
+    "derived",
+    "assigned",
 ]
 SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 
@@ -37,7 +47,9 @@ ATTENTION_CORES = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_atte
 TRUSTED_KERNEL_ORGANIZATIONS = ("kernels-community",)
 
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
-_HUB_KERNEL = re.compile(r"(?P<organization>[\w.-]+)/(?P<name>[\w.-]*flash-attn[\w.-]*)(@[\w.-]+)?(:\w+)?", re.ASCII)
+_HUB_KERNEL = re.compile(
+    r"(?P<organization>[\w.-]+)/(?P<name>[\w.-]*flash-attn[\w.-]*)(@[\w.-]+)?(:\w+)?", re.ASCII
+)
 _HEADS = re.compile(r"([1-9][0-9]{0,8})(?:\s*/\s*([1-9][0-9]{0,8}))?", re.ASCII)
 _UNSET_WORDS = ("none", "null")
 _TRUE = {"true", "yes", "on", "1"}
@@ -50,7 +62,8 @@ class Source:
 
     Args:
         kind: the layer of the precedence that set the value.
-        detail: the words shown to the user, such as `env PARALLELISM_CONFIG_SP_SIZE`; the kind where empty.
+        detail: the words shown to the user, such as `env PARALLELISM_CONFIG_SP_SIZE`; the kind
+            where empty.
     """
 
     kind: SourceKind
@@ -91,7 +104,8 @@ class Field:
     """A setting's name, default and parser.
 
     Args:
-        name: the constructor's argument, and the YAML key behind the section's name; unique over all sections.
+        name: the constructor's argument, and the YAML key behind the section's name; unique over
+            all sections.
         default: the value where nobody set one.
         parse: turns text or a Python value into the checked value.
         section: the section of a YAML file that the field belongs to.
@@ -134,7 +148,11 @@ class Field:
             value = self.parse(raw)
         except _IllegalError as illegal:
             raise ConfigError(f"{self.name}={show(raw)} (from {source}) {illegal}") from None
-        written = raw.strip() if isinstance(raw, str) and isinstance(value, str) and raw.strip() != value else None
+        written = (
+            raw.strip()
+            if isinstance(raw, str) and isinstance(value, str) and raw.strip() != value
+            else None
+        )
         return Setting(value, source, written)
 
 
@@ -163,11 +181,16 @@ def _whole(raw: object) -> int | None:
 def _size(raw: object) -> Value:
     size = _whole(raw)
     if size is None:
-        raise _IllegalError("must be a whole number. Use the number of processes along this axis, such as 1, 2 or 8.")
+        raise _IllegalError(
+            "must be a whole number. Use the number of processes along this axis, such as 1, 2 or "
+            "8."
+        )
     if size < 1:
         raise _IllegalError("must be at least 1. Use 1 to switch this axis off.")
     if size > MAX_SIZE:
-        raise _IllegalError(f"must be at most {MAX_SIZE}. Use the number of processes along this axis.")
+        raise _IllegalError(
+            f"must be at most {MAX_SIZE}. Use the number of processes along this axis."
+        )
     return size
 
 
@@ -185,7 +208,8 @@ def _chunks(raw: object) -> Value:
     number = _whole(raw)
     if number is None or not 1 <= number <= MAX_SIZE:
         raise _IllegalError(
-            "must be a whole number of at least 1. Use 1 to exchange all heads at once, or 2, 4, ... for less memory."
+            "must be a whole number of at least 1. Use 1 to exchange all heads at once, or 2, 4, "
+            "... for less memory."
         )
     return number
 
@@ -196,7 +220,8 @@ def _stride(raw: object) -> Value:
     number = _whole(raw)
     if number is None or not 1 <= number <= MAX_SIZE:
         raise _IllegalError(
-            "must be a whole number of key/value heads, at least 1. Use 1 for the least memory, or None for all heads "
+            "must be a whole number of key/value heads, at least 1. Use 1 for the least memory, or "
+            "None for all heads "
             "at once."
         )
     return number
@@ -208,11 +233,15 @@ def _heads(raw: object) -> Value:
     found = _HEADS.fullmatch(raw.strip()) if isinstance(raw, str) else None
     if found is None:
         raise _IllegalError(
-            "must be the model's query and key/value heads. Write them as '32/8', or as '32' where both are equal."
+            "must be the model's query and key/value heads. Write them as '32/8', or as '32' where "
+            "both are equal."
         )
     queries, keys = int(found[1]), int(found[2] or found[1])
     if queries % keys:
-        raise _IllegalError(f"has {keys} key/value heads, which do not divide {queries} query heads. Use whole groups.")
+        raise _IllegalError(
+            f"has {keys} key/value heads, which do not divide {queries} query heads. Use whole "
+            "groups."
+        )
     return f"{queries}/{keys}"
 
 
@@ -222,7 +251,8 @@ def _length(raw: object) -> Value:
     length = _whole(raw)
     if length is None or length < 1 or length > MAX_SEQUENCE_LENGTH:
         raise _IllegalError(
-            f"must be a whole number of tokens from 1 to {MAX_SEQUENCE_LENGTH}. Use the length of the whole sequence, "
+            f"must be a whole number of tokens from 1 to {MAX_SEQUENCE_LENGTH}. Use the length of "
+            "the whole sequence, "
             "or None where batches differ in length."
         )
     return length
@@ -232,7 +262,9 @@ def _count(unit: str, least: int = 1) -> Callable[[object], Value]:
     def parse(raw: object) -> Value:
         number = _whole(raw)
         if number is None or not least <= number <= MAX_SIZE:
-            raise _IllegalError(f"must be a whole number of {unit} from {least} to {MAX_SIZE}. Use {least} or more.")
+            raise _IllegalError(
+                f"must be a whole number of {unit} from {least} to {MAX_SIZE}. Use {least} or more."
+            )
         return number
 
     return parse
@@ -253,7 +285,8 @@ def _limit(unit: str, unset: str) -> Callable[[object], Value]:
         number = None if _is_unset(raw) else _whole(raw)
         if not _is_unset(raw) and (number is None or not 1 <= number <= MAX_LIMIT):
             raise _IllegalError(
-                f"must be a whole number of {unit} from 1 to {MAX_LIMIT}. Leave it out, or use None, {unset}."
+                f"must be a whole number of {unit} from 1 to {MAX_LIMIT}. Leave it out, or use "
+                f"None, {unset}."
             )
         return number
 
@@ -288,13 +321,18 @@ def _mode(raw: object) -> Value:
 def _attention(raw: object) -> Value:
     name = raw.strip() if isinstance(raw, str) else ""
     kernel = _HUB_KERNEL.fullmatch(name)
-    if name in ATTENTION_CORES or (kernel and kernel["organization"] in TRUSTED_KERNEL_ORGANIZATIONS):
+    if name in ATTENTION_CORES or (
+        kernel and kernel["organization"] in TRUSTED_KERNEL_ORGANIZATIONS
+    ):
         return name
     if "/" in name:
-        # A hub kernel is code that runs with the user's rights: only organizations named here may supply it.
+        # A hub kernel is code that runs with the user's rights: only organizations named here may
+        # supply it.
         raise _IllegalError(
-            f"is not a trusted hub kernel: it would run code from the hub. Use {TRUSTED_KERNEL_ORGANIZATIONS[0]}"
-            f"/flash-attn2 or another flash-attn kernel of {', '.join(TRUSTED_KERNEL_ORGANIZATIONS)}, or one of "
+            "is not a trusted hub kernel: it would run code from the hub. Use "
+            f"{TRUSTED_KERNEL_ORGANIZATIONS[0]}"
+            "/flash-attn2 or another flash-attn kernel of "
+            f"{', '.join(TRUSTED_KERNEL_ORGANIZATIONS)}, or one of "
             f"{', '.join(ATTENTION_CORES)}."
         )
     raise _IllegalError(
@@ -304,12 +342,18 @@ def _attention(raw: object) -> Value:
 
 
 def _fields() -> dict[str, Field]:
-    sizes = [Field(f"{axis}_size", 1, _size_or_auto if axis in ("cp", "sp") else _size) for axis in AXES]
+    sizes = [
+        Field(f"{axis}_size", 1, _size_or_auto if axis in ("cp", "sp") else _size) for axis in AXES
+    ]
     rest = [
         Field("ep_size", 1, _size),
         Field("sp_backend", "ulysses", _choice({"ulysses": "ulysses", "deepspeed": "ulysses"})),
         Field("cp_backend", "ring", _choice({"ring": "ring", "torch": "ring"})),
-        Field("cp_layout", "zigzag", _choice({word: word for word in ("zigzag", "contiguous", "striped")})),
+        Field(
+            "cp_layout",
+            "zigzag",
+            _choice({word: word for word in ("zigzag", "contiguous", "striped")}),
+        ),
         Field("cp_exchange", "p2p", _choice({word: word for word in ("p2p", "all_gather")})),
         Field("cp_head_stride", None, _stride),
         Field("cp_comm_strategy", "alltoall", _choice({word: word for word in EXCHANGES})),
@@ -347,6 +391,11 @@ def _memory_fields() -> dict[str, Field]:
 
 MEMORY_FIELDS: dict[str, Field] = _memory_fields()
 FIELDS: dict[str, Field] = {**_fields(), **MEMORY_FIELDS}
-HANDLER_FIELDS = ("sp_seq_length", "sp_seq_length_is_variable", "sp_attn_implementation", "sp_head_chunks")
+HANDLER_FIELDS = (
+    "sp_seq_length",
+    "sp_seq_length_is_variable",
+    "sp_attn_implementation",
+    "sp_head_chunks",
+)
 # The settings that the ring's handler holds, each under its attribute.
 RING_FIELDS = {"cp_layout": "layout", "cp_exchange": "exchange", "cp_head_stride": "head_stride"}

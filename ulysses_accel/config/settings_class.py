@@ -13,7 +13,9 @@ _T = TypeVar("_T", bound="Settled")
 
 
 class Settled:
-    """A class whose values are settings: `_attributes` maps each setting's name to the attribute that holds it."""
+    """A class whose values are settings: `_attributes` maps each setting's name to the attribute
+    that holds it.
+    """
 
     _attributes: ClassVar[Mapping[str, str]]
     _settings: dict[str, Setting]
@@ -39,7 +41,13 @@ class Settled:
 
     def _given(self) -> Layer:
         """Returns what the user gave: a handler's defaults must not hide a YAML file's values."""
-        given = {name: setting for name, setting in self._settings.items() if setting.source.kind != "default"}
+        given = {
+            name: setting
+            for name, setting in self._settings.items()
+            if setting.source.kind != "default"
+        }
         live = {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
-        changed = {name: value for name, value in live.items() if value != self._settings[name].value}
+        changed = {
+            name: value for name, value in live.items() if value != self._settings[name].value
+        }
         return {**given, **argument_layer(changed, CONSTRUCTOR)}

@@ -1,4 +1,5 @@
-"""Default < YAML < environment < command line < constructor: one value for each setting, with its source.
+"""Default < YAML < environment < command line < constructor: one value for each setting, with its
+source.
 
 A layer is a mapping from field name to `Setting`; `resolve` lets later layers win.
 """
@@ -50,17 +51,24 @@ def resolve(*layers: Layer) -> dict[str, Setting]:
     for layer in layers:
         for name, setting in _with_both_names(layer).items():
             if name not in FIELDS:
-                raise ConfigError(f"unknown setting {show(name)} (from {setting.source}).{closest(name[:100], FIELDS)}")
+                raise ConfigError(
+                    f"unknown setting {show(name)} (from "
+                    f"{setting.source}).{closest(name[:100], FIELDS)}"
+                )
             settled[name] = setting
     return settled
 
 
 def _with_both_names(layer: Layer) -> Layer:
-    """Makes cp_exchange and accelerate's cp_comm_strategy, which mean the same, agree in a layer that sets either."""
+    """Makes cp_exchange and accelerate's cp_comm_strategy, which mean the same, agree in a layer
+    that sets either.
+    """
     strategy, exchange = layer.get("cp_comm_strategy"), layer.get("cp_exchange")
     if strategy is not None and strategy.source.kind == "launcher":
         # Nobody's choice: it must not hide a weaker layer's.
-        return _with_both_names({name: setting for name, setting in layer.items() if setting is not strategy})
+        return _with_both_names(
+            {name: setting for name, setting in layer.items() if setting is not strategy}
+        )
     if strategy is None:
         if exchange is None:
             return layer
@@ -70,7 +78,8 @@ def _with_both_names(layer: Layer) -> Layer:
         exchange = Setting(EXCHANGES[str(strategy.value)], strategy.source, str(strategy.value))
     elif EXCHANGES[str(strategy.value)] != exchange.value:
         raise ConfigError(
-            f"cp_exchange={exchange.value} (from {exchange.source}) and cp_comm_strategy={strategy.value} (from "
+            f"cp_exchange={exchange.value} (from {exchange.source}) and "
+            f"cp_comm_strategy={strategy.value} (from "
             f"{strategy.source}) contradict each other: {strategy.value} is accelerate's word for "
             f"{EXCHANGES[str(strategy.value)]}. Keep cp_exchange alone."
         )
@@ -93,14 +102,15 @@ def yaml_layer(path: str | Path) -> dict[str, Setting]:
 
 
 def environment_layer(environ: Mapping[str, str] | None = None) -> dict[str, Setting]:
-    """Reads the layer of the `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*` variables; an empty one counts as unset.
+    """Reads the layer of the `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*` variables; an empty one
+    counts as unset.
 
     Args:
         environ: the variables, those of this process where `None`.
 
     Returns:
-        The settings that the environment makes. Where `ulysses-accel launch` exported a variable, the setting's
-        source is the one that the launcher recorded.
+        The settings that the environment makes. Where `ulysses-accel launch` exported a variable,
+        the setting's source is the one that the launcher recorded.
 
     Raises:
         ConfigError: a variable with the prefix is unknown, or its value is not legal.
@@ -114,12 +124,15 @@ def environment_layer(environ: Mapping[str, str] | None = None) -> dict[str, Set
             continue
         if variable not in variables:
             raise ConfigError(
-                f"unknown environment variable {ascii(variable)[1:-1][:100]}.{closest(variable[:100], variables)}"
+                "unknown environment variable "
+                f"{ascii(variable)[1:-1][:100]}.{closest(variable[:100], variables)}"
             )
         field = variables[variable]
         if field.name == "sp_attn_implementation" and text.strip().lower() in _UNSET_WORDS:
             continue
-        layer[field.name] = field.settle(text, _environment_source(variable, field.name, text, environ, recorded))
+        layer[field.name] = field.settle(
+            text, _environment_source(variable, field.name, text, environ, recorded)
+        )
     return layer
 
 
@@ -139,7 +152,9 @@ def argument_layer(values: Mapping[str, object], source: Source) -> dict[str, Se
     layer: dict[str, Setting] = {}
     for name, value in values.items():
         if name not in FIELDS:
-            raise ConfigError(f"unknown setting {show(name)} (from {source}).{closest(str(name)[:100], FIELDS)}")
+            raise ConfigError(
+                f"unknown setting {show(name)} (from {source}).{closest(str(name)[:100], FIELDS)}"
+            )
         if value is not None:
             layer[name] = FIELDS[name].settle(value, source)
     return layer
@@ -164,7 +179,9 @@ def command_line_layer(values: Mapping[str, str]) -> dict[str, Setting]:
     return layer
 
 
-def export_environment(settings: Mapping[str, Setting], always: Collection[str] = ()) -> dict[str, str]:
+def export_environment(
+    settings: Mapping[str, Setting], always: Collection[str] = ()
+) -> dict[str, str]:
     """Writes settings as the variables that `environment_layer` reads back in a worker process.
 
     Args:
@@ -187,22 +204,35 @@ def export_environment(settings: Mapping[str, Setting], always: Collection[str] 
 
 
 def _environment_source(
-    variable: str, name: str, text: str, environ: Mapping[str, str], recorded: Mapping[str, tuple[str, Source]]
+    variable: str,
+    name: str,
+    text: str,
+    environ: Mapping[str, str],
+    recorded: Mapping[str, tuple[str, Source]],
 ) -> Source:
-    # A recorded source is believed only while the variable still has the value that the launcher gave it.
+    # A recorded source is believed only while the variable still has the value that the launcher
+    # gave it.
     if name in recorded and recorded[name][0] == text:
         return recorded[name][1]
-    stock_launched = not environ.get(SOURCES_VARIABLE) and environ.get(STOCK_GATE_VARIABLE, "").lower() == "true"
+    stock_launched = (
+        not environ.get(SOURCES_VARIABLE) and environ.get(STOCK_GATE_VARIABLE, "").lower() == "true"
+    )
     if stock_launched and name.endswith("_size") and text.strip() == "1":
         # `accelerate launch` exports 1 for every size that nobody gave: such a 1 binds nobody.
-        return Source("launcher", f"env {variable}, which accelerate launch sets to 1 where no size is given")
+        return Source(
+            "launcher", f"env {variable}, which accelerate launch sets to 1 where no size is given"
+        )
     if stock_launched and name == "cp_comm_strategy" and text.strip() == "allgather":
-        return Source("launcher", f"env {variable}, which accelerate launch sets to allgather where nobody chose")
+        return Source(
+            "launcher",
+            f"env {variable}, which accelerate launch sets to allgather where nobody chose",
+        )
     return Source("env", f"env {variable}")
 
 
 def _recorded_sources(text: str) -> dict[str, tuple[str, Source]]:
-    # Provenance is a courtesy: a damaged record must not stop a job, so whatever does not fit is left out.
+    # Provenance is a courtesy: a damaged record must not stop a job, so whatever does not fit is
+    # left out.
     try:
         record = json.loads(text) if 0 < len(text) <= _MAX_SOURCES else {}
     except (ValueError, RecursionError):

@@ -1,13 +1,16 @@
-"""Chooses how many of the ranks that share a sequence form a ring and how many exchange heads: by time of bytes.
+"""Chooses how many of the ranks that share a sequence form a ring and how many exchange heads: by
+time of bytes.
 
-Bytes are what a rank sends for one attention layer and one row, on average over the ranks. They are counted by where
-they go: Ulysses ranks are neighbours, so their exchange stays inside a node as long as they fit in one; a ring steps
-from Ulysses group to Ulysses group, all its ranks at once, so that it is as slow as its slowest link.
-Units: u = one head of one rank's tokens, S / P × head_dim × element_bytes. With U = sp_size, R = cp_size, H query and K
-key/value heads, k = max(K, U) key/value heads with those that have several readers counted for each:
-Ulysses `(2H + 2k)(U - 1) / U` u forward and the same backward; ring `2k(R - 1)` u of keys forward, of keys again and of
-their gradients (at least float32) backward, 0.75 of each where causal zigzag drops the half that nobody needs.
-Source: USP (arXiv 2405.07719) for the sum of both; latency and overlap with compute are not counted.
+Bytes are what a rank sends for one attention layer and one row, on average over the ranks. They are
+counted by where they go: Ulysses ranks are neighbours, so their exchange stays inside a node as
+long as they fit in one; a ring steps from Ulysses group to Ulysses group, all its ranks at once, so
+that it is as slow as its slowest link. Units: u = one head of one rank's tokens, S / P × head_dim ×
+element_bytes. With U = sp_size, R = cp_size, H query and K key/value heads, k = max(K, U) key/value
+heads with those that have several readers counted for each: Ulysses `(2H + 2k)(U - 1) / U` u
+forward and the same backward; ring `2k(R - 1)` u of keys forward, of keys again and of their
+gradients (at least float32) backward, 0.75 of each where causal zigzag drops the half that nobody
+needs. Source: USP (arXiv 2405.07719) for the sum of both; latency and overlap with compute are not
+counted.
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ class SplitRequest:
 
     Args:
         num_ranks: ranks P that share a sequence.
-        num_heads: query heads H of one rank: with tensor parallelism the model's divided by its degree.
+        num_heads: query heads H of one rank: with tensor parallelism the model's divided by its
+            degree.
         num_key_value_heads: key/value heads K, likewise; divides H.
         head_dim: size of a head.
-        sequence_length: tokens S of the whole sequence; None where the loader pads to whatever is chosen, then bytes
-            are for one token on each rank.
+        sequence_length: tokens S of the whole sequence; None where the loader pads to whatever is
+            chosen, then bytes are for one token on each rank.
         ranks_per_node: ranks on one node.
         bandwidth_inside: GB/s at which one rank sends to ranks of its node.
         bandwidth_between: GB/s at which one rank sends to ranks of other nodes.
@@ -61,7 +65,8 @@ class SplitRequest:
                 raise ConfigError(f"{name}={value} must be above 0. Give the job's own {name}.")
         if self.num_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide num_heads={self.num_heads}. "
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_heads={self.num_heads}. "
                 f"Grouped-query attention needs whole groups."
             )
 
@@ -73,7 +78,8 @@ class Split:
     Args:
         cp_size: ranks R of the ring.
         sp_size: Ulysses ranks U.
-        bytes_inside: bytes a rank sends inside its node for one layer and one row, forward and backward.
+        bytes_inside: bytes a rank sends inside its node for one layer and one row, forward and
+            backward.
         bytes_between: bytes it sends to other nodes.
         seconds: time of these bytes at the two bandwidths.
         head_excess: query heads of the busiest rank over the even share, 1 for an even deal.
@@ -89,7 +95,9 @@ class Split:
     reason: str = ""
 
 
-def ulysses_units(num_heads: int, num_key_value_heads: int, sp_size: int, is_training: bool = True) -> float:
+def ulysses_units(
+    num_heads: int, num_key_value_heads: int, sp_size: int, is_training: bool = True
+) -> float:
     """Returns what a rank sends in the Ulysses exchanges of one layer, in u.
 
     Args:
@@ -150,7 +158,9 @@ def _ring_leaves_node(request: SplitRequest) -> bool:
 def _cost(request: SplitRequest, cp_size: int, sp_size: int) -> Split:
     tokens = (request.sequence_length or request.num_ranks) / request.num_ranks
     unit = tokens * request.head_dim * request.element_bytes
-    ulysses = unit * ulysses_units(request.num_heads, request.num_key_value_heads, sp_size, request.is_training)
+    ulysses = unit * ulysses_units(
+        request.num_heads, request.num_key_value_heads, sp_size, request.is_training
+    )
     ring = unit * ring_units(request, cp_size)
     share = _ulysses_share_between(request, sp_size)
     between = ulysses * share + (ring if _ring_leaves_node(request) else 0.0)
@@ -160,7 +170,9 @@ def _cost(request: SplitRequest, cp_size: int, sp_size: int) -> Split:
 
 
 def _head_excess(request: SplitRequest, sp_size: int) -> float:
-    """Returns the busiest rank's query heads over the even share; whole groups while there are enough of them."""
+    """Returns the busiest rank's query heads over the even share; whole groups while there are
+    enough of them.
+    """
     heads, groups = request.num_heads, request.num_key_value_heads
     if groups >= sp_size:
         busiest = -(-groups // sp_size) * (heads // groups)
@@ -219,8 +231,10 @@ def explain(request: SplitRequest) -> str:
     """
     chosen = choose_split(request)
     lines = [
-        f"{request.num_ranks} ranks, {request.ranks_per_node} on a node; {request.num_heads} query and "
-        f"{request.num_key_value_heads} key/value heads of {request.head_dim}; what a rank sends for a layer and row",
+        f"{request.num_ranks} ranks, {request.ranks_per_node} on a node; {request.num_heads} query "
+        "and "
+        f"{request.num_key_value_heads} key/value heads of {request.head_dim}; what a rank sends "
+        "for a layer and row",
         f"{'cp':>4} {'sp':>4} {'MB inside':>12} {'MB between':>12} {'ms':>10} {'busiest':>8}",
     ]
     for split in candidates(request):

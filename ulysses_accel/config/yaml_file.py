@@ -1,10 +1,13 @@
-"""Reads the sections `parallelism_config:` and `memory_config:` of a YAML file, with the line of every value.
+"""Reads the sections `parallelism_config:` and `memory_config:` of a YAML file, with the line of
+every value.
 
-Stock accelerate refuses a file with a section that it does not know. In a file that it is to read too, the memory
-settings stand in the section `parallelism_config:`, under their full names such as `memory_config_tiled_mlp`.
+Stock accelerate refuses a file with a section that it does not know. In a file that it is to read
+too, the memory settings stand in the section `parallelism_config:`, under their full names such as
+`memory_config_tiled_mlp`.
 
-Composes nodes and never constructs objects. Anchors, aliases, explicit tags, deep nesting and huge files are refused:
-a configuration needs none of them, and each is a way to make a small file expensive or surprising.
+Composes nodes and never constructs objects. Anchors, aliases, explicit tags, deep nesting and huge
+files are refused: a configuration needs none of them, and each is a way to make a small file
+expensive or surprising.
 """
 
 from __future__ import annotations
@@ -15,7 +18,15 @@ from pathlib import Path
 
 import yaml
 
-from ulysses_accel.config.settings import FIELDS, MEMORY, PARALLELISM, SECTIONS, Setting, Source, show
+from ulysses_accel.config.settings import (
+    FIELDS,
+    MEMORY,
+    PARALLELISM,
+    SECTIONS,
+    Setting,
+    Source,
+    show,
+)
 from ulysses_accel.errors import ConfigError, closest
 
 MAX_BYTES = 1 << 20
@@ -34,7 +45,8 @@ def read_yaml_layer(path: str | Path) -> dict[str, Setting]:
         The settings that the sections make, empty where the file has none.
 
     Raises:
-        ConfigError: the file can't be read, is not plain YAML, or has an unknown key or an illegal value.
+        ConfigError: the file can't be read, is not plain YAML, or has an unknown key or an illegal
+            value.
     """
     return parse_yaml_layer(read_text(path), str(path))
 
@@ -54,15 +66,21 @@ def parse_yaml_layer(text: str, path: str) -> dict[str, Setting]:
     """
     sections = _sections(compose_mapping(text, path), path)
     layer: dict[str, Setting] = {}
-    for section, (key, node, line) in ((name, entry) for name in sections for entry in _entries(sections[name], path)):
+    for section, (key, node, line) in (
+        (name, entry) for name in sections for entry in _entries(sections[name], path)
+    ):
         name = _field_name(section, key, f"{path}:{line}")
         source = Source("yaml", f"{path}:{line} ({key})")
         if not isinstance(node, yaml.ScalarNode):
             raise ConfigError(
-                f"{name} (from {source}) must be one value, not a list or a mapping. Write `{key}: VALUE`."
+                f"{name} (from {source}) must be one value, not a list or a mapping. Write `{key}: "
+                "VALUE`."
             )
         if name in layer:
-            raise ConfigError(f"{name} is set twice: by {layer[name].source} and by {path}:{line} ({key}). Keep one.")
+            raise ConfigError(
+                f"{name} is set twice: by {layer[name].source} and by {path}:{line} ({key}). Keep "
+                "one."
+            )
         if node.tag != _NULL:
             layer[name] = FIELDS[name].settle(node.value, source)
     return layer
@@ -75,7 +93,11 @@ def _field_name(section: str, key: str, place: str) -> str:
     if name in FIELDS and FIELDS[name].section == home:
         return name
     legal = [field.name for field in FIELDS.values() if field.section == home]
-    hint = f" It belongs below '{FIELDS[name].section}:'." if name in FIELDS else closest(name[:100], legal)
+    hint = (
+        f" It belongs below '{FIELDS[name].section}:'."
+        if name in FIELDS
+        else closest(name[:100], legal)
+    )
     raise ConfigError(f"{place}: unknown key {show(key)} in the section '{section}:'.{hint}")
 
 
@@ -96,9 +118,13 @@ def read_text(path: str | Path) -> str:
             content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{show(str(path))}: can't read this configuration file: {error}. Check its path.") from None
+        raise ConfigError(
+            f"{show(str(path))}: can't read this configuration file: {error}. Check its path."
+        ) from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes. A configuration file is small: check the path.")
+        raise ConfigError(
+            f"{path}: larger than {MAX_BYTES} bytes. A configuration file is small: check the path."
+        )
     return text
 
 
@@ -113,7 +139,8 @@ def compose_mapping(text: str, path: str) -> yaml.MappingNode:
         The top-level mapping's node.
 
     Raises:
-        ConfigError: the text is empty, not YAML, not a mapping, or uses anchors, aliases, tags or deep nesting.
+        ConfigError: the text is empty, not YAML, not a mapping, or uses anchors, aliases, tags or
+            deep nesting.
     """
     try:
         _refuse_surprises(text, path)
@@ -122,11 +149,18 @@ def compose_mapping(text: str, path: str) -> yaml.MappingNode:
         if isinstance(error, ConfigError):
             raise
         problem = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path}: not valid YAML: {ascii(problem)[1:-1]}. Correct the file.") from None
+        raise ConfigError(
+            f"{path}: not valid YAML: {ascii(problem)[1:-1]}. Correct the file."
+        ) from None
     if node is None:
-        raise ConfigError(f"{path}: the file is empty. Write a section '{PARALLELISM}:' with keys such as sp_size.")
+        raise ConfigError(
+            f"{path}: the file is empty. Write a section '{PARALLELISM}:' with keys such as "
+            "sp_size."
+        )
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: the top level must be `key: value` lines. Write a section '{PARALLELISM}:'.")
+        raise ConfigError(
+            f"{path}: the top level must be `key: value` lines. Write a section '{PARALLELISM}:'."
+        )
     return node
 
 
@@ -136,15 +170,22 @@ def _refuse_surprises(text: str, path: str) -> None:
         line = event.start_mark.line + 1 if event.start_mark else 1
         tag = getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise ConfigError(f"{path}:{line}: anchors and aliases are not allowed here. Write the value out.")
+            raise ConfigError(
+                f"{path}:{line}: anchors and aliases are not allowed here. Write the value out."
+            )
         if tag is not None:
-            raise ConfigError(f"{path}:{line}: tags such as {show(tag)} are not allowed here. Write a plain value.")
+            raise ConfigError(
+                f"{path}:{line}: tags such as {show(tag)} are not allowed here. Write a plain "
+                "value."
+            )
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             depth -= 1
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{path}:{line}: nested deeper than {MAX_DEPTH} levels. Write a flat section.")
+            raise ConfigError(
+                f"{path}:{line}: nested deeper than {MAX_DEPTH} levels. Write a flat section."
+            )
 
 
 def _entries(mapping: yaml.MappingNode, path: str) -> Iterator[tuple[str, yaml.Node, int]]:
@@ -163,21 +204,28 @@ def _sections(top: yaml.MappingNode, path: str) -> dict[str, yaml.MappingNode]:
             _refuse_stray_key(key, f"{path}:{line}")
             continue
         if key in seen:
-            raise ConfigError(f"{path}:{line}: a second section '{key}:' (first on line {seen[key]}). Keep one.")
+            raise ConfigError(
+                f"{path}:{line}: a second section '{key}:' (first on line {seen[key]}). Keep one."
+            )
         seen[key] = line
         if isinstance(node, yaml.MappingNode):
             found[key] = node
         elif not (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
-            raise ConfigError(f"{path}:{line}: '{key}:' must hold `key: value` lines, such as {_EXAMPLES[key]}.")
+            raise ConfigError(
+                f"{path}:{line}: '{key}:' must hold `key: value` lines, such as {_EXAMPLES[key]}."
+            )
     return found
 
 
 def _refuse_stray_key(key: str, place: str) -> None:
-    # Names of memory settings, such as `checkpoint`, are other programs' words too: only the full name is ours.
+    # Names of memory settings, such as `checkpoint`, are other programs' words too: only the full
+    # name is ours.
     ours = {field.name: field for field in FIELDS.values() if field.section == PARALLELISM}
     field = {**ours, **{field.key: field for field in FIELDS.values()}}.get(key)
     if field is not None:
-        raise ConfigError(f"{place}: '{key}' stands outside of the section. Indent it below '{field.section}:'.")
+        raise ConfigError(
+            f"{place}: '{key}' stands outside of the section. Indent it below '{field.section}:'."
+        )
     for section in SECTIONS:
         if difflib.SequenceMatcher(None, key[:100], section).ratio() > 0.85:
             raise ConfigError(f"{place}: unknown section {show(key)}. Did you mean '{section}:'?")

@@ -1,7 +1,9 @@
-"""The header of a batch: what one rank tells the others before any data moves, and what all conclude from it.
+"""The header of a batch: what one rank tells the others before any data moves, and what all
+conclude from it.
 
-Fixed size, integers only. `check` is a pure function of all ranks' headers, so that every rank comes to the same
-decision; `agree_on_batch` exchanges them and raises the same error everywhere when the decision is a failure.
+Fixed size, integers only. `check` is a pure function of all ranks' headers, so that every rank
+comes to the same decision; `agree_on_batch` exchanges them and raises the same error everywhere
+when the decision is a failure.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a batch: crc32 of its key, dtype, sharded dim (`REPLICATED` for none), shape."""
+    """One tensor of a batch: crc32 of its key, dtype, sharded dim (`REPLICATED` for none),
+    shape.
+    """
 
     key: int
     dtype: torch.dtype
@@ -98,7 +102,8 @@ class Header:
 
     Args:
         status: batch, end of data, or failure.
-        position: micro-steps before this batch; ranks that resumed from different states differ here.
+        position: micro-steps before this batch; ranks that resumed from different states differ
+            here.
         is_last: the rank's loader says that no batch follows.
         checksum: of the batch's integer tensors, 0 when not computed.
         side_bytes: length of the description and the non-tensor entries, when they are to be sent.
@@ -116,7 +121,14 @@ class Header:
 
     def encode(self) -> list[int]:
         """Returns the header as `HEADER_SIZE` integers."""
-        values = [_MAGIC, self.status, self.position, int(self.is_last), self.checksum, self.side_bytes]
+        values = [
+            _MAGIC,
+            self.status,
+            self.position,
+            int(self.is_last),
+            self.checksum,
+            self.side_bytes,
+        ]
         values += [self.text_bytes, len(self.entries)]
         for entry in self.entries:
             shape = entry.shape + (0,) * (MAX_DIMS - len(entry.shape))
@@ -144,7 +156,9 @@ def key_code(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def make_entries(tensors: Mapping[str, tuple[torch.dtype, int, tuple[int, ...]]]) -> tuple[Entry, ...]:
+def make_entries(
+    tensors: Mapping[str, tuple[torch.dtype, int, tuple[int, ...]]],
+) -> tuple[Entry, ...]:
     """Returns a batch's header entries, ordered by key code.
 
     Args:
@@ -162,12 +176,15 @@ def make_entries(tensors: Mapping[str, tuple[torch.dtype, int, tuple[int, ...]]]
     for name, (dtype, dim, shape) in tensors.items():
         if dtype not in DTYPES or len(shape) > MAX_DIMS:
             raise BatchError(
-                f"'{name}' is a {dtype} tensor of shape {list(shape)}; a batch's tensors have at most {MAX_DIMS} dims "
+                f"'{name}' is a {dtype} tensor of shape {list(shape)}; a batch's tensors have at "
+                f"most {MAX_DIMS} dims "
                 "and an ordinary dtype. Convert it in the collate function."
             )
         entries.append(Entry(key_code(name), dtype, dim, tuple(shape)))
     if len({entry.key for entry in entries}) < len(entries):
-        raise BatchError(f"two of the keys {sorted(tensors)} have the same crc32. Rename one of them.")
+        raise BatchError(
+            f"two of the keys {sorted(tensors)} have the same crc32. Rename one of them."
+        )
     return tuple(sorted(entries, key=lambda entry: entry.key))
 
 
@@ -181,7 +198,9 @@ def decode(values: Sequence[int]) -> Header:
         if len(values) != HEADER_SIZE or values[0] != _MAGIC:
             raise ValueError(f"magic number {values[0] if values else None}")
         count = _bounded(values[7], 0, MAX_KEYS)
-        entries = tuple(_decode_entry(values[_FIXED + i * _PER_KEY :][:_PER_KEY]) for i in range(count))
+        entries = tuple(
+            _decode_entry(values[_FIXED + i * _PER_KEY :][:_PER_KEY]) for i in range(count)
+        )
         return Header(
             Status(values[1]),
             position=_bounded(values[2], 0, 2**62),
@@ -193,7 +212,8 @@ def decode(values: Sequence[int]) -> Header:
         )
     except ValueError as error:
         raise RankDisagreementError(
-            f"a rank sent something else than a batch header ({error}). Every rank must run the same version of "
+            f"a rank sent something else than a batch header ({error}). Every rank must run the "
+            "same version of "
             "ulysses_accel and iterate the same data loaders in the same order."
         ) from error
 
@@ -213,14 +233,20 @@ def _decode_entry(values: Sequence[int]) -> Entry:
 
 
 def check(
-    headers: Sequence[Header], *, on_uneven: str = "error", same_batch: bool = False, distinct: bool = False
+    headers: Sequence[Header],
+    *,
+    on_uneven: str = "error",
+    same_batch: bool = False,
+    distinct: bool = False,
 ) -> Decision:
     """Returns what all ranks do next: a pure function of what all of them said.
 
     Args:
         headers: of all ranks of the group, in rank order.
-        on_uneven: what happens when some ranks are out of data: "error", "drop" (all stop) or "pad" (all go on).
-        same_batch: all ranks must hold the same batch; otherwise each has its own, and only keys and dtypes must match.
+        on_uneven: what happens when some ranks are out of data: "error", "drop" (all stop) or "pad"
+            (all go on).
+        same_batch: all ranks must hold the same batch; otherwise each has its own, and only keys
+            and dtypes must match.
         distinct: equal content on all of several ranks is a failure.
     """
     present = tuple(rank for rank, header in enumerate(headers) if header.status is Status.OK)
@@ -241,12 +267,18 @@ def _compare(headers: Sequence[Header], same_batch: bool, distinct: bool) -> Ver
     kinds = [[entry.kind for entry in header.entries] for header in headers]
     if any(kind != kinds[0] for kind in kinds):
         return Verdict.KEYS
-    alike = all(header.checksum == first.checksum and header.entries == first.entries for header in headers)
+    alike = all(
+        header.checksum == first.checksum and header.entries == first.entries for header in headers
+    )
     if same_batch:
         if any(header.entries != first.entries for header in headers):
             return Verdict.KEYS
         return Verdict.PROCEED if alike else Verdict.CONTENT
-    return Verdict.DUPLICATE if distinct and alike and first.checksum and len(headers) > 1 else Verdict.PROCEED
+    return (
+        Verdict.DUPLICATE
+        if distinct and alike and first.checksum and len(headers) > 1
+        else Verdict.PROCEED
+    )
 
 
 def agree_on_batch(
@@ -263,7 +295,8 @@ def agree_on_batch(
 
     Args:
         header: this rank's.
-        text: this rank's error message, or its keys separated by ", "; sent only when the decision is a failure.
+        text: this rank's error message, or its keys separated by ", "; sent only when the decision
+            is a failure.
         group: the ranks that must agree; None for this process alone.
         on_uneven: as for `check`.
         same_batch: as for `check`.
@@ -275,7 +308,8 @@ def agree_on_batch(
 
     Raises:
         BatchError: at least one rank failed to produce a batch.
-        RankDisagreementError: ranks ran out of data unevenly, or their batches don't belong together.
+        RankDisagreementError: ranks ran out of data unevenly, or their batches don't belong
+            together.
     """
     data = bounded_utf8(text)
     header = replace(header, text_bytes=len(data))
@@ -283,22 +317,29 @@ def agree_on_batch(
     decision = check(headers, on_uneven=on_uneven, same_batch=same_batch, distinct=distinct)
     if decision.verdict >= Verdict.FAILED:
         texts = gather_bytes(data, [one.text_bytes for one in headers], group)
-        raise explain(decision, headers, [text_of(one) for one in texts], group_ranks(group)) from cause
+        raise explain(
+            decision, headers, [text_of(one) for one in texts], group_ranks(group)
+        ) from cause
     return decision, headers
 
 
 def explain(
     decision: Decision, headers: Sequence[Header], texts: Sequence[str], ranks: Sequence[int]
 ) -> BatchError | RankDisagreementError:
-    """Returns the error for a failed decision: the same sentence on every rank, naming global ranks."""
+    """Returns the error for a failed decision: the same sentence on every rank, naming global
+    ranks.
+    """
     if decision.verdict is Verdict.FAILED:
         failed = [rank for rank, header in enumerate(headers) if header.status is Status.ERROR]
-        return BatchError(failures({rank: texts[rank] for rank in failed}, ranks, "failed to produce a batch"))
+        return BatchError(
+            failures({rank: texts[rank] for rank in failed}, ranks, "failed to produce a batch")
+        )
     present = [ranks[rank] for rank in decision.present]
     if decision.verdict is Verdict.UNEVEN:
         ended = [rank for rank in ranks if rank not in present]
         return RankDisagreementError(
-            f"ranks {ended} ran out of batches while ranks {present} still have data (on_uneven='error'). "
+            f"ranks {ended} ran out of batches while ranks {present} still have data "
+            "(on_uneven='error'). "
             "Give every rank the same number of batches, or use on_uneven='drop' or 'pad'."
         )
     if decision.verdict is Verdict.POSITIONS:
@@ -308,24 +349,33 @@ def explain(
             "Load the same loader state on all of them, and iterate on all of them."
         )
     if decision.verdict is Verdict.KEYS:
-        return RankDisagreementError(_key_difference([texts[rank] for rank in decision.present], present))
+        return RankDisagreementError(
+            _key_difference([texts[rank] for rank in decision.present], present)
+        )
     sums = {ranks[rank]: f"{headers[rank].checksum:#010x}" for rank in decision.present}
     if decision.verdict is Verdict.DUPLICATE:
         return RankDisagreementError(
-            f"ranks {present} drew the same first batch (checksum {sums[present[0]]}), though each rank should bring "
-            "its own (same_batch=False). Use a DistributedSampler, same_batch=True, or allow_duplicates=True."
+            f"ranks {present} drew the same first batch (checksum {sums[present[0]]}), though each "
+            "rank should bring "
+            "its own (same_batch=False). Use a DistributedSampler, same_batch=True, or "
+            "allow_duplicates=True."
         )
     return RankDisagreementError(
-        f"ranks of one sequence group drew different batches (same_batch=True): checksum {by_value(sums)}. "
-        "Shard the loader over data parallel ranks only and seed its sampler and collate function alike on all ranks."
+        "ranks of one sequence group drew different batches (same_batch=True): checksum "
+        f"{by_value(sums)}. "
+        "Shard the loader over data parallel ranks only and seed its sampler and collate function "
+        "alike on all ranks."
     )
 
 
 def _key_difference(texts: Sequence[str], ranks: Sequence[int]) -> str:
     keys = [set(text.split(", ")) for text in texts]
     common = set.intersection(*keys)
-    extra = {rank: ", ".join(sorted(own - common)) or "nothing more" for rank, own in zip(ranks, keys)}
+    extra = {
+        rank: ", ".join(sorted(own - common)) or "nothing more" for rank, own in zip(ranks, keys)
+    }
     return (
-        f"ranks disagree on the tensors of a batch: besides what all have, there is {by_value(extra)}. "
+        "ranks disagree on the tensors of a batch: besides what all have, there is "
+        f"{by_value(extra)}. "
         "Return the same keys and dtypes from the collate function on every rank."
     )

@@ -15,12 +15,15 @@ from ulysses_accel.sequence.layout import Layout, multiple_of
 from ulysses_accel.sequence.sharding import next_multiple
 
 KeyFunction = Callable[[Tensor, SequenceDescription, int], Tensor]
-"""Takes a key's whole tensor as the collate function gave it, the batch's description (padded length, ranks, layout)
-and this process's rank in the sequence group; returns what this rank's model gets."""
+"""Takes a key's whole tensor as the collate function gave it, the batch's description (padded
+length, ranks, layout) and this process's rank in the sequence group; returns what this rank's model
+gets."""
 
 KeyRules = Mapping[str, str | int | KeyFunction]
 # Others are made of these: positions, documents, shifted labels.
-_CUT_HERE = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels"})
+_CUT_HERE = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels"}
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class BatchLayout:
 
     Args:
         num_shards: ranks P that share a sequence.
-        sequence_length: the fixed length that every batch is padded to; None lets it vary. With an encoder and a
-            decoder both are padded to it.
+        sequence_length: the fixed length that every batch is padded to; None lets it vary. With an
+            encoder and a decoder both are padded to it.
         pad_multiple: a further number that the padded length must be a multiple of.
-        key_rules: for keys of your own, "shard" (second dim), "replicate", the number of the dim to shard, or a
-            function that cuts, see `KeyFunction`.
+        key_rules: for keys of your own, "shard" (second dim), "replicate", the number of the dim to
+            shard, or a function that cuts, see `KeyFunction`.
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
         ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
@@ -54,24 +57,33 @@ class BatchLayout:
 
     def __post_init__(self) -> None:
         if self.num_shards < 1:
-            raise ConfigError(f"sp_world_size={self.num_shards} is not a number of ranks. Use 1 or more.")
+            raise ConfigError(
+                f"sp_world_size={self.num_shards} is not a number of ranks. Use 1 or more."
+            )
         if self.pad_multiple is not None and self.pad_multiple < 1:
-            raise ConfigError(f"pad_multiple={self.pad_multiple} is not a number of tokens. Use 1 or more, or None.")
+            raise ConfigError(
+                f"pad_multiple={self.pad_multiple} is not a number of tokens. Use 1 or more, or "
+                "None."
+            )
         fixed = self.sequence_length
         if fixed is not None and (fixed < 1 or fixed % self.multiple):
             raise ConfigError(
-                f"sequence_length={fixed} is not a multiple of {self.multiple} (sp_world_size={self.num_shards}, "
-                f"pad_multiple={self.pad_multiple}). Use {next_multiple(max(fixed, 1), self.multiple)}."
+                f"sequence_length={fixed} is not a multiple of {self.multiple} "
+                f"(sp_world_size={self.num_shards}, "
+                f"pad_multiple={self.pad_multiple}). Use "
+                f"{next_multiple(max(fixed, 1), self.multiple)}."
             )
         for key, rule in self.key_rules.items():
             is_dim = isinstance(rule, int) and not isinstance(rule, bool)
             if rule not in ("shard", "replicate") and not is_dim and not callable(rule):
                 raise ConfigError(
-                    f"key_rules[{key!r}]={rule!r} is no rule. Use 'shard', 'replicate', a dim's number or a function."
+                    f"key_rules[{key!r}]={rule!r} is no rule. Use 'shard', 'replicate', a dim's "
+                    "number or a function."
                 )
             if callable(rule) and key.removeprefix("decoder_") in _CUT_HERE:
                 raise ConfigError(
-                    f"key_rules[{key!r}] is a function, but positions, documents and labels are made of '{key}' before "
+                    f"key_rules[{key!r}] is a function, but positions, documents and labels are "
+                    f"made of '{key}' before "
                     f"the cut. Give a function for keys of your own only."
                 )
 
@@ -91,7 +103,8 @@ class BatchLayout:
             return next_multiple(length, self.multiple)
         if length > self.sequence_length:
             raise BatchError(
-                f"the batch has {length} tokens in a row, but sequence_length={self.sequence_length} is fixed. "
+                f"the batch has {length} tokens in a row, but "
+                f"sequence_length={self.sequence_length} is fixed. "
                 "Truncate in the collate function, raise sequence_length, or let it vary (None)."
             )
         return self.sequence_length

@@ -1,4 +1,6 @@
-"""One pass over a wrapped loader: refills, the position in them, and the knowledge of which micro-step is the last."""
+"""One pass over a wrapped loader: refills, the position in them, and the knowledge of which
+micro-step is the last.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Position:
 
 @dataclass(frozen=True)
 class _Refill:
-    """The outcome of a refill: micro-steps, the agreed end (None), or an error that is to be raised in its turn."""
+    """The outcome of a refill: micro-steps, the agreed end (None), or an error that is to be raised
+    in its turn.
+    """
 
     steps: list[dict[str, Any]] | None = None
     is_last: bool = False
@@ -39,9 +43,10 @@ class EpochRun:
     Args:
         loader: the wrapped loader.
         refiller: makes micro-steps of batches.
-        start: where to begin; with recorded random states or the loader's own state to resume, without to start anew.
-        lookahead: draw a refill before the last micro-step of the one before it, to know whether it is the last of all;
-            without, the loader's own `end_of_dataloader` says so.
+        start: where to begin; with recorded random states or the loader's own state to resume,
+            without to start anew.
+        lookahead: draw a refill before the last micro-step of the one before it, to know whether it
+            is the last of all; without, the loader's own `end_of_dataloader` says so.
     """
 
     def __init__(self, loader: Any, refiller: Refiller, start: Position, lookahead: bool) -> None:
@@ -64,7 +69,8 @@ class EpochRun:
         self._random = start.random
         if start.random is None and start.inner is None:
             self._random = capture(loader)
-        # A rank that can't even start (workers, files) says so in the first agreement, where the others wait for it.
+        # A rank that can't even start (workers, files) says so in the first agreement, where the
+        # others wait for it.
         self._broken: Exception | None = None
         try:
             self._open(start)
@@ -89,7 +95,9 @@ class EpochRun:
             inner = self._ahead.inner
         else:
             inner = inner_state(self._loader)
-        return Position(self.batches, self.micro_step, None if inner else self._random, inner, self._warm)
+        return Position(
+            self.batches, self.micro_step, None if inner else self._random, inner, self._warm
+        )
 
     def __iter__(self) -> EpochRun:
         return self

@@ -1,7 +1,9 @@
-"""Moves the shards of each rank's own batch to the ranks that will hold them: one all-to-all of bytes per refill.
+"""Moves the shards of each rank's own batch to the ranks that will hold them: one all-to-all of
+bytes per refill.
 
-Rank i cuts its batch and sends shard j, with the description and the non-tensor entries, to rank j; no rank ever holds
-another rank's whole batch. All sizes follow from the headers that were agreed on before. Non-tensors travel as JSON.
+Rank i cuts its batch and sends shard j, with the description and the non-tensor entries, to rank j;
+no rank ever holds another rank's whole batch. All sizes follow from the headers that were agreed on
+before. Non-tensors travel as JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def entries_of(whole: WholeBatch) -> tuple[Entry, ...]:
 
 
 def keys_text(whole: WholeBatch, with_shapes: bool) -> str:
-    """Returns the batch's tensors as `'input_ids' int64 [1, 8], ...` for the message when ranks disagree."""
+    """Returns the batch's tensors as `'input_ids' int64 [1, 8], ...` for the message when ranks
+    disagree.
+    """
     parts = []
     for name in sorted(whole.tensors):
         dtype, dim, shape = _kind(whole, name)
@@ -69,7 +73,9 @@ def _plain_description(description: SequenceDescription | None) -> dict[str, Any
 
 
 def _description(plain: Any) -> SequenceDescription | None:
-    """Returns the description that `_plain_description` wrote: JSON has lists where it has tuples."""
+    """Returns the description that `_plain_description` wrote: JSON has lists where it has
+    tuples.
+    """
     if plain is None:
         return None
     nested = {name: _as_tuple(plain[name]) for name in ("rows", "holes", "prefixes")}
@@ -92,8 +98,10 @@ def _check_plain(name: str, value: Any) -> None:
             _check_plain(name, item)
         return
     raise BatchError(
-        f"the batch's entry '{name}' holds a {type(value).__name__}, which is not sent to other ranks. Only tensors, "
-        "strings, numbers, booleans, None, and lists or string-keyed dicts of these are. Drop it or make it a tensor."
+        f"the batch's entry '{name}' holds a {type(value).__name__}, which is not sent to other "
+        "ranks. Only tensors, "
+        "strings, numbers, booleans, None, and lists or string-keyed dicts of these are. Drop it "
+        "or make it a tensor."
     )
 
 
@@ -115,10 +123,15 @@ def exchange(
         One batch for each rank; None for ranks without one.
     """
     parts = len(headers)
-    outgoing = [_pack(whole, side, other) if whole is not None else _EMPTY for other in range(parts)]
+    outgoing = [
+        _pack(whole, side, other) if whole is not None else _EMPTY for other in range(parts)
+    ]
     sizes = [_incoming_bytes(header, parts) for header in headers]
     incoming = _all_to_all(outgoing, sizes, group)
-    return [_unpack(data, header, parts) if header.entries else None for data, header in zip(incoming, headers)]
+    return [
+        _unpack(data, header, parts) if header.entries else None
+        for data, header in zip(incoming, headers)
+    ]
 
 
 _EMPTY = torch.empty(0, dtype=torch.uint8)
@@ -127,28 +140,38 @@ _EMPTY = torch.empty(0, dtype=torch.uint8)
 def _pack(whole: WholeBatch, side: bytes, rank: int) -> Tensor:
     parts = whole.shard(rank)
     ordered = sorted(parts, key=key_code)
-    pieces = [parts[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name in ordered]
+    pieces = [
+        parts[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name in ordered
+    ]
     pieces.append(torch.frombuffer(bytearray(side), dtype=torch.uint8))
     return torch.cat(pieces)
 
 
 def _local_shape(entry: Entry, parts: int) -> tuple[int, ...]:
-    return tuple(size // parts if dim == entry.dim else size for dim, size in enumerate(entry.shape))
+    return tuple(
+        size // parts if dim == entry.dim else size for dim, size in enumerate(entry.shape)
+    )
 
 
 def _incoming_bytes(header: Header, parts: int) -> int:
-    tensors = sum(math.prod(_local_shape(entry, parts)) * entry.dtype.itemsize for entry in header.entries)
+    tensors = sum(
+        math.prod(_local_shape(entry, parts)) * entry.dtype.itemsize for entry in header.entries
+    )
     return tensors + header.side_bytes
 
 
-def _all_to_all(outgoing: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+def _all_to_all(
+    outgoing: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup | None
+) -> list[Tensor]:
     if group is None:
         return list(outgoing)
     device = wire_device(group)
     received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     sent = torch.cat(list(outgoing)).to(device)
     with contact(group):
-        dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in outgoing], group=group)
+        dist.all_to_all_single(
+            received, sent, list(sizes), [piece.numel() for piece in outgoing], group=group
+        )
     return list(torch.split(received.cpu(), list(sizes)))
 
 

@@ -1,7 +1,9 @@
-"""The ecosystem's batch keys as one table: which dim is the sequence, what pads it, what belongs to the whole sample.
+"""The ecosystem's batch keys as one table: which dim is the sequence, what pads it, what belongs to
+the whole sample.
 
-A key that is not here is told by its shape. `ParallelismConfig(batch_schema={...})` wins over both. The keys that mark
-packed documents for flash attention (`sequence.documents.CUMULATIVE_KEYS`) are read and dropped.
+A key that is not here is told by its shape. `ParallelismConfig(batch_schema={...})` wins over both.
+The keys that mark packed documents for flash attention (`sequence.documents.CUMULATIVE_KEYS`) are
+read and dropped.
 
 What a batch's key says about its tensor: which dim is the sequence, if any, and what pads it.
 
@@ -33,7 +35,8 @@ class KeyRule:
         dim: its sequence dim; None where every rank gets the whole tensor.
         pad: what padding is: a number, or the token or the label that stands for it.
         or_sample: whether `[B]`, a number for each sample, is as good as one for each token.
-        merged_whole: whether the tensor stays whole beside images or sound, which the model merges into whole tokens.
+        merged_whole: whether the tensor stays whole beside images or sound, which the model merges
+            into whole tokens.
     """
 
     dim: int | None
@@ -49,7 +52,8 @@ _TOKENS: dict[str, KeyRule] = {
     "input_ids": KeyRule(1, "token", merged_whole=True),
     "inputs_embeds": KeyRule(1, merged_whole=True),
     "attention_mask": KeyRule(1, merged_whole=True),
-    # [B, S], or mRoPE's planes [3, B, S] and [4, B, S]; padding is theirs to count, see `Positions.padded`.
+    # [B, S], or mRoPE's planes [3, B, S] and [4, B, S]; padding is theirs to count, see
+    # `Positions.padded`.
     "position_ids": KeyRule(-1, merged_whole=True),
     "token_type_ids": KeyRule(1, merged_whole=True),
     "mm_token_type_ids": KeyRule(1, merged_whole=True),
@@ -72,7 +76,15 @@ _REWARDS = {
     **dict.fromkeys(("advantages", "rewards", "returns"), KeyRule(1, or_sample=True)),
     **dict.fromkeys(("old_per_token_logps", "ref_per_token_logps", "per_token_logps"), KeyRule(1)),
     **dict.fromkeys(
-        ("ref_logps", "ref_chosen_logps", "ref_rejected_logps", "reference_logps", "scores", "margin"), WHOLE
+        (
+            "ref_logps",
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+            "reference_logps",
+            "scores",
+            "margin",
+        ),
+        WHOLE,
     ),
 }
 
@@ -94,13 +106,26 @@ MERGED_KEYS = (
 
 # What goes with those, and what else is of whole samples or of the batch.
 _BESIDE_MERGED = (
-    *("pixel_attention_mask", "pixel_mask", "image_grid_thw", "video_grid_thw", "image_sizes", "num_image_tokens"),
+    *(
+        "pixel_attention_mask",
+        "pixel_mask",
+        "image_grid_thw",
+        "video_grid_thw",
+        "image_sizes",
+        "num_image_tokens",
+    ),
     *("second_per_grid_ts", "video_second_per_grid", "aspect_ratio_ids", "aspect_ratio_mask"),
     *("input_features_mask", "feature_attention_mask", "audio_feature_lengths"),
 )
 
 
-_OF_SAMPLES = ("num_items_in_batch", "next_sentence_label", "sentence_order_label", "start_positions", "end_positions")
+_OF_SAMPLES = (
+    "num_items_in_batch",
+    "next_sentence_label",
+    "sentence_order_label",
+    "start_positions",
+    "end_positions",
+)
 
 
 KNOWN_KEYS: dict[str, KeyRule] = {
@@ -137,11 +162,14 @@ def token_size(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[int, in
         if tensor.ndim != (2 if name == ids else 3):
             wanted = "[batch, sequence]" if name == ids else "[batch, sequence, features]"
             raise BatchError(
-                f"'{name}' has shape {list(tensor.shape)}, {wanted} is needed. Check the collate function."
+                f"'{name}' has shape {list(tensor.shape)}, {wanted} is needed. Check the collate "
+                "function."
             )
     sizes = {tuple(tensor.shape[:2]) for tensor in found.values()}
     if len(sizes) > 1:
-        raise BatchError(f"{ids} and {embeds} differ in batch or sequence: {sorted(sizes)}. Give one of them.")
+        raise BatchError(
+            f"{ids} and {embeds} differ in batch or sequence: {sorted(sizes)}. Give one of them."
+        )
     batch_size, length = sizes.pop()
     if not batch_size or not length:
         raise BatchError(
@@ -156,7 +184,9 @@ def is_known(name: str) -> bool:
     return known(name) is not None
 
 
-def sequence_dim(name: str, tensor: Tensor, batch_size: int, length: int, layout: BatchLayout) -> int | None:
+def sequence_dim(
+    name: str, tensor: Tensor, batch_size: int, length: int, layout: BatchLayout
+) -> int | None:
     """Returns the dim of a tensor that is the sequence, None when it is not cut along one.
 
     Args:
@@ -167,7 +197,8 @@ def sequence_dim(name: str, tensor: Tensor, batch_size: int, length: int, layout
         layout: may have a rule for the key.
 
     Raises:
-        BatchError: the tensor's shape contradicts the rule, or there is none and the shape doesn't tell.
+        BatchError: the tensor's shape contradicts the rule, or there is none and the shape doesn't
+            tell.
     """
     rule, key = layout.key_rules.get(name), known(name)
     if rule is not None:
@@ -180,11 +211,17 @@ def sequence_dim(name: str, tensor: Tensor, batch_size: int, length: int, layout
         return None
     else:
         dim = key.dim
-        source = f"{name} has the sequence last" if dim == -1 else "a key known to be [batch, sequence, ...]"
+        source = (
+            f"{name} has the sequence last"
+            if dim == -1
+            else "a key known to be [batch, sequence, ...]"
+        )
     if not -tensor.ndim <= dim < tensor.ndim or tensor.shape[dim] != length:
         raise BatchError(
-            f"'{name}' has shape {list(tensor.shape)}, where dim {dim} should be the {length} tokens of the sequence "
-            f"({source}). Correct the shape, or set key_rules={{{name!r}: 'replicate'}} or the right dim's number. "
+            f"'{name}' has shape {list(tensor.shape)}, where dim {dim} should be the {length} "
+            "tokens of the sequence "
+            f"({source}). Correct the shape, or set key_rules={{{name!r}: 'replicate'}} or the "
+            "right dim's number. "
             f"{_WHERE}"
         )
     return dim % tensor.ndim
@@ -197,16 +234,26 @@ def _guess(name: str, tensor: Tensor, batch_size: int, length: int) -> int | Non
     inner = shape[1:] if shape[0] == batch_size else shape
     if length not in inner:
         return None
-    if shape[0] == batch_size and tensor.ndim > 1 and shape[1] == length and inner.count(length) == 1:
+    if (
+        shape[0] == batch_size
+        and tensor.ndim > 1
+        and shape[1] == length
+        and inner.count(length) == 1
+    ):
         return 1
     raise BatchError(
-        f"'{name}' of shape {list(shape)} may or may not follow the {length} tokens of the sequence. Say which: "
-        f"key_rules={{{name!r}: 'shard'}} for the second dim, 'replicate' for none, or the dim's number. {_WHERE}"
+        f"'{name}' of shape {list(shape)} may or may not follow the {length} tokens of the "
+        "sequence. Say which: "
+        f"key_rules={{{name!r}: 'shard'}} for the second dim, 'replicate' for none, or the dim's "
+        f"number. {_WHERE}"
     )
 
 
-def pad_tensor(name: str, tensor: Tensor, dim: int | None, length: int, layout: BatchLayout) -> Tensor:
-    """Returns a tensor, other than positions, with its sequence dim padded to `length` by what its key asks for.
+def pad_tensor(
+    name: str, tensor: Tensor, dim: int | None, length: int, layout: BatchLayout
+) -> Tensor:
+    """Returns a tensor, other than positions, with its sequence dim padded to `length` by what its
+    key asks for.
 
     Args:
         name: the batch's key.

@@ -1,8 +1,9 @@
 """The data loader of sequence parallel training: each rank gets its shard of every batch.
 
-The adapter wraps any data loader. It draws a batch, agrees with the other ranks of the sequence group on what all of
-them hold (one collective on the host), completes it (positions, shifted labels, padding, description) and yields this
-rank's shard. Its constructor is that of DeepSpeed's class of the same name.
+The adapter wraps any data loader. It draws a batch, agrees with the other ranks of the sequence
+group on what all of them hold (one collective on the host), completes it (positions, shifted
+labels, padding, description) and yields this rank's shard. Its constructor is that of DeepSpeed's
+class of the same name.
 """
 
 from __future__ import annotations
@@ -33,33 +34,37 @@ _POLICIES = ("error", "drop", "pad")
 class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
     """Shards the batches of a data loader over the ranks that share a sequence.
 
-    Every attribute that is not its own is the wrapped loader's (`dataset`, `sampler`, `batch_size`, ...). Set
-    `on_micro_step` to a function that is to be called before each yield with whether it is the last one.
+    Every attribute that is not its own is the wrapped loader's (`dataset`, `sampler`, `batch_size`,
+    ...). Set `on_micro_step` to a function that is to be called before each yield with whether it
+    is the last one.
 
     Args:
-        dl: the loader to wrap; yields dicts with `input_ids` `[B, S]` or `inputs_embeds` `[B, S, D]`.
+        dl: the loader to wrap; yields dicts with `input_ids` `[B, S]` or `inputs_embeds` `[B, S,
+            D]`.
         sp_rank: of this process in the sequence group.
         sp_group: the ranks that share a sequence.
         sp_world_size: how many they are, P.
         device: where yielded tensors are put; None leaves them where they are.
-        same_batch: True when all ranks of the group draw the same batch, of which each keeps its shard: nothing is
-            exchanged and `len` is the loader's. False when each rank brings its own batch: P batches become P
-            micro-steps, `len` is P times the loader's.
-        on_uneven: when ranks run out of batches at different steps: "error" raises on all of them, "drop" stops all at
-            the first one's end, "pad" goes on to the last one's end with batches that count no label.
-        key_rules: for keys of your own: "shard" (second dim), "replicate", the number of the dim to shard, or, with
-            `same_batch`, a function that cuts (`batch_layout.KeyFunction`).
-        sequence_length: pad every batch to this length, an encoder's and a decoder's sequence alike; None pads to the
-            next multiple of P.
+        same_batch: True when all ranks of the group draw the same batch, of which each keeps its
+            shard: nothing is exchanged and `len` is the loader's. False when each rank brings its
+            own batch: P batches become P micro-steps, `len` is P times the loader's.
+        on_uneven: when ranks run out of batches at different steps: "error" raises on all of them,
+            "drop" stops all at the first one's end, "pad" goes on to the last one's end with
+            batches that count no label.
+        key_rules: for keys of your own: "shard" (second dim), "replicate", the number of the dim to
+            shard, or, with `same_batch`, a function that cuts (`batch_layout.KeyFunction`).
+        sequence_length: pad every batch to this length, an encoder's and a decoder's sequence
+            alike; None pads to the next multiple of P.
         pad_multiple: a further number that the padded length must be a multiple of.
         cpu_group: the same ranks on a backend that moves host tensors; by default `sp_group`.
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
-        allow_duplicates: with `same_batch=False`, don't refuse a first batch that is the same on all ranks.
+        allow_duplicates: with `same_batch=False`, don't refuse a first batch that is the same on
+            all ranks.
         ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
         ring_layout: how the tokens are dealt over the ring.
-        rules: what the model asks of a batch; a function that tells it is asked at the start of each epoch, so that a
-            loader may be made before its model.
+        rules: what the model asks of a batch; a function that tells it is asked at the start of
+            each epoch, so that a loader may be made before its model.
 
     Raises:
         ConfigError: an argument is not legal.
@@ -86,7 +91,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         ring_layout: Layout = "contiguous",
         rules: RulesSource = PLAIN_RULES,
     ) -> None:
-        # Not DataLoader's own constructor: this loader has no dataset and no workers besides the wrapped loader's.
+        # Not DataLoader's own constructor: this loader has no dataset and no workers besides the
+        # wrapped loader's.
         layout = BatchLayout(
             sp_world_size,
             sequence_length,
@@ -99,13 +105,15 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         )
         if not same_batch and any(map(callable, layout.key_rules.values())):
             raise ConfigError(
-                "key_rules has a function, which cuts for its own rank only, but with same_batch=False each rank cuts "
+                "key_rules has a function, which cuts for its own rank only, but with "
+                "same_batch=False each rank cuts "
                 "for all. Use same_batch=True, or 'shard', 'replicate' or a dim's number."
             )
         group = _checked_group(cpu_group or sp_group, sp_rank, sp_world_size)
         if on_uneven not in _POLICIES or (on_uneven == "pad" and same_batch):
             raise ConfigError(
-                f"on_uneven={on_uneven!r} with same_batch={same_batch} is not possible. Use 'error' or 'drop'; 'pad' "
+                f"on_uneven={on_uneven!r} with same_batch={same_batch} is not possible. Use "
+                "'error' or 'drop'; 'pad' "
                 "only where each rank brings its own batch (same_batch=False)."
             )
         self.dl = dl
@@ -113,7 +121,9 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         self.device = None if device is None else torch.device(device)
         self.same_batch, self.on_uneven = same_batch, on_uneven
         self.on_micro_step: Callable[[bool], None] | None = None
-        self._refiller = Refiller(layout, sp_rank, group, same_batch, on_uneven, allow_duplicates, rules)
+        self._refiller = Refiller(
+            layout, sp_rank, group, same_batch, on_uneven, allow_duplicates, rules
+        )
         self._offset = 0
         self._epoch = int(getattr(dl, "iteration", 0))
         self._epoch_was_set = False
@@ -130,7 +140,9 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The wrapped loader's, so that accelerate rebuilds the right kind of loader when it skips batches."""
+        """The wrapped loader's, so that accelerate rebuilds the right kind of loader when it skips
+        batches.
+        """
         return type(self.dl)
 
     @property
@@ -140,10 +152,14 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
 
     @property
     def collate_fn(self) -> Callable[[Any], Any]:  # type: ignore[override]
-        """What makes this rank's batch of samples, so that loaders built from this one's attributes shard too."""
+        """What makes this rank's batch of samples, so that loaders built from this one's attributes
+        shard too.
+        """
         if self._steps_per_batch > 1:
             return _refuse_rebuild
-        return ShardingCollate(self.dl.collate_fn, self._refiller.layout, self.sp_rank, self._refiller.rules)
+        return ShardingCollate(
+            self.dl.collate_fn, self._refiller.layout, self.sp_rank, self._refiller.rules
+        )
 
     @property
     def _steps_per_batch(self) -> int:
@@ -154,21 +170,26 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         return max(0, len(self.dl) * self._steps_per_batch - self._offset)
 
     def __iter__(self) -> Any:
-        """Starts the epoch anew, or where a loaded state says; the wrapped loader's iterator is made here."""
+        """Starts the epoch anew, or where a loaded state says; the wrapped loader's iterator is
+        made here.
+        """
         self._run = None  # stops the workers of an epoch that was left by a break
         start, self._start = self._start, None
         if start is None:
             start = Position(*divmod(self._offset, self._steps_per_batch), warm=self._warm)
         self._warm = keeps_workers(self.dl)
         self._at_end = False
-        # accelerate's loader counts epochs by itself, and a loader made of the same one may have run in between.
+        # accelerate's loader counts epochs by itself, and a loader made of the same one may have
+        # run in between.
         self._epoch = int(getattr(self.dl, "iteration", self._epoch))
         lookahead = not (self.same_batch and hasattr(self.dl, "end_of_dataloader"))
         self._run = EpochRun(self.dl, self._refiller, start, lookahead)
         return self._steps(self._run)
 
     def __next__(self) -> dict[str, Any]:
-        """Returns the next micro-step of the adapter's own iterator; starts one when there is none."""
+        """Returns the next micro-step of the adapter's own iterator; starts one when there is
+        none.
+        """
         if self._own_iterator is None:
             self._own_iterator = iter(self)
         try:
@@ -200,15 +221,27 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         return value.clone(memory_format=torch.contiguous_format) if whole else value.contiguous()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells samplers and dataset the next epoch's number; another one than a loaded state's drops that state."""
+        """Tells samplers and dataset the next epoch's number; another one than a loaded state's
+        drops that state.
+        """
         if epoch != self._epoch:
             self._start = None
         self._epoch, self._epoch_was_set = epoch, True
-        sampler, batch_sampler = getattr(self.dl, "sampler", None), getattr(self.dl, "batch_sampler", None)
+        sampler, batch_sampler = (
+            getattr(self.dl, "sampler", None),
+            getattr(self.dl, "batch_sampler", None),
+        )
         inner = getattr(batch_sampler, "batch_sampler", None)
         below = (getattr(batch_sampler, "sampler", None), getattr(inner, "sampler", None))
         told: set[int] = set()
-        for target in (self.dl, sampler, batch_sampler, inner, *below, getattr(self.dl, "dataset", None)):
+        for target in (
+            self.dl,
+            sampler,
+            batch_sampler,
+            inner,
+            *below,
+            getattr(self.dl, "dataset", None),
+        ):
             if callable(getattr(target, "set_epoch", None)) and id(target) not in told:
                 told.add(id(target))
                 target.set_epoch(epoch)  # type: ignore[union-attr]
@@ -260,7 +293,9 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         if loaded.set_epoch or hasattr(self.dl, "iteration"):
             self.set_epoch(loaded.epoch)
         self._epoch, self._epoch_was_set = loaded.epoch, loaded.set_epoch
-        self._start = Position(loaded.batches, loaded.micro_step, loaded.random, loaded.inner, loaded.warm)
+        self._start = Position(
+            loaded.batches, loaded.micro_step, loaded.random, loaded.inner, loaded.warm
+        )
 
     def skip_first_batches(self, num_batches: int) -> UlyssesSPDataLoaderAdapter:
         """Returns an adapter over the same loader whose every epoch lacks its first micro-steps."""
@@ -291,7 +326,9 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
 
 
 def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
-    """Returns a loader without the first micro-steps: accelerate's function, for adapters of either mode too."""
+    """Returns a loader without the first micro-steps: accelerate's function, for adapters of either
+    mode too.
+    """
     if type(dataloader) is UlyssesSPDataLoaderAdapter:
         return dataloader.skip_first_batches(num_batches)
     from accelerate import skip_first_batches as skip
@@ -299,17 +336,24 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
     return skip(dataloader, num_batches)
 
 
-def _checked_group(group: dist.ProcessGroup | None, rank: int, size: int) -> dist.ProcessGroup | None:
+def _checked_group(
+    group: dist.ProcessGroup | None, rank: int, size: int
+) -> dist.ProcessGroup | None:
     """Returns the group to agree on; None for one rank alone."""
     if not 0 <= rank < size:
-        raise ConfigError(f"sp_rank={rank} is not one of sp_world_size={size} ranks. Use 0 to {size - 1}.")
+        raise ConfigError(
+            f"sp_rank={rank} is not one of sp_world_size={size} ranks. Use 0 to {size - 1}."
+        )
     if size == 1:
         return None
     if group is None:
-        raise ConfigError(f"sp_world_size={size} needs the process group of these ranks, but sp_group is None.")
+        raise ConfigError(
+            f"sp_world_size={size} needs the process group of these ranks, but sp_group is None."
+        )
     if dist.get_world_size(group) != size or dist.get_rank(group) != rank:
         raise ConfigError(
-            f"sp_rank={rank} and sp_world_size={size} don't fit the group given, where this process is rank "
+            f"sp_rank={rank} and sp_world_size={size} don't fit the group given, where this "
+            "process is rank "
             f"{dist.get_rank(group)} of {dist.get_world_size(group)}. Take both from the group."
         )
     return group
@@ -317,8 +361,10 @@ def _checked_group(group: dist.ProcessGroup | None, rank: int, size: int) -> dis
 
 def _refuse_rebuild(_samples: Any) -> Any:
     raise BatchError(
-        "this loader was rebuilt from a UlyssesSPDataLoaderAdapter that exchanges batches between ranks "
-        "(same_batch=False), which a collate function can't do. Use adapter.skip_first_batches(n) or "
+        "this loader was rebuilt from a UlyssesSPDataLoaderAdapter that exchanges batches between "
+        "ranks "
+        "(same_batch=False), which a collate function can't do. Use adapter.skip_first_batches(n) "
+        "or "
         "ulysses_accel.dataloader.skip_first_batches(adapter, n)."
     )
 

@@ -1,4 +1,6 @@
-"""The position of a data loader as JSON: what is written, what is checked when it is read, and how it is reached."""
+"""The position of a data loader as JSON: what is written, what is checked when it is read, and how
+it is reached.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where an adapter stands: the next micro-step is number `micro_step` of refill number `batches` of `epoch`.
+    """Where an adapter stands: the next micro-step is number `micro_step` of refill number
+    `batches` of `epoch`.
 
     Args:
         epoch: epochs that were finished, or the number last given to `set_epoch`.
@@ -29,8 +32,10 @@ class LoaderState:
         on_uneven: the adapter's policy.
         dataset: class name of the dataset.
         length: samples in the dataset, None when it does not know.
-        random: random states at the beginning of the epoch, None when the wrapped loader keeps its own state.
-        inner: the wrapped loader's own state before the next batch was drawn, None when it has none.
+        random: random states at the beginning of the epoch, None when the wrapped loader keeps its
+            own state.
+        inner: the wrapped loader's own state before the next batch was drawn, None when it has
+            none.
         warm: whether the epoch began with workers that an earlier one had started.
         version: of this format.
     """
@@ -64,14 +69,18 @@ class LoaderState:
             raise CheckpointError(f"a data loader's state is a dict, not a {type(state).__name__}.")
         if state.get("version") != VERSION:
             raise CheckpointError(
-                f"the data loader's state has version {state.get('version')!r}, this package reads {VERSION}. "
+                f"the data loader's state has version {state.get('version')!r}, this package reads "
+                f"{VERSION}. "
                 "Resume with the package version that saved it."
             )
         wrong = sorted(map(str, _FIELDS.keys() ^ state.keys()))
-        wrong += [name for name, check in _FIELDS.items() if name in state and not check(state[name])]
+        wrong += [
+            name for name, check in _FIELDS.items() if name in state and not check(state[name])
+        ]
         if wrong:
             raise CheckpointError(
-                f"the data loader's state is damaged: {', '.join(wrong)} missing, unknown or of the wrong type. "
+                f"the data loader's state is damaged: {', '.join(wrong)} missing, unknown or of "
+                "the wrong type. "
                 "Take the state as state_dict() gave it."
             )
         return LoaderState(**state)
@@ -83,7 +92,8 @@ class LoaderState:
             CheckpointError: the number of ranks, the mode or the dataset is another one.
         """
         named = {
-            "sp_size": "Resume with the same number of ranks in a sequence group, or start the epoch anew",
+            "sp_size": "Resume with the same number of ranks in a sequence group, "
+            "or start the epoch anew",
             "same_batch": "Build the adapter in the same mode",
             "on_uneven": "Build the adapter with the same policy",
             "dataset": "Resume on the same dataset, or start the epoch anew",
@@ -93,11 +103,13 @@ class LoaderState:
             saved, mine = getattr(self, name), getattr(now, name)
             if saved != mine:
                 raise CheckpointError(
-                    f"the data loader's state was saved with {name}={saved!r}, this job has {name}={mine!r}. {fix}."
+                    f"the data loader's state was saved with {name}={saved!r}, this job has "
+                    f"{name}={mine!r}. {fix}."
                 )
         if self.micro_step >= (1 if self.same_batch else self.sp_size):
             raise CheckpointError(
-                f"the data loader's state has micro_step={self.micro_step} of sp_size={self.sp_size}."
+                f"the data loader's state has micro_step={self.micro_step} of "
+                f"sp_size={self.sp_size}."
             )
 
 
@@ -118,7 +130,9 @@ def _is_random(value: Any) -> bool:
         return True
     if type(value) is not dict or "torch" not in value:
         return False
-    return all(type(text) is str and len(text) % 2 == 0 and _is_hex(text) for text in value.values())
+    return all(
+        type(text) is str and len(text) % 2 == 0 and _is_hex(text) for text in value.values()
+    )
 
 
 def _is_hex(text: str) -> bool:
@@ -190,20 +204,34 @@ _REBUILD = (
     "persistent_workers",
     "in_order",
 )
-_REBUILD_SHARD = ("device", "rng_types", "synchronized_generator", "_drop_last", "_non_blocking", "iteration")
+_REBUILD_SHARD = (
+    "device",
+    "rng_types",
+    "synchronized_generator",
+    "_drop_last",
+    "_non_blocking",
+    "iteration",
+)
 
 
 def loader_at(loader: Any, skip: int) -> tuple[Any, int]:
-    """Returns a loader that starts behind the first `skip` batches, and how many must still be drawn and dropped.
+    """Returns a loader that starts behind the first `skip` batches, and how many must still be
+    drawn and dropped.
 
-    An ordinary loader with a batch sampler, torch's or accelerate's, is rebuilt around the rest of its indices; of any
-    other the batches are drawn.
+    An ordinary loader with a batch sampler, torch's or accelerate's, is rebuilt around the rest of
+    its indices; of any other the batches are drawn.
     """
     if skip == 0:
         return loader, 0
-    shard = type(loader).__name__ == "DataLoaderShard" and not getattr(loader, "use_stateful_dataloader", False)
+    shard = type(loader).__name__ == "DataLoaderShard" and not getattr(
+        loader, "use_stateful_dataloader", False
+    )
     sampler = getattr(loader, "batch_sampler", None)
-    if sampler is None or isinstance(loader.dataset, IterableDataset) or not (shard or type(loader) is DataLoader):
+    if (
+        sampler is None
+        or isinstance(loader.dataset, IterableDataset)
+        or not (shard or type(loader) is DataLoader)
+    ):
         return loader, skip
     names = _REBUILD + (_REBUILD_SHARD if shard else ())
     options = {name: getattr(loader, name) for name in names if hasattr(loader, name)}

@@ -1,4 +1,6 @@
-"""One refill: a drawn batch, the agreement on it, and the micro-steps that come of it on this rank."""
+"""One refill: a drawn batch, the agreement on it, and the micro-steps that come of it on this
+rank.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,25 @@ from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, RulesSource, resolve_rules
 
 Draw = Callable[[], tuple[Any, bool]]
-"""Returns the next batch of this rank's loader and whether it knows that none follows; raises StopIteration."""
+"""Returns the next batch of this rank's loader and whether it knows that none follows; raises
+StopIteration.
+"""
 
 
 @dataclass(frozen=True)
 class Refiller:
-    """Turns drawn batches into micro-steps, in agreement with the other ranks of the sequence group.
+    """Turns drawn batches into micro-steps, in agreement with the other ranks of the sequence
+    group.
 
     Args:
         layout: how batches are padded and cut.
         rank: of this process in the sequence group.
         group: whose ranks agree; None when this process is alone.
-        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings its own.
+        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings its
+            own.
         on_uneven: "error", "drop" or "pad", see `UlyssesSPDataLoaderAdapter`.
-        allow_duplicates: whether ranks that should bring their own may all bring the same first batch.
+        allow_duplicates: whether ranks that should bring their own may all bring the same first
+            batch.
         rules: what the model asks of a batch, or what will tell it.
     """
 
@@ -48,8 +55,11 @@ class Refiller:
         """Returns this refiller with its rules known."""
         return replace(self, rules=resolve_rules(self.rules))
 
-    def refill(self, draw: Draw, position: int, first: bool = False) -> tuple[list[dict[str, Any]], bool] | None:
-        """Draws a batch, agrees on it, and returns this rank's micro-steps and whether they are the last.
+    def refill(
+        self, draw: Draw, position: int, first: bool = False
+    ) -> tuple[list[dict[str, Any]], bool] | None:
+        """Draws a batch, agrees on it, and returns this rank's micro-steps and whether they are the
+        last.
 
         Args:
             draw: see `Draw`; whatever it raises becomes the same error on every rank.
@@ -81,7 +91,9 @@ class Refiller:
         return self._exchanged(offer, headers), decision.is_last
 
     def _offer(self, draw: Draw, position: int) -> _Offer:
-        """Draws and completes a batch; a failure becomes a header, because the other ranks wait for one."""
+        """Draws and completes a batch; a failure becomes a header, because the other ranks wait for
+        one.
+        """
         try:
             batch, is_last = draw()
         except StopIteration:
@@ -90,10 +102,17 @@ class Refiller:
             return _Offer.failed(error, position)
         try:
             # Here, before the agreement, because a user's function may fail on one rank.
-            whole = complete(batch, self.layout, resolve_rules(self.rules)).with_functions(self.layout, self.rank)
+            whole = complete(batch, self.layout, resolve_rules(self.rules)).with_functions(
+                self.layout, self.rank
+            )
             side = b"" if self.same_batch else encode_side(whole)
             header = Header(
-                Status.OK, position, is_last, whole.checksum(), side_bytes=len(side), entries=entries_of(whole)
+                Status.OK,
+                position,
+                is_last,
+                whole.checksum(),
+                side_bytes=len(side),
+                entries=entries_of(whole),
             )
         except Exception as error:
             return _Offer.failed(error, position)
@@ -106,11 +125,15 @@ class Refiller:
         if any(batch is None for batch in received) and not labels:
             # All ranks are here: which ranks are out of data, and the keys, were agreed on.
             raise BatchError(
-                "on_uneven='pad' fills the missing batches with ignored labels, but these batches have no labels of "
+                "on_uneven='pad' fills the missing batches with ignored labels, but these batches "
+                "have no labels of "
                 "tokens. Use on_uneven='drop', or give every rank the same number of batches."
             )
         # A micro-step of the template's shape that counts no label.
-        filler = {**template, **{key: torch.full_like(template[key], self.layout.ignore_index) for key in labels}}
+        filler = {
+            **template,
+            **{key: torch.full_like(template[key], self.layout.ignore_index) for key in labels},
+        }
         return [batch if batch is not None else filler for batch in received]
 
 

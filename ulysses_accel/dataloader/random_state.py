@@ -1,9 +1,10 @@
-"""The random state that decides the order of an epoch: recorded when the epoch begins, replayed when it is resumed.
+"""The random state that decides the order of an epoch: recorded when the epoch begins, replayed
+when it is resumed.
 
-A sampler takes its permutation from its own generator, or from torch's global one, when it is first asked for an index.
-On resume the recorded state is in force until the first batch is drawn; then the caller's random state, which a
-checkpoint has restored to the middle of the epoch, is put back. Numbers that a dataset draws for itself (augmentation)
-are not replayed.
+A sampler takes its permutation from its own generator, or from torch's global one, when it is first
+asked for an index. On resume the recorded state is in force until the first batch is drawn; then
+the caller's random state, which a checkpoint has restored to the middle of the epoch, is put back.
+Numbers that a dataset draws for itself (augmentation) are not replayed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _PATHS = (
 
 
 def capture(loader: Any) -> dict[str, str]:
-    """Returns the states of torch's global CPU generator and of the loader's own ones, as hexadecimal text."""
+    """Returns the states of torch's global CPU generator and of the loader's own ones, as
+    hexadecimal text.
+    """
     states = {"torch": _hex(torch.get_rng_state())}
     for path, generator in _generators(loader):
         states[path] = _hex(generator.get_state())
@@ -45,14 +48,17 @@ def check_states(loader: Any, states: dict[str, str]) -> None:
         # A sampler that derives its generator from seed and epoch makes it when it is first used.
         if not hasattr(_walk(loader, path.rpartition(".")[0]), "initial_seed"):
             raise CheckpointError(
-                f"the loader's state holds a random generator at '{path}', but the loader has none there. "
+                f"the loader's state holds a random generator at '{path}', but the loader has none "
+                "there. "
                 "Build the data loader as in the run that saved the state."
             )
     for path, text in states.items():
         try:
             torch.Generator().set_state(_unhex(text))
         except (RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the loader's state holds no valid random state at '{path}': {error}.") from error
+            raise CheckpointError(
+                f"the loader's state holds no valid random state at '{path}': {error}."
+            ) from error
 
 
 class Replay:
@@ -82,14 +88,17 @@ class Replay:
 
 def keeps_workers(loader: Any) -> bool:
     """Returns whether the loader's workers live on from one epoch to the next."""
-    return bool(getattr(loader, "persistent_workers", False)) and bool(getattr(loader, "num_workers", 0))
+    return bool(getattr(loader, "persistent_workers", False)) and bool(
+        getattr(loader, "num_workers", 0)
+    )
 
 
 class SeedAside:
     """Lets a loader take the seed of new workers from elsewhere, until `stop`.
 
-    A loader draws one number for its workers when it starts them. With workers that live on it does so in the first
-    epoch only; a resumed job starts them in a later one, and must not take a number that the sampler would have got.
+    A loader draws one number for its workers when it starts them. With workers that live on it does
+    so in the first epoch only; a resumed job starts them in a later one, and must not take a number
+    that the sampler would have got.
 
     Args:
         loader: the wrapped loader.
@@ -114,7 +123,11 @@ def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
     seen: set[int] = set()
     for path in _PATHS:
         found = _walk(loader, path)
-        if isinstance(found, torch.Generator) and found.device.type == "cpu" and id(found) not in seen:
+        if (
+            isinstance(found, torch.Generator)
+            and found.device.type == "cpu"
+            and id(found) not in seen
+        ):
             seen.add(id(found))
             yield path, found
 

@@ -1,8 +1,10 @@
-"""Differentiable collectives on a group's own ranks: all-to-all, all-gather, reduce-scatter, all-reduce.
+"""Differentiable collectives on a group's own ranks: all-to-all, all-gather, reduce-scatter,
+all-reduce.
 
-Each is linear, and its backward is its exact adjoint (<A x, y> = <x, A^T y>). The all-to-all is a functional custom op,
-so that `torch.compile` keeps the dependence of its result on its input. Nothing here uses the deprecated
-`torch.distributed.nn`, or functional-autograd collectives, whose first call costs seconds.
+Each is linear, and its backward is its exact adjoint (<A x, y> = <x, A^T y>). The all-to-all is a
+functional custom op, so that `torch.compile` keeps the dependence of its result on its input.
+Nothing here uses the deprecated `torch.distributed.nn`, or functional-autograd collectives, whose
+first call costs seconds.
 """
 
 from __future__ import annotations
@@ -18,16 +20,23 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from ulysses_accel.errors import ShapeError
 
 # torch 2.13 renamed both and warns about the old names, which older releases only have.
-gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+gather_into: Callable[..., Any] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+_scatter_into: Callable[..., Any] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
 
 
 @torch.library.custom_op("ulysses_accel::all_to_all", mutates_args=())
-def _all_to_all_op(send: Tensor, send_sizes: list[int], receive_sizes: list[int], group_name: str) -> Tensor:
+def _all_to_all_op(
+    send: Tensor, send_sizes: list[int], receive_sizes: list[int], group_name: str
+) -> Tensor:
     # A custom op takes no process group as argument; torch keeps them all by name.
     group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
     received = send.new_empty((sum(receive_sizes), *send.shape[1:]))
-    # The sizes are left out where all are equal: the even exchange is the cheaper call on every backend.
+    # The sizes are left out where all are equal: the even exchange is the cheaper call on every
+    # backend.
     even = len(set(send_sizes)) == 1 and send_sizes == receive_sizes
     dist.all_to_all_single(
         received,
@@ -44,7 +53,9 @@ def _(send: Tensor, send_sizes: list[int], receive_sizes: list[int], group_name:
     return send.new_empty((sum(receive_sizes), *send.shape[1:]))
 
 
-def _all_to_all_setup(ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], output: Tensor) -> None:
+def _all_to_all_setup(
+    ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], output: Tensor
+) -> None:
     _, ctx.send_sizes, ctx.receive_sizes, ctx.group_name = inputs
 
 
@@ -61,7 +72,8 @@ def all_to_all(
     send_sizes: Sequence[int] | None = None,
     receive_sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sends the parts of `send` along dim 0 to the ranks of `group`, one part each, and returns what they sent here.
+    """Sends the parts of `send` along dim 0 to the ranks of `group`, one part each, and returns
+    what they sent here.
 
     Args:
         send: `[n, ...]`, the part for rank 0 first.
@@ -79,7 +91,8 @@ def all_to_all(
     if send_sizes is None:
         if send.shape[0] % size:
             raise ShapeError(
-                f"{send.shape[0]} rows (shape {tuple(send.shape)}) can't be split evenly over {size} ranks. "
+                f"{send.shape[0]} rows (shape {tuple(send.shape)}) can't be split evenly over "
+                f"{size} ranks. "
                 f"Give send_sizes and receive_sizes."
             )
         send_sizes = [send.shape[0] // size] * size
@@ -87,7 +100,8 @@ def all_to_all(
         receive_sizes = send_sizes
     if sum(send_sizes) != send.shape[0] or len(send_sizes) != size or len(receive_sizes) != size:
         raise ShapeError(
-            f"send_sizes={list(send_sizes)} and receive_sizes={list(receive_sizes)} do not split {send.shape[0]} rows "
+            f"send_sizes={list(send_sizes)} and receive_sizes={list(receive_sizes)} do not split "
+            f"{send.shape[0]} rows "
             f"over {size} ranks. Give one size for each rank, summing to {send.shape[0]}."
         )
     result: Tensor = _all_to_all_op(send, list(send_sizes), list(receive_sizes), group.group_name)
@@ -143,7 +157,8 @@ def _all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_gather(tensor: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
-    """Returns all ranks' tensors joined along `dim` in rank order; the gradient of each rank's part is summed.
+    """Returns all ranks' tensors joined along `dim` in rank order; the gradient of each rank's part
+    is summed.
 
     Args:
         tensor: the same shape on every rank, `[..., n, ...]`.
@@ -161,7 +176,8 @@ def all_gather(tensor: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
-    """Returns this rank's part along `dim` of the sum of all ranks' tensors: the adjoint of `all_gather`.
+    """Returns this rank's part along `dim` of the sum of all ranks' tensors: the adjoint of
+    `all_gather`.
 
     Args:
         tensor: the same shape on every rank, `[..., P * n, ...]`.
@@ -176,7 +192,8 @@ def reduce_scatter(tensor: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
     """
     if tensor.shape[dim] % group.size():
         raise ShapeError(
-            f"dim {dim} of shape {tuple(tensor.shape)} can't be split over {group.size()} ranks. Pad it to a multiple."
+            f"dim {dim} of shape {tuple(tensor.shape)} can't be split over {group.size()} ranks. "
+            "Pad it to a multiple."
         )
     if dim == 0:
         return _apply(_ReduceScatter, tensor, group)

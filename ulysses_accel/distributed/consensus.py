@@ -1,9 +1,10 @@
 """Fixed-shape agreement between the ranks of a group: all proceed, or all raise the same error.
 
-A rank that fails alone must not raise before a collective that the others enter. It tells its failure in an all-gather
-of fixed shape instead; after it every rank holds the same numbers and decides by a pure function of them. Free text
-(error messages, values) travels in a second collective, only when there is a failure, which all ranks know by then.
-Integers and bytes only: nothing that arrives here can execute code.
+A rank that fails alone must not raise before a collective that the others enter. It tells its
+failure in an all-gather of fixed shape instead; after it every rank holds the same numbers and
+decides by a pure function of them. Free text (error messages, values) travels in a second
+collective, only when there is a failure, which all ranks know by then. Integers and bytes only:
+nothing that arrives here can execute code.
 
 A group of None means this process alone: the same path without a collective.
 """
@@ -54,7 +55,9 @@ def _size(values: Sequence[int]) -> int:
     return values[1]
 
 
-def same_everywhere(values: Mapping[str, int | str], group: dist.ProcessGroup | None, what: str) -> None:
+def same_everywhere(
+    values: Mapping[str, int | str], group: dist.ProcessGroup | None, what: str
+) -> None:
     """Checks that all ranks hold the same small set of values.
 
     Args:
@@ -63,7 +66,8 @@ def same_everywhere(values: Mapping[str, int | str], group: dist.ProcessGroup | 
         what: what the values are, for the message.
 
     Raises:
-        RankDisagreementError: some differ; the message names the fields and their values on each rank.
+        RankDisagreementError: some differ; the message names the fields and their values on each
+            rank.
     """
     data = json.dumps(dict(values), sort_keys=True, separators=(",", ":"), default=str).encode()
     gathered = gather_ints([zlib.crc32(data), len(data)], group)
@@ -71,7 +75,9 @@ def same_everywhere(values: Mapping[str, int | str], group: dist.ProcessGroup | 
         return
     # The length decides on all ranks alike whether the texts can travel.
     if max(size for _, size in gathered) > MAX_TEXT:
-        raise RankDisagreementError(f"{what} is not the same on all ranks (and too long to be compared here).")
+        raise RankDisagreementError(
+            f"{what} is not the same on all ranks (and too long to be compared here)."
+        )
     texts = gather_bytes(data, [size for _, size in gathered], group)
     ranks = group_ranks(group)
     tables = [json.loads(text) for text in texts]
@@ -81,7 +87,9 @@ def same_everywhere(values: Mapping[str, int | str], group: dist.ProcessGroup | 
         each = {rank: json.dumps(table.get(name)) for rank, table in zip(ranks, tables)}
         if len(set(each.values())) > 1:
             parts.append(f"{name} is {by_value(each)}")
-    raise RankDisagreementError(f"{what} is not the same on all ranks: {'; '.join(parts)}. Start every rank alike.")
+    raise RankDisagreementError(
+        f"{what} is not the same on all ranks: {'; '.join(parts)}. Start every rank alike."
+    )
 
 
 def describe_error(error: BaseException) -> str:
@@ -98,7 +106,9 @@ def group_ranks(group: dist.ProcessGroup | None) -> list[int]:
 
 
 def wire_device(group: dist.ProcessGroup) -> torch.device:
-    """Returns where tensors must lie to travel over the group: the host when its backend can, else this rank's GPU."""
+    """Returns where tensors must lie to travel over the group: the host when its backend can, else
+    this rank's GPU.
+    """
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -115,8 +125,10 @@ def contact(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankDisagreementError(
-            f"rank {dist.get_rank()} lost contact with the other ranks of {group_ranks(group)} ({_first_line(error)}). "
-            "Another rank died, is stuck, or runs another program: look for the first error in the other ranks' logs."
+            f"rank {dist.get_rank()} lost contact with the other ranks of {group_ranks(group)} "
+            f"({_first_line(error)}). "
+            "Another rank died, is stuck, or runs another program: look for the first error in the "
+            "other ranks' logs."
         ) from error
 
 
@@ -138,7 +150,9 @@ def gather_ints(values: Sequence[int], group: dist.ProcessGroup | None) -> list[
 
 
 def gather_bytes(data: bytes, sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[bytes]:
-    """Returns every rank's bytes, whose lengths all ranks know already: one all-gather, padded to the longest."""
+    """Returns every rank's bytes, whose lengths all ranks know already: one all-gather, padded to
+    the longest.
+    """
     if group is None:
         return [data]
     longest = max([*sizes, 1])
@@ -147,7 +161,9 @@ def gather_bytes(data: bytes, sizes: Sequence[int], group: dist.ProcessGroup | N
 
 
 def bounded_utf8(text: str) -> bytes:
-    """Returns the text's first `MAX_TEXT` bytes; never empty, so that a failure without a message is still told."""
+    """Returns the text's first `MAX_TEXT` bytes; never empty, so that a failure without a message
+    is still told.
+    """
     return (text or "unknown").encode(errors="replace")[:MAX_TEXT]
 
 

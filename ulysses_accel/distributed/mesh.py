@@ -1,7 +1,8 @@
 """The only creator of process groups: axes, joint axes and each rank's place among them.
 
-Axis names and order are accelerate's. `sp` is the Ulysses degree, `cp` the ring degree; the ranks of the joint axis
-`sequence` (cp × sp) process one batch together. Parameters shard over `dp_shard_cp` (dp_shard × cp × sp).
+Axis names and order are accelerate's. `sp` is the Ulysses degree, `cp` the ring degree; the ranks
+of the joint axis `sequence` (cp × sp) process one batch together. Parameters shard over
+`dp_shard_cp` (dp_shard × cp × sp).
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ JOINT_AXES = {
 
 
 def active_axes(sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the axes that the mesh has: `sp` always, so that it can be asked for, and every axis above size 1."""
+    """Returns the axes that the mesh has: `sp` always, so that it can be asked for, and every axis
+    above size 1.
+    """
     return tuple(axis for axis in AXES if axis == "sp" or sizes.get(axis, 1) > 1)
 
 
 def joint_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Returns the joint axes that the mesh has, each with the axes it flattens; empty ones are left out."""
+    """Returns the joint axes that the mesh has, each with the axes it flattens; empty ones are left
+    out.
+    """
     active = active_axes(sizes)
-    joints = {name: tuple(axis for axis in axes if axis in active) for name, axes in JOINT_AXES.items()}
+    joints = {
+        name: tuple(axis for axis in axes if axis in active) for name, axes in JOINT_AXES.items()
+    }
     return {name: axes for name, axes in joints.items() if axes}
 
 
@@ -57,7 +64,8 @@ def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
         factors = " × ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
         raise MeshError(
             f"the mesh {factors} has {product} ranks, but {world_size} processes were launched. "
-            f"Change the sizes so that their product is {world_size}, or launch {product} processes."
+            f"Change the sizes so that their product is {world_size}, or launch {product} "
+            "processes."
         )
     active = active_axes(sizes)
     mesh = init_device_mesh(
@@ -72,22 +80,26 @@ def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
 
 
 def joint_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Returns a joint axis of a mesh as a 1-D mesh, made at the first call, which every rank must make.
+    """Returns a joint axis of a mesh as a 1-D mesh, made at the first call, which every rank must
+    make.
 
     Args:
         mesh: from `build_mesh`.
         name: a key of `JOINT_AXES`.
     """
     names = mesh.mesh_dim_names or ()
-    # Asking the mesh for a flattened axis by its name is deprecated; flattening again returns the same one.
+    # Asking the mesh for a flattened axis by its name is deprecated; flattening again returns the
+    # same one.
     return mesh[tuple(axis for axis in JOINT_AXES[name] if axis in names)]._flatten(name)
 
 
 def build_expert_mesh(ep_size: int, device_type: str) -> DeviceMesh:
-    """Builds the mesh that experts are dealt over, beside the mesh of `build_mesh`; every rank must call it.
+    """Builds the mesh that experts are dealt over, beside the mesh of `build_mesh`; every rank must
+    call it.
 
     Args:
-        ep_size: ranks that share the experts of each layer; neighbours, so that tokens travel the shortest ways.
+        ep_size: ranks that share the experts of each layer; neighbours, so that tokens travel the
+            shortest ways.
         device_type: torch's name of the device, `cuda` or `cpu`.
 
     Returns:
@@ -110,8 +122,9 @@ def build_expert_mesh(ep_size: int, device_type: str) -> DeviceMesh:
 def _backend_override(axis: str = "sp") -> dict[int | str, Any] | None:
     """Names gloo by its device on an axis.
 
-    torch's own differentiable all-gather takes a scatter path on groups called "gloo" that only works where global
-    rank 0 is a member; under the name "cpu:gloo" it takes the all-to-all path, which works on every group.
+    torch's own differentiable all-gather takes a scatter path on groups called "gloo" that only
+    works where global rank 0 is a member; under the name "cpu:gloo" it takes the all-to-all path,
+    which works on every group.
     """
     return {axis: "cpu:gloo"} if dist.get_backend() == "gloo" else None
 
@@ -123,8 +136,10 @@ class SequenceGroups:
     Args:
         mesh: the mesh that the groups belong to.
         group: the ranks of the joint axis `sequence`, which hold one batch's shards in rank order.
-        cpu_group: the same ranks on gloo, for agreements about the batch that must not wait for the device.
-        world_group: all ranks that a loss over the whole global batch is summed over (every axis but tp).
+        cpu_group: the same ranks on gloo, for agreements about the batch that must not wait for the
+            device.
+        world_group: all ranks that a loss over the whole global batch is summed over (every axis
+            but tp).
         sp_group: the ranks of `group` that exchange tokens for heads.
         cp_group: the ranks of `group` that form a ring; None without one.
         size: ranks P in `group`.
@@ -146,7 +161,9 @@ class SequenceGroups:
 
 
 def sequence_groups(mesh: DeviceMesh) -> SequenceGroups:
-    """Returns this rank's groups in a mesh from `build_mesh`; every rank must call it, once for each mesh."""
+    """Returns this rank's groups in a mesh from `build_mesh`; every rank must call it, once for
+    each mesh.
+    """
     sequence = joint_axis(mesh, "sequence")
     group = sequence.get_group()
     names = mesh.mesh_dim_names or ()
@@ -191,12 +208,14 @@ def _all_groups(mesh: DeviceMesh, size: int) -> list[list[int]]:
 def ring_and_ulysses_groups(
     ring_size: int, ulysses_size: int, *, ulysses_inside: bool = True
 ) -> tuple[ProcessGroup, ProcessGroup]:
-    """Returns this rank's ring and its Ulysses group, for code that has no mesh; every rank must call it.
+    """Returns this rank's ring and its Ulysses group, for code that has no mesh; every rank must
+    call it.
 
     Args:
         ring_size: ranks R of each ring.
         ulysses_size: ranks U of each Ulysses group; each R × U consecutive ranks share a sequence.
-        ulysses_inside: whether the ranks of a Ulysses group are neighbours; otherwise those of a ring are.
+        ulysses_inside: whether the ranks of a Ulysses group are neighbours; otherwise those of a
+            ring are.
 
     Raises:
         MeshError: R × U does not divide the number of processes.
@@ -204,7 +223,8 @@ def ring_and_ulysses_groups(
     world_size, size = dist.get_world_size(), ring_size * ulysses_size
     if min(ring_size, ulysses_size) < 1 or world_size % size:
         raise MeshError(
-            f"a ring of {ring_size} × {ulysses_size} Ulysses ranks does not divide {world_size} launched processes. "
+            f"a ring of {ring_size} × {ulysses_size} Ulysses ranks does not divide {world_size} "
+            "launched processes. "
             f"Change the degrees so that their product divides {world_size}."
         )
     ring_step, ulysses_step = (ulysses_size, 1) if ulysses_inside else (1, ring_size)

@@ -1,15 +1,18 @@
-"""Expert parallelism: each rank holds a part of every layer's experts, and tokens travel to the experts they chose.
+"""Expert parallelism: each rank holds a part of every layer's experts, and tokens travel to the
+experts they chose.
 
-Which parameters are experts' is transformers' own expert plan (`base_model_ep_plan`). They become DTensors over the
-ranks of one expert group, so that clipping and checkpoints of the engines know of their parts. In a sharded forward
-each rank has tokens of its own: they are sorted by expert and exchanged by an uneven all-to-all, and their results come
-back by another. Every token reaches every expert that it chose.
+Which parameters are experts' is transformers' own expert plan (`base_model_ep_plan`). They become
+DTensors over the ranks of one expert group, so that clipping and checkpoints of the engines know of
+their parts. In a sharded forward each rank has tokens of its own: they are sorted by expert and
+exchanged by an uneven all-to-all, and their results come back by another. Every token reaches every
+expert that it chose.
 
-Gradients. An owner of experts gets the tokens of all ranks of its group, so its gradient is a sum where the engine's
-is a mean over ranks: it is summed over the owners of the same experts and divided by all ranks, here, as the engine is
-told to leave these parameters alone.
+Gradients. An owner of experts gets the tokens of all ranks of its group, so its gradient is a sum
+where the engine's is a mean over ranks: it is summed over the owners of the same experts and
+divided by all ranks, here, as the engine is told to leave these parameters alone.
 
-Shapes: T = a rank's tokens, K = experts of a token, E = experts, P = ranks of the expert group, R = rows that arrive.
+Shapes: T = a rank's tokens, K = experts of a token, E = experts, P = ranks of the expert group, R =
+rows that arrive.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 def expert_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """Returns the names of the parameters that transformers' expert plan deals to ranks, by their modules' names.
+    """Returns the names of the parameters that transformers' expert plan deals to ranks, by their
+    modules' names.
 
     Args:
         model: a transformers model, or a module that holds one.
@@ -47,7 +51,9 @@ def expert_parameters(model: nn.Module) -> dict[str, list[str]]:
     """
     inner = transformers_model(model)
     plan = getattr(inner, "ep_plan", None) or {}
-    patterns = [re.escape(key).replace(r"\*", r"[^.]+") for key, style in plan.items() if style == _STYLE]
+    patterns = [
+        re.escape(key).replace(r"\*", r"[^.]+") for key, style in plan.items() if style == _STYLE
+    ]
     prefix = next(name for name, module in model.named_modules() if module is inner)
     found: dict[str, list[str]] = {}
     for name, _ in inner.named_parameters():
@@ -56,7 +62,8 @@ def expert_parameters(model: nn.Module) -> dict[str, list[str]]:
             found.setdefault(owner, []).append(own)
     if not found:
         raise UnsupportedModelError(
-            f"{type(inner).__name__} has no experts that transformers' expert plan (base_model_ep_plan) deals to "
+            f"{type(inner).__name__} has no experts that transformers' expert plan "
+            "(base_model_ep_plan) deals to "
             f"ranks. Use ep_size=1."
         )
     return found
@@ -80,7 +87,9 @@ class ExpertDispatch:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Computes `[T, D]` tokens by the experts `[T, K]` that they chose, weighted by `[T, K]`."""
+        """Computes `[T, D]` tokens by the experts `[T, K]` that they chose, weighted by `[T,
+        K]`.
+        """
         num_chosen = top_k_index.shape[-1]
         chosen = top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
@@ -95,7 +104,9 @@ class ExpertDispatch:
         return (results * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _counts(self, chosen: Tensor) -> tuple[list[int], list[int], Tensor]:
-        """Returns the rows for each rank, from each rank, and those for each of this rank's experts, `[P, E / P]`."""
+        """Returns the rows for each rank, from each rank, and those for each of this rank's
+        experts, `[P, E / P]`.
+        """
         size = self.group.size()
         leaving = torch.zeros(size * self.num_local, dtype=torch.long, device=chosen.device)
         leaving = leaving.scatter_add(0, chosen, torch.ones_like(chosen)).view(size, self.num_local)
@@ -105,10 +116,13 @@ class ExpertDispatch:
         return send, receive, arriving
 
     def _compute(self, rows: Tensor, experts: Tensor) -> Tensor:
-        """Computes `[R, D]` rows by one expert each; the weights belong to the tokens, on the ranks that have them."""
+        """Computes `[R, D]` rows by one expert each; the weights belong to the tokens, on the ranks
+        that have them.
+        """
         if rows.shape[0]:
             return self._forward(rows, experts)
-        # One row of zeros keeps the graph of a rank without tokens: its backward must take part in the exchanges.
+        # One row of zeros keeps the graph of a rank without tokens: its backward must take part in
+        # the exchanges.
         return self._forward(rows.sum(0, keepdim=True), experts.new_zeros(1, 1))[:0]
 
     def _forward(self, rows: Tensor, experts: Tensor) -> Tensor:
@@ -181,7 +195,8 @@ class DealtExperts:
         """
         if any(optimizer.state.get(old) for old, _ in self.moved.values()):
             raise ConfigError(
-                f"the optimizer ({type(optimizer).__name__}) has made steps with experts that are dealt to ranks now. "
+                f"the optimizer ({type(optimizer).__name__}) has made steps with experts that are "
+                "dealt to ranks now. "
                 f"Prepare it before its first step, and load its state with accelerator.load_state."
             )
         for group in optimizer.param_groups:
@@ -219,7 +234,8 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> DealtExperts:
         mesh: of `build_expert_mesh`.
 
     Returns:
-        The installation, to be distributed once the engine has the model; its `uninstall()` restores the model.
+        The installation, to be distributed once the engine has the model; its `uninstall()`
+        restores the model.
 
     Raises:
         UnsupportedModelError: it has no experts that can be dealt.
@@ -231,7 +247,9 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> DealtExperts:
         parameter.data = dealt.part_of(parameter.data)
     for name, module in dealt.modules.items():
         module.num_experts //= axis.size()
-        module.forward = ExpertDispatch(module, tuple(dealt.names[name]), axis.get_group(), module.num_experts)
+        module.forward = ExpertDispatch(
+            module, tuple(dealt.names[name]), axis.get_group(), module.num_experts
+        )
     return dealt
 
 
@@ -255,27 +273,42 @@ def check_experts(model: nn.Module, ep_size: int) -> dict[str, list[str]]:
 def _check(name: str, module: Any, own: list[str], size: int) -> None:
     """Refuses experts that can't be dealt, before anything is changed."""
     numbers = {module.get_parameter(part).shape[0] for part in own}
-    if numbers != {getattr(module, "num_experts", None)} or "forward" in vars(module) or not _takes_rows(module):
+    if (
+        numbers != {getattr(module, "num_experts", None)}
+        or "forward" in vars(module)
+        or not _takes_rows(module)
+    ):
         raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) is not a module of transformers' stacked experts that is called with "
-            f"{', '.join(_ARGUMENTS)}, or its forward was replaced, as tiled_mlp=True does. Use ep_size=1, or experts "
+            f"{name} ({type(module).__name__}) is not a module of transformers' stacked experts "
+            "that is called with "
+            f"{', '.join(_ARGUMENTS)}, or its forward was replaced, as tiled_mlp=True does. Use "
+            "ep_size=1, or experts "
             f"as they are."
         )
     (num_experts,) = numbers
     if num_experts % size:
         legal = [number for number in range(1, num_experts + 1) if num_experts % number == 0]
-        raise ConfigError(f"ep_size={size} does not divide the {num_experts} experts of {name}. Use one of {legal}.")
+        raise ConfigError(
+            f"ep_size={size} does not divide the {num_experts} experts of {name}. Use one of "
+            f"{legal}."
+        )
     if not all(module.get_parameter(part).is_floating_point() for part in own):
-        raise UnsupportedModelError(f"{name} ({type(module).__name__}) has quantized experts. Use ep_size=1.")
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has quantized experts. Use ep_size=1."
+        )
 
 
 def _takes_rows(module: Any) -> bool:
-    return tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:] == _ARGUMENTS
+    return (
+        tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:] == _ARGUMENTS
+    )
 
 
 @dataclass(frozen=True)
 class _MeanOverRanks:
-    """A hook on the gradient of dealt experts: what the engine's mean over ranks is to other parameters."""
+    """A hook on the gradient of dealt experts: what the engine's mean over ranks is to other
+    parameters.
+    """
 
     mesh: DeviceMesh
 
@@ -289,7 +322,9 @@ class _MeanOverRanks:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns all experts of a tensor that is dealt, any other as it is; every rank of the group must call it."""
+    """Returns all experts of a tensor that is dealt, any other as it is; every rank of the group
+    must call it.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     whole: Tensor = tensor.full_tensor()

@@ -1,7 +1,9 @@
-"""Attaches expert parallelism to one accelerator: models get it in `prepare`, before the engine wraps them.
+"""Attaches expert parallelism to one accelerator: models get it in `prepare`, before the engine
+wraps them.
 
-DDP and FSDP2 leave the dealt experts alone; their gradients, and what is saved of them, are seen to here. With DDP a
-checkpoint holds whole experts, gathered on every rank; FSDP2's own checkpoints hold each rank's part.
+DDP and FSDP2 leave the dealt experts alone; their gradients, and what is saved of them, are seen to
+here. With DDP a checkpoint holds whole experts, gathered on every rank; FSDP2's own checkpoints
+hold each rank's part.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from ulysses_accel.expert_parallel.dispatch import DealtExperts, deal_experts, w
 from ulysses_accel.integrations.frames import calling_trainer
 from ulysses_accel.integrations.trainer.saving import whole_saves
 
-_WRAPPED = ("prepare", "prepare_model", "prepare_optimizer", "get_state_dict", "save_state", "load_state")
+_WRAPPED = (
+    "prepare",
+    "prepare_model",
+    "prepare_optimizer",
+    "get_state_dict",
+    "save_state",
+    "load_state",
+)
 
 # Where DDP, when it is made, finds the names of parameters that it leaves alone.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -47,7 +56,9 @@ class ExpertAttachment:
         self._hooked: list[Optimizer] = []
         self._gathers = False
         self._below = {name: getattr(accelerator, name) for name in _WRAPPED}
-        self._replaced = {name: vars(accelerator)[name] for name in _WRAPPED if name in vars(accelerator)}
+        self._replaced = {
+            name: vars(accelerator)[name] for name in _WRAPPED if name in vars(accelerator)
+        }
         for name in _WRAPPED:
             setattr(accelerator, name, getattr(self, name))
         accelerator.expert_parallel = self
@@ -73,7 +84,9 @@ class ExpertAttachment:
         return prepared
 
     def _update_optimizers(self) -> None:
-        """Gives optimizers, prepared before or behind their models, the dealt experts, and sees to what they save."""
+        """Gives optimizers, prepared before or behind their models, the dealt experts, and sees to
+        what they save.
+        """
         for optimizer in (prepared.optimizer for prepared in self.accelerator._optimizers):
             for dealt in self.dealt:
                 dealt.update(optimizer)
@@ -84,7 +97,9 @@ class ExpertAttachment:
                 optimizer.register_load_state_dict_pre_hook(self._deal_moments)
 
     def get_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.get_state_dict`: whole experts under their full names; every rank must call it."""
+        """Stands in for `Accelerator.get_state_dict`: whole experts under their full names; every
+        rank must call it.
+        """
         return self._gathering("get_state_dict", *args, **kwargs)
 
     def save_state(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +127,9 @@ class ExpertAttachment:
 
     @contextmanager
     def _dealing(self, models: list[nn.Module]) -> Iterator[None]:
-        """Deals the experts of models while an engine takes them, which is told to leave these parameters alone."""
+        """Deals the experts of models while an engine takes them, which is told to leave these
+        parameters alone.
+        """
         new = [model for model in models if not self._is_known(model)]
         dealt = [deal_experts(model, self.mesh) for model in new]
         self.dealt += dealt
@@ -136,7 +153,10 @@ class ExpertAttachment:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if dealt else None
         modules = getattr(plugin, "ignored_modules", None)
         if plugin is not None:
-            plugin.ignored_modules = [*(modules or []), *(part for one in dealt for part in one.modules.values())]
+            plugin.ignored_modules = [
+                *(modules or []),
+                *(part for one in dealt for part in one.modules.values()),
+            ]
         try:
             yield
         finally:
@@ -165,33 +185,48 @@ class ExpertAttachment:
         if isinstance(tensor, DTensor) and not self._gathers:
             # One rank alone, as the main process that saves, would wait for the others forever.
             raise ConfigError(
-                f"a state was asked for whose experts are dealt to ep_size={self.mesh['ep'].size()} ranks, of which "
-                f"each has its part. Call accelerator.get_state_dict(model) or accelerator.save_state() on every rank."
+                "a state was asked for whose experts are dealt to "
+                f"ep_size={self.mesh['ep'].size()} ranks, of which "
+                "each has its part. Call accelerator.get_state_dict(model) or "
+                "accelerator.save_state() on every rank."
             )
         return whole_tensor(tensor)
 
     def _gather_moments(self, _optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         moments = {
-            number: {key: self._gathered(value) if isinstance(value, Tensor) else value for key, value in own.items()}
+            number: {
+                key: self._gathered(value) if isinstance(value, Tensor) else value
+                for key, value in own.items()
+            }
             for number, own in state["state"].items()
         }
         return {**state, "state": moments}
 
     def _deal_moments(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         moments = dict(state["state"])
         for number, parameter in zip(numbers, parameters, strict=True):
             if isinstance(parameter, DTensor) and number in moments:
-                moments[number] = {key: self._dealt_as(parameter, value) for key, value in moments[number].items()}
+                moments[number] = {
+                    key: self._dealt_as(parameter, value) for key, value in moments[number].items()
+                }
         return {**state, "state": moments}
 
     def _dealt_as(self, parameter: DTensor, value: Any) -> Any:
-        whole = isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == parameter.shape
+        whole = (
+            isinstance(value, Tensor)
+            and not isinstance(value, DTensor)
+            and value.shape == parameter.shape
+        )
         return self.dealt[0].as_part(self.dealt[0].part_of(value)) if whole else value
 
     def uninstall(self) -> None:
-        """Restores the accelerator's methods and every model that was prepared; every rank must call it."""
+        """Restores the accelerator's methods and every model that was prepared; every rank must
+        call it.
+        """
         for dealt in self.dealt:
             dealt.uninstall()
         self.dealt.clear()
@@ -214,7 +249,9 @@ def _deal_state(dealt: DealtExperts, own: tuple[str, ...]) -> Callable[..., None
 
 
 def _step_one_by_one(optimizer: Optimizer) -> None:
-    """Keeps an optimizer from one call for many parameters, which can't hold dealt and other ones together."""
+    """Keeps an optimizer from one call for many parameters, which can't hold dealt and other ones
+    together.
+    """
     for group in optimizer.param_groups:
         kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
         if len(kinds) > 1:
@@ -224,20 +261,27 @@ def _step_one_by_one(optimizer: Optimizer) -> None:
 def _check_engine(config: ParallelismConfig, accelerator: Any) -> None:
     here = f"ep_size={config.ep_size} (from {config.source_of('ep_size')})"
     if str(accelerator.distributed_type).endswith("DEEPSPEED"):
-        raise ConfigError(f"{here} with DeepSpeed: its engines average over all ranks. Use FSDP2, or no engine.")
+        raise ConfigError(
+            f"{here} with DeepSpeed: its engines average over all ranks. Use FSDP2, or no engine."
+        )
     if config.tp_size > 1:
-        raise ConfigError(f"{here} with tp_size={config.tp_size}: its ranks have the same tokens. Use tp_size=1.")
+        raise ConfigError(
+            f"{here} with tp_size={config.tp_size}: its ranks have the same tokens. Use tp_size=1."
+        )
     if accelerator.mixed_precision == "fp16":
         raise ConfigError(
-            f"{here} with mixed_precision='fp16': each rank would leave out steps by its own experts. Use 'bf16'."
+            f"{here} with mixed_precision='fp16': each rank would leave out steps by its own "
+            "experts. Use 'bf16'."
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator.is_fsdp2 else None
     if plugin is not None and plugin.cpu_ram_efficient_loading:
         raise ConfigError(
-            f"{here} with fsdp_cpu_ram_efficient_loading=True: experts are dealt before FSDP2 loads. Set it to False."
+            f"{here} with fsdp_cpu_ram_efficient_loading=True: experts are dealt before FSDP2 "
+            "loads. Set it to False."
         )
     if plugin is not None and isinstance(plugin.ignored_modules, str):
         raise ConfigError(
-            f"{here} with fsdp ignored_modules={plugin.ignored_modules!r}: experts are added to them. Give a list of "
+            f"{here} with fsdp ignored_modules={plugin.ignored_modules!r}: experts are added to "
+            "them. Give a list of "
             f"modules."
         )

@@ -1,4 +1,6 @@
-"""Checks that what a sharded forward is given is this rank's shard of the batch that its description describes."""
+"""Checks that what a sharded forward is given is this rank's shard of the batch that its
+description describes.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,26 @@ _AS_GIVEN = "Pass the batch as the data loader gave it"
 def refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses a shard that lost its description: attention would silently stay within the shard.
 
-    Data loaders mark the shards that they yield; whole batches carry no mark, and `labels` instead of `shift_labels`.
+    Data loaders mark the shards that they yield; whole batches carry no mark, and `labels` instead
+    of `shift_labels`.
     """
-    names = ("input_ids", "inputs_embeds", "position_ids", "decoder_input_ids", "decoder_position_ids", "labels")
+    names = (
+        "input_ids",
+        "inputs_embeds",
+        "position_ids",
+        "decoder_input_ids",
+        "decoder_position_ids",
+        "labels",
+    )
     found = ["tokens" for value in args[:1] if is_marked_shard(value)]
     found += [name for name in names if is_marked_shard(kwargs.get(name))]
     found += ["shift_labels"] if kwargs.get("shift_labels") is not None else []
     if found:
         raise BatchError(
-            f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's tokens would only see "
-            f"their own shard. {_AS_GIVEN}: model(**batch). For a batch that is whole on this rank, pass labels "
+            f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's "
+            "tokens would only see "
+            f"their own shard. {_AS_GIVEN}: model(**batch). For a batch that is whole on this "
+            "rank, pass labels "
             f"and not shift_labels."
         )
 
@@ -53,11 +65,13 @@ def check_batch(
 
     Raises:
         BatchError: with what is wrong.
-        UnsupportedModelError: the batch asks the model for attention that is not computed on shards.
+        UnsupportedModelError: the batch asks the model for attention that is not computed on
+            shards.
     """
     if args:
         raise BatchError(
-            f"a sharded batch was passed with {len(args)} positional arguments. Pass all of it by name: model(**batch)."
+            f"a sharded batch was passed with {len(args)} positional arguments. Pass all of it by "
+            "name: model(**batch)."
         )
     if is_encoder_decoder:
         _check_tokens(description, kwargs, "decoder_")
@@ -67,7 +81,8 @@ def check_batch(
         _check_tokens(description, kwargs, "", is_whole=is_merged(merging, kwargs))
         if kwargs.get("encoder_hidden_states") is not None:
             raise BatchError(
-                "the sharded batch has encoder_hidden_states, but the model is no encoder-decoder whose encoder is "
+                "the sharded batch has encoder_hidden_states, but the model is no encoder-decoder "
+                "whose encoder is "
                 "known. Use a transformers encoder-decoder model, or sp_size=1 and cp_size=1."
             )
     for key in position_keys:
@@ -86,23 +101,32 @@ def _check_tokens(
 ) -> None:
     ids, embeds = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}inputs_embeds")
     tokens = ids if ids is not None else embeds
-    expected = (description.batch_size, description.sequence_length if is_whole else description.shard_length)
+    expected = (
+        description.batch_size,
+        description.sequence_length if is_whole else description.shard_length,
+    )
     found = None if tokens is None else tuple(tokens.shape[:2])
     if found != expected:
         raise BatchError(
-            f"the batch has {found} rows and tokens on this rank, its {DESCRIPTION_KEY} says {expected} "
-            f"({description.sequence_length} {prefix.rstrip('_')}{' ' if prefix else ''}tokens over "
-            f"{description.num_shards} ranks{', whole beside images or sound' if is_whole else ''}). {_AS_GIVEN}."
+            f"the batch has {found} rows and tokens on this rank, its {DESCRIPTION_KEY} says "
+            f"{expected} "
+            f"({description.sequence_length} {prefix.rstrip('_')}{' ' if prefix else ''}tokens "
+            "over "
+            f"{description.num_shards} "
+            f"ranks{', whole beside images or sound' if is_whole else ''}). {_AS_GIVEN}."
         )
 
 
-def check_labels(description: SequenceDescription, labels: Tensor | None, used: Tensor | None) -> None:
+def check_labels(
+    description: SequenceDescription, labels: Tensor | None, used: Tensor | None
+) -> None:
     """Refuses labels for a loss of tokens that are not those of this rank's tokens.
 
     Args:
         description: of the batch.
         labels: what the model is given; `[B, S / P]`, or something else.
-        used: the same where they are what its loss counts; None where it would shift them, within the shard.
+        used: the same where they are what its loss counts; None where it would shift them, within
+            the shard.
 
     Raises:
         BatchError: something else, or labels that would be shifted.
@@ -112,7 +136,8 @@ def check_labels(description: SequenceDescription, labels: Tensor | None, used: 
     _check_cut(description, "labels", labels.shape[1] if labels.ndim > 1 else 1, labels)
     if used is None:
         raise BatchError(
-            "the sharded batch has labels and no shift_labels, so the model would shift them within each rank's part. "
+            "the sharded batch has labels and no shift_labels, so the model would shift them "
+            "within each rank's part. "
             f"{_AS_GIVEN}: its shift_labels are the whole sequence's."
         )
 
@@ -120,8 +145,10 @@ def check_labels(description: SequenceDescription, labels: Tensor | None, used: 
 def _check_cut(description: SequenceDescription, key: str, length: int, tensor: Tensor) -> None:
     if length != description.shard_length:
         raise BatchError(
-            f"the batch's {key} has shape {list(tensor.shape)} on this rank, which has {description.shard_length} of "
-            f"{description.sequence_length} tokens. {_AS_GIVEN}, and leave {key} out of batch_schema."
+            f"the batch's {key} has shape {list(tensor.shape)} on this rank, which has "
+            f"{description.shard_length} of "
+            f"{description.sequence_length} tokens. {_AS_GIVEN}, and leave {key} out of "
+            "batch_schema."
         )
 
 
@@ -130,18 +157,26 @@ def _refuse_merged(description: SequenceDescription | None, kwargs: dict[str, An
     found = [name for name in MERGED_KEYS if kwargs.get(name) is not None]
     if found and description is not None and description.num_shards > 1:
         raise BatchError(
-            f"the batch has {', '.join(found)} beside sharded tokens: the model would merge them into a shard's "
-            f"placeholders, which are not all of them, and where it merges is not known. Merge them before "
+            f"the batch has {', '.join(found)} beside sharded tokens: the model would merge them "
+            "into a shard's "
+            "placeholders, which are not all of them, and where it merges is not known. Merge "
+            "them before "
             f"(inputs_embeds), train on text alone, or use sp_size=1 and cp_size=1."
         )
 
 
 def _refuse_blocks(kwargs: dict[str, Any]) -> None:
-    """Refuses what marks the tokens of images for a model that lets these see each other in both directions."""
-    found = [name for name in ("token_type_ids", "mm_token_type_ids") if kwargs.get(name) is not None]
+    """Refuses what marks the tokens of images for a model that lets these see each other in both
+    directions.
+    """
+    found = [
+        name for name in ("token_type_ids", "mm_token_type_ids") if kwargs.get(name) is not None
+    ]
     if found:
         raise UnsupportedModelError(
-            f"by the batch's {', '.join(found)} the model lets tokens of one image or prompt see each other in both "
-            f"directions, which is not computed on a sharded sequence. Leave {', '.join(found)} out, so that each "
+            f"by the batch's {', '.join(found)} the model lets tokens of one image or prompt see "
+            "each other in both "
+            f"directions, which is not computed on a sharded sequence. Leave {', '.join(found)} "
+            "out, so that each "
             f"token sees those before it, or use sp_size=1 and cp_size=1."
         )

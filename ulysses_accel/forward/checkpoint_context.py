@@ -1,7 +1,9 @@
-"""Makes activation checkpoints remember the batch they belong to, for layers that are given no mask.
+"""Makes activation checkpoints remember the batch they belong to, for layers that are given no
+mask.
 
-transformers hands each checkpointed layer the function that checkpoints it, as an attribute. Ours goes around it on the
-instances, so that a recompute in the backward pass sees the forward's description whichever batch came last.
+transformers hands each checkpointed layer the function that checkpoints it, as an attribute. Ours
+goes around it on the instances, so that a recompute in the backward pass sees the forward's
+description whichever batch came last.
 """
 
 from __future__ import annotations
@@ -44,8 +46,11 @@ def describe_checkpoints(model: nn.Module) -> None:
     """Goes around the checkpointing functions that a model's layers have by now."""
     for module in model.modules():
         stock = vars(module).get(_ATTRIBUTE)
-        # Our own engine recomputes within the forward's context variables, the description among them.
-        if stock is None or isinstance(getattr(stock, "__self__", stock), (DescribedCheckpoint, CheckpointedLayers)):
+        # Our own engine recomputes within the forward's context variables, the description among
+        # them.
+        if stock is None or isinstance(
+            getattr(stock, "__self__", stock), (DescribedCheckpoint, CheckpointedLayers)
+        ):
             continue
         setattr(module, _ATTRIBUTE, DescribedCheckpoint(stock))
 

@@ -12,7 +12,8 @@ from ulysses_accel.introspection.structure import attending, sharded_parts, tran
 
 
 class Canary:
-    """Counts the attention layers that run; all ranks run the same ones, so all of them see the same.
+    """Counts the attention layers that run; all ranks run the same ones, so all of them see the
+    same.
 
     Args:
         model: whose attention was installed.
@@ -24,7 +25,8 @@ class Canary:
         sharded = {module for _, module in sharded_parts(transformers_model(model))}
         layers = [module for _, module in attending(model) if module in sharded]
         self._installed = installed
-        # A number, not a set of layers: compiled layers share their code, and what it does beside numbers.
+        # A number, not a set of layers: compiled layers share their code, and what it does beside
+        # numbers.
         self._entered = 0
         self.handles: list[Any] = [layer.register_forward_pre_hook(self._enter) for layer in layers]
 
@@ -32,7 +34,9 @@ class Canary:
         self._entered += 1
 
     def counts(self) -> tuple[int, int]:
-        """Returns how many layers have run so far, and how many calls of attention have come to us."""
+        """Returns how many layers have run so far, and how many calls of attention have come
+        to us.
+        """
         return self._entered, self._installed.num_calls
 
     def check(self, model: nn.Module, before: tuple[int, int]) -> None:
@@ -50,6 +54,8 @@ class Canary:
             return
         raise UnsupportedModelError(
             f"{type(model).__name__} computed a sharded batch with {calls} attention calls through "
-            f"'{self._installed.implementation}' in {entered} attention layers: the others' tokens have only seen "
-            f"their own shard. Something replaced the model's attention after prepare; prepare the model last."
+            f"'{self._installed.implementation}' in {entered} attention layers: the others' tokens "
+            "have only seen "
+            "their own shard. Something replaced the model's attention after prepare; prepare the "
+            "model last."
         )

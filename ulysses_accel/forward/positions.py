@@ -1,11 +1,13 @@
-"""Gives modules the positions of this rank's tokens where a model's forward takes none and would count from 0.
+"""Gives modules the positions of this rank's tokens where a model's forward takes none and would
+count from 0.
 
 Hooks on the instances only, which do nothing outside of a sharded forward.
 
 Rotary angles that follow from the longest position: the whole batch's, not this shard's.
 
-transformers takes the greatest of the positions that a rotary module is given (dynamic and long RoPE). A hook appends
-the batch's longest position to them as one more token, and another cuts its angles off again.
+transformers takes the greatest of the positions that a rotary module is given (dynamic and long
+RoPE). A hook appends the batch's longest position to them as one more token, and another cuts its
+angles off again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def hook_positions(source: PositionSource, current: CurrentPositions) -> Handles
 
     Args:
         source: of a sequence whose positions the model's forward does not take.
-        current: returns the running forward's positions `[B, S / P]` by their key, None outside of a sharded forward.
+        current: returns the running forward's positions `[B, S / P]` by their key, None outside of
+            a sharded forward.
 
     Returns:
         What takes the hooks off.
@@ -71,14 +74,20 @@ class _Give:
         if positions is None or not isinstance(output, Tensor):
             return None
         # Some embeddings expect the positions of one row and add the batch's dim.
-        return output.squeeze(0) if output.ndim == positions.ndim + 2 and output.shape[0] == 1 else None
+        return (
+            output.squeeze(0)
+            if output.ndim == positions.ndim + 2 and output.shape[0] == 1
+            else None
+        )
 
 
 @dataclass(frozen=True)
 class _LookUp:
-    """Replaces the output of a module that counts its tokens, by looking positions up in the table it would make.
+    """Replaces the output of a module that counts its tokens, by looking positions up in the table
+    it would make.
 
-    The table has a row for every position up to the longest of the batch, as such a module keeps it anyway.
+    The table has a row for every position up to the longest of the batch, as such a module keeps it
+    anyway.
     """
 
     key: str
@@ -90,8 +99,12 @@ class _LookUp:
             return None
         padding = int(module.padding_idx)  # type: ignore[arg-type]
         description = active_description()
-        longest = longest_position(description, is_encoder=self.key == "position_ids" and _has_encoder(description))
-        tokens = torch.full((1, max(longest, padding) - padding + 1), padding + 1, device=positions.device)
+        longest = longest_position(
+            description, is_encoder=self.key == "position_ids" and _has_encoder(description)
+        )
+        tokens = torch.full(
+            (1, max(longest, padding) - padding + 1), padding + 1, device=positions.device
+        )
         tokens[0, 0] = padding
         table: Tensor = type(module).forward(module, input_ids=tokens)
         # [L, D], [B, S/P] -> [B, S/P, D]
@@ -107,14 +120,16 @@ def longest_position(description: SequenceDescription | None, is_encoder: bool) 
     side = description.encoder if description is not None and is_encoder else description
     if side is None or side.longest_position is None:
         raise BatchError(
-            "the model's positions follow from the longest one of the whole batch, which the batch's description does "
+            "the model's positions follow from the longest one of the whole batch, which the "
+            "batch's description does "
             "not tell. Describe it with longest_position, as prepared data loaders do."
         )
     return side.longest_position
 
 
 def hook_counts(counts: list[OwnCount], attention: SequenceAttention) -> Handles:
-    """Makes attention modules that count their tokens behind a cache count them as those of the whole sequence.
+    """Makes attention modules that count their tokens behind a cache count them as those of the
+    whole sequence.
 
     Args:
         counts: of modules that add what a cache says.
@@ -142,14 +157,20 @@ class _CountOn:
         description = mask.description if isinstance(mask, DescribedMask) else active_description()
         if description is None:
             return None
-        device = next(value.device for value in bound.arguments.values() if isinstance(value, Tensor))
-        bound.arguments["past_key_values"] = _SeenTokens(_offsets(description, self.attention.shard, device))
+        device = next(
+            value.device for value in bound.arguments.values() if isinstance(value, Tensor)
+        )
+        bound.arguments["past_key_values"] = _SeenTokens(
+            _offsets(description, self.attention.shard, device)
+        )
         return bound.args[1:], bound.kwargs
 
 
 @dataclass(frozen=True)
 class _SeenTokens:
-    """Stands for an empty cache that says for each of this rank's tokens how many of the row's lie before them."""
+    """Stands for an empty cache that says for each of this rank's tokens how many of the row's lie
+    before them.
+    """
 
     offsets: Tensor
 
@@ -219,7 +240,8 @@ def _without_last(module: nn.Module, angles: Any) -> Tensor:
     """Returns angles `[..., S / P + 1, D]` without the last token's."""
     if not isinstance(angles, Tensor) or angles.ndim < 2:
         raise UnsupportedModelError(
-            f"{type(module).__name__} returns {type(angles).__name__} for its positions, where angles of each token "
+            f"{type(module).__name__} returns {type(angles).__name__} for its positions, where "
+            "angles of each token "
             f"were expected. Use a fixed scaling such as yarn or linear."
         )
     return angles.narrow(-2, 0, angles.shape[-2] - 1)

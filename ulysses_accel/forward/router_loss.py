@@ -1,14 +1,16 @@
 """The router (load balancing) loss of mixture-of-experts models, over the whole sequence.
 
-It is not linear in the tokens, so the mean of shards' losses is another number. Hooks on the routers sum what it is
-made of over a forward's layers, one all-reduce of 2E + 1 numbers adds the ranks', and the loss follows from the sums;
-no logits travel, and the shard's are kept only for a call with `output_router_logits=True`. The gradient by the logits
-is added where a router's output goes back through the graph, so that it is right in a recompute too, of whatever kind
-of checkpointing: the forward alone counts tokens.
+It is not linear in the tokens, so the mean of shards' losses is another number. Hooks on the
+routers sum what it is made of over a forward's layers, one all-reduce of 2E + 1 numbers adds the
+ranks', and the loss follows from the sums; no logits travel, and the shard's are kept only for a
+call with `output_router_logits=True`. The gradient by the logits is added where a router's output
+goes back through the graph, so that it is right in a recompute too, of whatever kind of
+checkpointing: the forward alone counts tokens.
 
-Normalisation. The loss is the sequence group's, as in stock data parallelism it is each process's own; without
-`num_items_in_batch` data parallel ranks and micro-steps are averaged. With it, transformers adds the loss of every
-process and micro-step to the step's loss undivided, and so it is here.
+Normalisation. The loss is the sequence group's, as in stock data parallelism it is each process's
+own; without `num_items_in_batch` data parallel ranks and micro-steps are averaged. With it,
+transformers adds the loss of every process and micro-step to the step's loss undivided, and so it
+is here.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ class RouterRecord:
         coefficient: what the loss is multiplied by.
         keeps_logits: whether the caller wants the shard's router logits.
         is_open: whether the forward still runs; afterwards routers run only for a recompute.
-        statistics: `[2E + 1]` of this rank's tokens, None before the first router; of all ranks' behind `loss`.
-        gradient: `[E]`, the wanted gradient by each expert's summed probability, while a backward pass runs.
+        statistics: `[2E + 1]` of this rank's tokens, None before the first router; of all ranks'
+            behind `loss`.
+        gradient: `[E]`, the wanted gradient by each expert's summed probability, while a backward
+            pass runs.
         dtype: of the loss.
         logits: of the layers so far, where wanted.
         token: what `close` takes the record out of the context with.
@@ -82,7 +86,8 @@ class RouterRecord:
             self.mask = _counted(active_description(), self.group, logits.device)
         if self.mask is not None and self.mask.numel() != logits.shape[0]:
             raise ShapeError(
-                f"a router saw {logits.shape[0]} tokens of a shard of {self.mask.numel()}, so its padding can't be "
+                f"a router saw {logits.shape[0]} tokens of a shard of {self.mask.numel()}, so its "
+                "padding can't be "
                 f"told. Set {FLAG}=False, or leave the block that has the router whole."
             )
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -90,10 +95,12 @@ class RouterRecord:
         self.statistics = found if self.statistics is None else self.statistics + found
 
     def loss(self, anchor: Tensor) -> Tensor:
-        """Returns the router loss of the whole sequence, a scalar whose gradient reaches the routers.
+        """Returns the router loss of the whole sequence, a scalar whose gradient reaches the
+        routers.
 
         Args:
-            anchor: a tensor that the forward computed behind all routers; it gets no gradient of this.
+            anchor: a tensor that the forward computed behind all routers; it gets no gradient of
+                this.
         """
         if self.statistics is None:
             raise UnsupportedModelError(
@@ -111,7 +118,9 @@ class RouterRecord:
 
 
 class _RouterLoss(torch.autograd.Function):
-    """Makes the loss of the sums, and tells the routers its gradient before any of them goes back."""
+    """Makes the loss of the sums, and tells the routers its gradient before any of them goes
+    back.
+    """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, record: RouterRecord) -> Tensor:
@@ -124,28 +133,35 @@ class _RouterLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         record = ctx.record
-        # Each rank adds its own tokens' part alone: times their number, the mean over ranks is the gradient.
+        # Each rank adds its own tokens' part alone: times their number, the mean over ranks is the
+        # gradient.
         record.gradient = load_balance_gradient(record.statistics) * grad * record.group.size()
         torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, record))
         return torch.zeros((), dtype=ctx.dtype, device=grad.device).expand(ctx.shape), None
 
 
 def _forget(record: RouterRecord) -> None:
-    """A later backward pass through the same graph, without this loss, must not find the gradient again."""
+    """A later backward pass through the same graph, without this loss, must not find the gradient
+    again.
+    """
     record.gradient = None
 
 
 class _AtRouter(torch.autograd.Function):
-    """A router's outputs as they are; their backward adds the router loss's gradient to that of the logits.
+    """A router's outputs as they are; their backward adds the router loss's gradient to that of the
+    logits.
 
     All of them go through, because models differ in which they use: one that is used is enough.
     """
 
     @staticmethod
-    def forward(ctx: Any, record: RouterRecord, logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, record: RouterRecord, logits: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.record = record
         ctx.save_for_backward(logits)
-        # Copies may be changed in place, as routers' weights are by some models; they are small beside the logits.
+        # Copies may be changed in place, as routers' weights are by some models; they are small
+        # beside the logits.
         return (logits, *(other.clone() for other in others))
 
     @staticmethod
@@ -194,12 +210,18 @@ def _at_router(place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
     return result if isinstance(output, tuple) else result[0]
 
 
-def _counted(description: SequenceDescription | None, group: ProcessGroup, device: torch.device) -> Tensor | None:
-    """Returns which tokens of this rank's shard are not padding, `[B * S / P]`; None where none is."""
+def _counted(
+    description: SequenceDescription | None, group: ProcessGroup, device: torch.device
+) -> Tensor | None:
+    """Returns which tokens of this rank's shard are not padding, `[B * S / P]`; None where
+    none is.
+    """
     if description is None:
         return None
     size = description.batch_size * description.sequence_length
-    if not description.has_holes and size == sum(stop - start for row in description.rows for start, stop in row):
+    if not description.has_holes and size == sum(
+        stop - start for row in description.rows for start, stop in row
+    ):
         return None
     whole = torch.zeros(description.batch_size, description.sequence_length, dtype=torch.bool)
     for row, documents in enumerate(description.rows):
@@ -217,7 +239,8 @@ class RouterLosses:
 
     Args:
         model: the transformers model.
-        use: how it makes the loss; a finding where it can't be computed of shards, None where it makes none.
+        use: how it makes the loss; a finding where it can't be computed of shards, None where it
+            makes none.
         group: the ranks that share each sequence.
         handles: the hooks, from the first forward on that asks for the loss.
     """
@@ -228,7 +251,8 @@ class RouterLosses:
     handles: list[Any] = field(default_factory=list)
 
     def begin(self, kwargs: dict[str, Any]) -> RouterRecord | None:
-        """Starts to count where the loss is asked for, and keeps the model from computing the shard's.
+        """Starts to count where the loss is asked for, and keeps the model from computing the
+        shard's.
 
         Args:
             kwargs: the forward's; changed in place.
@@ -247,9 +271,14 @@ class RouterLosses:
             kwargs[FLAG] = False
             if not self.handles:
                 routers = recorded_routers(self.model)
-                self.handles += [router.register_forward_hook(partial(_at_router, place)) for router, place in routers]
+                self.handles += [
+                    router.register_forward_hook(partial(_at_router, place))
+                    for router, place in routers
+                ]
             top_k, coefficient = self._value(self.use.top_k), self._value(self.use.coefficient)
-            record = RouterRecord(self.group, int(top_k), float(coefficient), keeps_logits=asked is not None)
+            record = RouterRecord(
+                self.group, int(top_k), float(coefficient), keeps_logits=asked is not None
+            )
             record.token = _ACTIVE.set(record)
         return record
 
@@ -295,7 +324,9 @@ def running_for(record: RouterRecord | None) -> Iterator[None]:
 def first_tensor(output: Any) -> Tensor:
     """Returns a tensor of a model's output that lies behind its routers."""
     values = output if isinstance(output, tuple) else output.values()
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    return next(
+        value for value in values if isinstance(value, Tensor) and value.is_floating_point()
+    )
 
 
 def put_router_loss(output: Any, loss: Tensor, record: RouterRecord, place: int = 0) -> Any:
@@ -315,7 +346,8 @@ def put_router_loss(output: Any, loss: Tensor, record: RouterRecord, place: int 
         return (*output[:place], loss, *output[place:], *([logits] if record.keeps_logits else []))
     output["aux_loss"] = loss
     names = [entry.name for entry in fields(output)]
-    # Outputs that have no place for them, as those of TRL's loss heads, could not be made anew by an engine.
+    # Outputs that have no place for them, as those of TRL's loss heads, could not be made anew by
+    # an engine.
     if record.keeps_logits and "router_logits" in names:
         output["router_logits"] = logits
     for name in names:

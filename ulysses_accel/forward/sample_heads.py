@@ -1,12 +1,15 @@
-"""Gives poolers and heads of whole samples what they read, while the layers before them compute shards.
+"""Gives poolers and heads of whole samples what they read, while the layers before them compute
+shards.
 
-A head's forward is run on every rank as one process runs it: it is given the whole tokens and mask, and of the layers'
-result whichever part it reads: the first token, each token's logits, or all. The layers between get their shards back.
-What is behind the exchange is the same on all ranks, so the mean over ranks of its gradients is one process's; the
-exchange's backward sums over ranks, which makes that true of the layers too.
+A head's forward is run on every rank as one process runs it: it is given the whole tokens and mask,
+and of the layers' result whichever part it reads: the first token, each token's logits, or all. The
+layers between get their shards back. What is behind the exchange is the same on all ranks, so the
+mean over ranks of its gradients is one process's; the exchange's backward sums over ranks, which
+makes that true of the layers too.
 
-Rows end at the batch's last token that is not padding. Padding is no answer's start or end: its logits are the lowest
-number there is, so that a padded row has the loss that it has alone, where one process would count its padding.
+Rows end at the batch's last token that is not padding. Padding is no answer's start or end: its
+logits are the lowest number there is, so that a padded row has the loss that it has alone, where
+one process would count its padding.
 """
 
 from __future__ import annotations
@@ -37,14 +40,16 @@ def hook_first_tokens(found: list[FirstToken], group: ProcessGroup, must_be_know
     Args:
         found: the modules.
         group: the ranks that share each sequence, of which the first holds the first token.
-        must_be_known: whether a row that begins with padding is refused, because a loss is made of its first token;
-            otherwise what is made of it is NaN.
+        must_be_known: whether a row that begins with padding is refused, because a loss is made of
+            its first token; otherwise what is made of it is NaN.
 
     Returns:
         What takes the hooks off.
     """
     return [
-        one.module.register_forward_pre_hook(_GiveFirst(group, one.is_cut, must_be_known), with_kwargs=True)
+        one.module.register_forward_pre_hook(
+            _GiveFirst(group, one.is_cut, must_be_known), with_kwargs=True
+        )
         for one in found
     ]
 
@@ -55,12 +60,14 @@ def mean_of_samples(
     num_items: Tensor | int | None,
     group: ProcessGroup,
 ) -> Tensor:
-    """Returns the mean over samples from each rank's, which differ by dropout behind the exchange at most.
+    """Returns the mean over samples from each rank's, which differ by dropout behind the exchange
+    at most.
 
     Args:
         loss: scalar, the mean over the rows of this rank's batch, which the ranks of `group` share.
         labels: of these rows; None where there are others.
-        num_items: `count_items` over all ranks and accumulation steps; None for the mean over this batch.
+        num_items: `count_items` over all ranks and accumulation steps; None for the mean over this
+            batch.
         group: the ranks that share each sequence, or with `num_items` all ranks.
 
     Returns:
@@ -73,7 +80,9 @@ def mean_of_samples(
 
 @dataclass(frozen=True)
 class _GiveFirst:
-    """Replaces a module's sequence, or its own shard's first token, by the first token of the whole row."""
+    """Replaces a module's sequence, or its own shard's first token, by the first token of the whole
+    row.
+    """
 
     group: ProcessGroup
     is_cut: bool
@@ -84,13 +93,18 @@ class _GiveFirst:
         if description is None or description.num_shards == 1 or not args:
             return None
         hidden = args[0]
-        expected = (description.batch_size,) if self.is_cut else (description.batch_size, description.shard_length)
+        expected = (
+            (description.batch_size,)
+            if self.is_cut
+            else (description.batch_size, description.shard_length)
+        )
         if tuple(hidden.shape[:-1]) != expected:
             return None
         padded = _begin_with_padding(description)
         if padded and self.must_be_known:
             raise BatchError(
-                f"row {padded[0]} of the batch begins with padding, and {type(module).__name__} makes the loss of each "
+                f"row {padded[0]} of the batch begins with padding, and {type(module).__name__} "
+                "makes the loss of each "
                 f"row's first token. Pad the rows on the right (padding_side='right')."
             )
         first = _first(hidden if self.is_cut else hidden[:, :1], self.group)
@@ -100,9 +114,13 @@ class _GiveFirst:
 
 
 def _first(tokens: Tensor, group: ProcessGroup) -> Tensor:
-    """Returns the first rank's tokens on all ranks; in every layout its first one is the sequence's."""
+    """Returns the first rank's tokens on all ranks; in every layout its first one is the
+    sequence's.
+    """
     # Filled, not made anew: backward's collective runs on the ranks whose autograd knows of it.
-    return all_reduce(tokens.masked_fill(torch.tensor(group.rank() != 0, device=tokens.device), 0.0), group)
+    return all_reduce(
+        tokens.masked_fill(torch.tensor(group.rank() != 0, device=tokens.device), 0.0), group
+    )
 
 
 def _begin_with_padding(description: SequenceDescription) -> list[int]:
@@ -132,7 +150,8 @@ class WholeHead:
         model: whose forward is the head's.
         head: what it reads of its layers.
         group: the ranks that share each sequence.
-        running: forwards between their first and last hook, the innermost last; None for ordinary batches.
+        running: forwards between their first and last hook, the innermost last; None for ordinary
+            batches.
         warned: whether the user was told of padding that is no answer.
     """
 
@@ -179,25 +198,36 @@ class WholeHead:
         """Refuses batches that the head can't be computed for; all ranks see the same."""
         name = type(self.model).__name__
         if description.is_packed:
-            row, count = next((row, len(found)) for row, found in enumerate(description.rows) if len(found) > 1)
+            row, count = next(
+                (row, len(found)) for row, found in enumerate(description.rows) if len(found) > 1
+            )
             raise BatchError(
-                f"row {row} of the batch holds {count} packed documents, but {name} computes one loss for each row. "
+                f"row {row} of the batch holds {count} packed documents, but {name} computes one "
+                "loss for each row. "
                 f"Give each document a row of its own."
             )
         padded = _begin_with_padding(description)
         if padded and self.head.reads == "first":
             raise BatchError(
-                f"row {padded[0]} of the batch begins with padding, and {name} makes its loss of each row's first "
+                f"row {padded[0]} of the batch begins with padding, and {name} makes its loss of "
+                "each row's first "
                 f"token. Pad the rows on the right (padding_side='right')."
             )
         if self.head.answers and self.head.reads != "logits" and not bool(real.all()):
             raise BatchError(
-                f"the batch is padded, and {name} finds answers among all tokens in a way that padding can't be taken "
+                f"the batch is padded, and {name} finds answers among all tokens in a way that "
+                "padding can't be taken "
                 f"out of. Give rows of equal length, or one row at a time."
             )
-        if not has_ids and not self.head.answers and self.head.reads == "logits" and not bool(real[:, -1].all()):
+        if (
+            not has_ids
+            and not self.head.answers
+            and self.head.reads == "logits"
+            and not bool(real[:, -1].all())
+        ):
             raise BatchError(
-                f"the batch is padded on the right and has inputs_embeds alone, of which {name} would read the last "
+                f"the batch is padded on the right and has inputs_embeds alone, of which {name} "
+                "would read the last "
                 f"place of each row. Pad the rows on the left, or give input_ids."
             )
 
@@ -207,14 +237,18 @@ class WholeHead:
             return
         self.warned = True
         warnings.warn(
-            f"{type(self.model).__name__} is given padded rows: on sharded sequences no answer starts or ends in "
-            f"padding, so each row has the loss that it has alone. One process counts padding among the places of an "
+            f"{type(self.model).__name__} is given padded rows: on sharded sequences no answer "
+            "starts or ends in "
+            "padding, so each row has the loss that it has alone. One process counts padding "
+            "among the places of an "
             f"answer, so its loss is another one.",
             stacklevel=2,
         )
 
     def _whole_ids(self, ids: Tensor, view: _View) -> Tensor:
-        """Returns the whole tokens, in which padding is the padding token that the head looks for."""
+        """Returns the whole tokens, in which padding is the padding token that the head looks
+        for.
+        """
         whole = self._gathered(ids, view)
         config: Any = self.model.config
         padding = config.get_text_config().pad_token_id
@@ -239,13 +273,19 @@ class WholeHead:
         if view is None or self.head.reads not in ("first", "all"):
             return None
         hidden = output[0]
-        read = _first(hidden[:, :1], self.group) if self.head.reads == "first" else self._gathered(hidden, view)
+        read = (
+            _first(hidden[:, :1], self.group)
+            if self.head.reads == "first"
+            else self._gathered(hidden, view)
+        )
         if isinstance(output, tuple):
             return (read, *output[1:])
         output["last_hidden_state"] = read
         return output
 
-    def after_linear(self, _linear: nn.Module, _args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
+    def after_linear(
+        self, _linear: nn.Module, _args: tuple[Any, ...], logits: Tensor
+    ) -> Tensor | None:
         """Gives the head every token's logits."""
         view = self._view()
         if view is None:

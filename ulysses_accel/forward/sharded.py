@@ -1,7 +1,8 @@
-"""One model's sharded forward: takes the description from the batch, and makes `loss` the whole batch's.
+"""One model's sharded forward: takes the description from the batch, and makes `loss` the whole
+batch's.
 
-Whether a forward is sharded is decided by the batch, not by `model.training`: with a `sequence_description` it is, and
-without one the model does what it always did, with its own mask.
+Whether a forward is sharded is decided by the batch, not by `model.training`: with a
+`sequence_description` it is, and without one the model does what it always did, with its own mask.
 """
 
 from __future__ import annotations
@@ -20,13 +21,34 @@ from ulysses_accel.attention import InstalledAttention, SequenceAttention, descr
 from ulysses_accel.forward.batch_checks import check_batch, check_labels, refuse_undescribed_shard
 from ulysses_accel.forward.checkpoint_context import describe_checkpoints, restore_checkpoints
 from ulysses_accel.forward.coverage import Canary
-from ulysses_accel.forward.multimodal import MergedBatch, begin_merged, hook_merged, hook_whole_encoder
-from ulysses_accel.forward.positions import hook_counts, hook_positions, hook_rotary, longest_position
-from ulysses_accel.forward.router_loss import RouterLosses, RouterRecord, first_tensor, put_router_loss, router_losses
+from ulysses_accel.forward.multimodal import (
+    MergedBatch,
+    begin_merged,
+    hook_merged,
+    hook_whole_encoder,
+)
+from ulysses_accel.forward.positions import (
+    hook_counts,
+    hook_positions,
+    hook_rotary,
+    longest_position,
+)
+from ulysses_accel.forward.router_loss import (
+    RouterLosses,
+    RouterRecord,
+    first_tensor,
+    put_router_loss,
+    router_losses,
+)
 from ulysses_accel.forward.sample_heads import WholeHead, hook_first_tokens, mean_of_samples
 from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.multimodal import Merging, merging_of
-from ulysses_accel.introspection.positions import PositionSource, own_counts, position_sources, rotary_modules
+from ulysses_accel.introspection.positions import (
+    PositionSource,
+    own_counts,
+    position_sources,
+    rotary_modules,
+)
 from ulysses_accel.introspection.sample_heads import first_token_modules, read_sample_head
 from ulysses_accel.introspection.source import parameters, takes_keywords
 from ulysses_accel.introspection.structure import encoder_of, reads_tokens, transformers_model
@@ -42,7 +64,8 @@ class ModelTraits:
         loss: how it uses labels; None where it computes no loss.
         positions: where the positions of its sequences come in.
         is_encoder_decoder: whether the described sequence is a decoder's.
-        has_whole_encoder: whether every rank has all of an encoder's input, which is not made of tokens.
+        has_whole_encoder: whether every rank has all of an encoder's input, which is not made of
+            tokens.
         takes_use_cache: whether its forward can be told to keep no keys.
         merging: where it merges images or sound into whole tokens; None where it doesn't.
     """
@@ -70,7 +93,9 @@ class ModelTraits:
 
 @dataclass
 class _Running:
-    """A forward between its first and its last hook; `description` is None for an ordinary batch."""
+    """A forward between its first and its last hook; `description` is None for an ordinary
+    batch.
+    """
 
     description: SequenceDescription | None
     context: AbstractContextManager[None]
@@ -117,35 +142,46 @@ class ShardedForward:
         """Prepares the arguments of a sharded forward; leaves those of an ordinary one alone."""
         kwargs = dict(kwargs)
         description = kwargs.pop(DESCRIPTION_KEY, None)
-        # Ordinary forwards get a context too: one inside of a sharded forward must not see that batch.
+        # Ordinary forwards get a context too: one inside of a sharded forward must not see that
+        # batch.
         context = describe_forward(description)
         context.__enter__()
         running = _Running(description, context, self.canary.counts())
         self.running.append(running)
-        # Refused only now: `after` runs for a forward that raises too, and takes off what was put up here.
+        # Refused only now: `after` runs for a forward that raises too, and takes off what was put
+        # up here.
         if description is None:
             refuse_undescribed_shard(args, kwargs)
             self._warn_of_whole_batch(model, kwargs)
             return args, kwargs
         keys = tuple(source.key for source in self.traits.positions)
-        check_batch(description, args, kwargs, keys, self.traits.is_encoder_decoder, self.traits.merging)
+        check_batch(
+            description, args, kwargs, keys, self.traits.is_encoder_decoder, self.traits.merging
+        )
         describe_checkpoints(self.model)
         running.merged, whole = begin_merged(self.traits.merging, description, kwargs)
         return args, {**self._sharded_arguments(kwargs, running), **whole}
 
     def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Says once that training goes on without sharding: most likely a loader that was not prepared."""
-        if self.warned or not (model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None):
+        """Says once that training goes on without sharding: most likely a loader that was not
+        prepared.
+        """
+        if self.warned or not (
+            model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+        ):
             return
         self.warned = True
         warnings.warn(
-            f"{type(model).__name__} was prepared for {self.group.size()} ranks that share each sequence, and trains "
-            f"on a whole batch: nothing is sharded. Pass the data loader to accelerator.prepare too.",
+            f"{type(model).__name__} was prepared for {self.group.size()} ranks that share each "
+            "sequence, and trains "
+            "on a whole batch: nothing is sharded. Pass the data loader to accelerator.prepare "
+            "too.",
             stacklevel=2,
         )
 
     def _sharded_arguments(self, kwargs: dict[str, Any], running: _Running) -> dict[str, Any]:
-        # Padding is part of the description; a shard's mask would be taken for the whole sequence's.
+        # Padding is part of the description; a shard's mask would be taken for the whole
+        # sequence's.
         kwargs.pop("decoder_attention_mask", None)
         if not self.traits.has_whole_encoder:
             kwargs.pop("attention_mask", None)
@@ -170,7 +206,8 @@ class ShardedForward:
         if loss.labels != "next_token":
             running.labels = kwargs.get("labels")
         elif shifted is not None:
-            # transformers computes a loss only when it is given labels; beside shift_labels it does not use them.
+            # transformers computes a loss only when it is given labels; beside shift_labels it does
+            # not use them.
             running.labels = kwargs["labels"] = shifted
         if loss.labels != "whole" and running.description is not None:
             check_labels(running.description, kwargs.get("labels"), running.labels)
@@ -179,8 +216,12 @@ class ShardedForward:
         if not loss.divides_by_items:
             kwargs.pop("num_items_in_batch", None)
 
-    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Replaces the shard's loss by the whole batch's; runs also when the forward raised, with no output."""
+    def after(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Replaces the shard's loss by the whole batch's; runs also when the forward raised, with
+        no output.
+        """
         running = self.running.pop()
         if running.router is not None:
             running.router.close()
@@ -195,8 +236,14 @@ class ShardedForward:
         used, router, loss = self.traits.loss, running.router, None
         router_loss = None if router is None else router.loss(first_tensor(output))
         # Asked for log-probabilities, a model computes no loss.
-        if used is not None and running.has_loss and (isinstance(output, tuple) or output.loss is not None):
-            added = None if router is None or router_loss is None else router.coefficient * router_loss
+        if (
+            used is not None
+            and running.has_loss
+            and (isinstance(output, tuple) or output.loss is not None)
+        ):
+            added = (
+                None if router is None or router_loss is None else router.coefficient * router_loss
+            )
             loss = output[0] if isinstance(output, tuple) else output.loss
             loss = self._aggregated(loss, running, used, added)
             output = _with_loss(output, loss)
@@ -204,8 +251,12 @@ class ShardedForward:
             output = put_router_loss(output, router_loss, router, 0 if loss is None else 1)
         return output
 
-    def _aggregated(self, loss: Tensor, running: _Running, used: LossUse, added: Tensor | None) -> Tensor:
-        """Returns the whole batch's loss from this rank's, with what the whole sequence's routers add to it."""
+    def _aggregated(
+        self, loss: Tensor, running: _Running, used: LossUse, added: Tensor | None
+    ) -> Tensor:
+        """Returns the whole batch's loss from this rank's, with what the whole sequence's routers
+        add to it.
+        """
         labels, num_items = running.labels, running.num_items_in_batch
         if used.is_of_both or labels is None:
             # Tokens alone are counted, and not what else it is a mean over.
@@ -223,7 +274,8 @@ class ShardedForward:
             if added is not None and num_items is None:
                 loss = loss + added.to(loss.dtype)
             loss = shared_scalar(loss, group)
-        # The engine divides each micro-step's loss by their number, which num_items_in_batch has in it already.
+        # The engine divides each micro-step's loss by their number, which num_items_in_batch has in
+        # it already.
         return loss if num_items is None else loss * self.num_steps()
 
     def current_positions(self, key: str) -> Tensor | None:
@@ -231,11 +283,15 @@ class ShardedForward:
         return self.running[-1].positions.get(key) if self.running else None
 
     def current_merged(self) -> MergedBatch | None:
-        """Returns the running forward's batch where it has images or sound that its model merges."""
+        """Returns the running forward's batch where it has images or sound that its model
+        merges.
+        """
         return self.running[-1].merged if self.running else None
 
     def longest(self, module: nn.Module) -> int | None:
-        """Returns the longest position of a module's sequence, None outside of a sharded forward."""
+        """Returns the longest position of a module's sequence, None outside of a sharded
+        forward.
+        """
         description = self.running[-1].description if self.running else None
         if description is None:
             return None
@@ -265,7 +321,8 @@ def shard_forward(
     world_group: ProcessGroup,
     num_steps: Callable[[], int] = lambda: 1,
 ) -> ShardedForward:
-    """Makes a model compute sharded batches exactly; it must have passed `introspection.supports.check_model`.
+    """Makes a model compute sharded batches exactly; it must have passed
+    `introspection.supports.check_model`.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
@@ -281,7 +338,9 @@ def shard_forward(
     traits, counts = ModelTraits.of(inner), own_counts(inner)
     installed = install(model, attention)
     canary, routers = Canary(model, installed), router_losses(inner, group)
-    sharded = ShardedForward(model, installed, group, world_group, num_steps, traits, canary, routers)
+    sharded = ShardedForward(
+        model, installed, group, world_group, num_steps, traits, canary, routers
+    )
     sharded.handles = [
         *canary.handles,
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
@@ -289,7 +348,9 @@ def shard_forward(
         *hook_counts(counts, attention),
     ]
     for source in traits.positions:
-        sharded.handles += hook_positions(source, sharded.current_positions) if not source.is_argument else []
+        sharded.handles += (
+            hook_positions(source, sharded.current_positions) if not source.is_argument else []
+        )
     encoder = encoder_of(inner)
     if encoder is not None and traits.has_whole_encoder:
         sharded.handles += hook_whole_encoder(encoder)

@@ -1,4 +1,6 @@
-"""The attach point: what `ParallelismConfig` calls when a stock `accelerate.Accelerator` is built with it."""
+"""The attach point: what `ParallelismConfig` calls when a stock `accelerate.Accelerator` is built
+with it.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ from ulysses_accel.tensor_parallel.parallelize import check_engine
 
 
 def build_mesh(config: ParallelismConfig, device_type: str) -> Any:
-    """Builds the mesh of a config over all processes that were launched; `ParallelismConfig.build_device_mesh`.
+    """Builds the mesh of a config over all processes that were launched;
+    `ParallelismConfig.build_device_mesh`.
 
     Args:
-        config: sizes of the axes; a data parallel size that nobody set is derived from the number of processes.
+        config: sizes of the axes; a data parallel size that nobody set is derived from the number
+            of processes.
         device_type: `cpu`, `cuda`, ...
 
     Returns:
@@ -43,7 +47,8 @@ def build_mesh(config: ParallelismConfig, device_type: str) -> Any:
 
 
 def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
-    """Attaches a config to the accelerator that was built with it; `ParallelismConfig._validate_accelerator`.
+    """Attaches a config to the accelerator that was built with it;
+    `ParallelismConfig._validate_accelerator`.
 
     Args:
         config: the accelerator's config, whose mesh is built.
@@ -59,7 +64,11 @@ def attach(config: ParallelismConfig, accelerator: Any) -> Attachment | None:
     if config.tp_size > 1:
         check_engine(config, accelerator)
     is_shared = config.sequence_parallel_size * config.tp_size > 1
-    attachment = Attachment(config, accelerator, sequence_groups(config.get_device_mesh())) if is_shared else None
+    attachment = (
+        Attachment(config, accelerator, sequence_groups(config.get_device_mesh()))
+        if is_shared
+        else None
+    )
     if attachment is not None:
         attach_calling_trainer(attachment)
     if config.ep_size > 1:

@@ -1,4 +1,6 @@
-"""Facts that only a caller's frame has: the running `Accelerator.__init__`, and the Trainer that called it."""
+"""Facts that only a caller's frame has: the running `Accelerator.__init__`, and the Trainer that
+called it.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ def constructor_frame(accelerator: Any) -> FrameType | None:
 
 
 def calling_trainer(accelerator: Any) -> Any:
-    """Returns the Trainer whose method called the running `Accelerator.__init__`; None where no Trainer did.
+    """Returns the Trainer whose method called the running `Accelerator.__init__`; None where no
+    Trainer did.
 
-    The Trainer is nowhere in what it passes to its accelerator, so the frame that has it is the only source.
+    The Trainer is nowhere in what it passes to its accelerator, so the frame that has it is the
+    only source.
 
     Args:
         accelerator: that is being constructed.

@@ -1,4 +1,6 @@
-"""What keeps a model from being computed exactly on a sharded sequence, as values that can be listed and printed."""
+"""What keeps a model from being computed exactly on a sharded sequence, as values that can be
+listed and printed.
+"""
 
 from __future__ import annotations
 

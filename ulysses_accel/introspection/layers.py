@@ -1,4 +1,6 @@
-"""Checks of a model's layers: masks of their own, biases, attention without transformers, statistics of all tokens."""
+"""Checks of a model's layers: masks of their own, biases, attention without transformers,
+statistics of all tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from torch import nn
 
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.routers import FLAG, read_router_loss
-from ulysses_accel.introspection.source import assignments, attention_calls, forward_of, keyword, live_nodes, text_of
+from ulysses_accel.introspection.source import (
+    assignments,
+    attention_calls,
+    forward_of,
+    keyword,
+    live_nodes,
+    text_of,
+)
 from ulysses_accel.introspection.structure import attends_by_itself, sharded_parts, text_config
 
 _REMEDY = "Use a model without it, or sp_size=1 and cp_size=1."
@@ -36,18 +45,25 @@ def check_masks(model: Any) -> Iterator[Finding]:
 
 
 def own_mask(module: nn.Module) -> str | None:
-    """Returns what a module passes to transformers' attention as its mask, where that isn't the mask it was given."""
+    """Returns what a module passes to transformers' attention as its mask, where that isn't the
+    mask it was given.
+    """
     forward = forward_of(module)
     calls = attention_calls(module)
     if forward is None or not calls:
         return None
-    given = {arg.arg for arg in (*forward.args.posonlyargs, *forward.args.args, *forward.args.kwonlyargs)}
+    given = {
+        arg.arg for arg in (*forward.args.posonlyargs, *forward.args.args, *forward.args.kwonlyargs)
+    }
     assigned = list(assignments(forward, module))
     for call in calls:
         mask = keyword(call, "attention_mask") or (call.args[4] if len(call.args) > 4 else None)
         if mask is None or (isinstance(mask, ast.Constant) and mask.value is None):
             continue
-        for value in [mask, *(value for name, value in assigned if isinstance(mask, ast.Name) and mask.id == name)]:
+        for value in [
+            mask,
+            *(value for name, value in assigned if isinstance(mask, ast.Name) and mask.id == name),
+        ]:
             if not _is_given(value, given):
                 return text_of(value)
     return None
@@ -61,7 +77,9 @@ def _is_given(value: ast.expr, given: set[str]) -> bool:
 
 
 def joined_masks(module: nn.Module) -> str | None:
-    """Returns where a module's forward joins masks of two sequences into one, None where it doesn't."""
+    """Returns where a module's forward joins masks of two sequences into one, None where it
+    doesn't.
+    """
     forward = forward_of(module)
     if forward is None or attention_calls(module):
         return None
@@ -75,7 +93,9 @@ def joined_masks(module: nn.Module) -> str | None:
 
 
 def check_attention(model: Any) -> Iterator[Finding]:
-    """Yields layers whose attention is changed by what is not dealt with the heads, or is not transformers' at all."""
+    """Yields layers whose attention is changed by what is not dealt with the heads, or is not
+    transformers' at all.
+    """
     seen: set[type] = set()
     for name, module in sharded_parts(model):
         if type(module) in seen:
@@ -95,13 +115,21 @@ def check_attention(model: Any) -> Iterator[Finding]:
             yield Finding(
                 "attention",
                 name,
-                f"{name} ({type(module).__name__}) weighs tokens by itself, past transformers' AttentionInterface, and "
+                f"{name} ({type(module).__name__}) weighs tokens by itself, past transformers' "
+                "AttentionInterface, and "
                 f"would see only its shard's.",
                 _REMEDY,
             )
     config = text_config(model)
-    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
-        yield Finding("attention", "config", "its positions are ALiBi biases, which are not dealt with the heads.")
+    if (
+        getattr(config, "alibi", False)
+        or getattr(config, "position_embedding_type", None) == "alibi"
+    ):
+        yield Finding(
+            "attention",
+            "config",
+            "its positions are ALiBi biases, which are not dealt with the heads.",
+        )
 
 
 def _is_model(module: nn.Module) -> bool:
@@ -119,7 +147,8 @@ def check_statistics(model: Any) -> Iterator[Finding]:
             yield Finding(
                 "statistics",
                 name,
-                f"{name} scales its embeddings by the share of masked tokens (token_dropout=True), which a shard does "
+                f"{name} scales its embeddings by the share of masked tokens (token_dropout=True), "
+                "which a shard does "
                 f"not know.",
                 "Set token_dropout=False.",
             )
@@ -128,7 +157,8 @@ def check_statistics(model: Any) -> Iterator[Finding]:
             yield Finding(
                 "statistics",
                 name,
-                f"{name} leaves layers out by chance (layerdrop={dropped}), which each rank would draw for itself.",
+                f"{name} leaves layers out by chance (layerdrop={dropped}), which each rank would "
+                "draw for itself.",
                 "Set its layerdrop to 0.",
             )
 
@@ -139,12 +169,15 @@ def check_neighbours(model: Any) -> Iterator[Finding]:
         forward = forward_of(module) if not _is_model(module) else None
         nodes = live_nodes(forward, module) if forward is not None else ()
         parts = {ast.unparse(node) for node in nodes if isinstance(node, ast.Subscript)}
-        shifted = sorted(part for part in parts if part.endswith("[:, 1:]") and f"{part[:-3]}:-1]" in parts)
+        shifted = sorted(
+            part for part in parts if part.endswith("[:, 1:]") and f"{part[:-3]}:-1]" in parts
+        )
         if shifted:
             yield Finding(
                 "layers",
                 name,
-                f"{name} ({type(module).__name__}) joins each token with its neighbours ({shifted[0]}), of which a "
+                f"{name} ({type(module).__name__}) joins each token with its neighbours "
+                f"({shifted[0]}), of which a "
                 f"shard lacks the outermost.",
                 _REMEDY,
             )
@@ -153,5 +186,9 @@ def check_neighbours(model: Any) -> Iterator[Finding]:
 
 def _conditions(module: nn.Module) -> str:
     forward = forward_of(module)
-    tests = [node.test for node in ast.walk(forward) if isinstance(node, ast.If)] if forward is not None else []
+    tests = (
+        [node.test for node in ast.walk(forward) if isinstance(node, ast.If)]
+        if forward is not None
+        else []
+    )
     return " ".join(ast.unparse(test) for test in tests)

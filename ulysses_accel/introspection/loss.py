@@ -1,4 +1,6 @@
-"""Finds out how a model's loss uses labels: its token's, the next one's or its sample's, and counted by whom."""
+"""Finds out how a model's loss uses labels: its token's, the next one's or its sample's, and
+counted by whom.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,12 @@ class LossUse:
     """How a model computes its loss from labels.
 
     Args:
-        labels: as in `BatchRules`: whether a token's label is the next token's or its own, or they are the sample's.
-        divides_by_items: whether it takes `num_items_in_batch` and divides the sum by it; otherwise it is a mean.
-        needs: the arguments that it is made of; beside the `labels` of tokens one of samples, whose mean it adds.
+        labels: as in `BatchRules`: whether a token's label is the next token's or its own, or they
+            are the sample's.
+        divides_by_items: whether it takes `num_items_in_batch` and divides the sum by it; otherwise
+            it is a mean.
+        needs: the arguments that it is made of; beside the `labels` of tokens one of samples, whose
+            mean it adds.
     """
 
     labels: Literal["next_token", "same_token", "whole"]
@@ -55,7 +60,8 @@ class LossUse:
 
 
 def read_loss(model: Any) -> LossUse | list[Finding] | None:
-    """Returns how a transformers model uses labels; None where it takes none, findings where it can't be aggregated.
+    """Returns how a transformers model uses labels; None where it takes none, findings where it
+    can't be aggregated.
 
     Args:
         model: a transformers model.
@@ -64,37 +70,51 @@ def read_loss(model: Any) -> LossUse | list[Finding] | None:
     if head is not None:
         return LossUse("whole", False, ANSWERS if head.answers else ("labels",))
     if set(ANSWERS) <= set(parameters(model)):
-        return [Finding("loss", "forward", "it looks for answers in a way that is not known.", _OUTSIDE)]
+        return [
+            Finding("loss", "forward", "it looks for answers in a way that is not known.", _OUTSIDE)
+        ]
     if "labels" not in parameters(model):
         return None
     forward = forward_of(model)
     if forward is None:
-        # Source-less forwards are taken for what transformers takes a model without a loss of its own for.
+        # Source-less forwards are taken for what transformers takes a model without a loss of its
+        # own for.
         return LossUse("next_token", True)
     findings = [*_cuts(forward)]
     forward = _where_loss_is(model, forward)
     called = calls_of(forward, "self.loss_function")
-    used = _by_loss_function(model, forward, called) if called else _by_cross_entropy(model, forward)
+    used = (
+        _by_loss_function(model, forward, called) if called else _by_cross_entropy(model, forward)
+    )
     if isinstance(used, Finding):
         return [*findings, used]
     return findings or used
 
 
 def _cuts(forward: ast.FunctionDef) -> Iterator[Finding]:
-    found = (node for node in ast.walk(forward) if isinstance(node, ast.Subscript) and mentions(node.value, "labels"))
+    found = (
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Subscript) and mentions(node.value, "labels")
+    )
     cut = [node for node in found if _is_part(node)]
     if cut:
         yield Finding(
             "loss",
             "forward",
-            f"its forward cuts the labels by itself ({text_of(cut[0])}), as if it had the whole sequence.",
+            f"its forward cuts the labels by itself ({text_of(cut[0])}), as if it had the whole "
+            "sequence.",
             _OUTSIDE,
         )
 
 
 def _is_part(node: ast.AST) -> bool:
-    """Whether an expression takes a part of a tensor by places; choosing tokens by a mask is no matter of places."""
-    return isinstance(node, ast.Subscript) and any(isinstance(part, ast.Slice) for part in ast.walk(node.slice))
+    """Whether an expression takes a part of a tensor by places; choosing tokens by a mask is no
+    matter of places.
+    """
+    return isinstance(node, ast.Subscript) and any(
+        isinstance(part, ast.Slice) for part in ast.walk(node.slice)
+    )
 
 
 def _where_loss_is(model: nn.Module, forward: ast.FunctionDef) -> ast.FunctionDef:
@@ -107,10 +127,15 @@ def _where_loss_is(model: nn.Module, forward: ast.FunctionDef) -> ast.FunctionDe
 
 
 def _computes_loss(forward: ast.FunctionDef) -> bool:
-    return any("loss" in ast.unparse(call.func) or "entropy" in ast.unparse(call.func) for call in _calls(forward))
+    return any(
+        "loss" in ast.unparse(call.func) or "entropy" in ast.unparse(call.func)
+        for call in _calls(forward)
+    )
 
 
-def _by_loss_function(model: Any, forward: ast.FunctionDef, calls: list[ast.Call]) -> LossUse | Finding:
+def _by_loss_function(
+    model: Any, forward: ast.FunctionDef, calls: list[ast.Call]
+) -> LossUse | Finding:
     """Reads the use of transformers' loss functions, which `loss_type` chooses."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -140,7 +165,8 @@ def _by_loss_function(model: Any, forward: ast.FunctionDef, calls: list[ast.Call
         return Finding(
             "loss",
             "forward",
-            "its forward does not pass keyword arguments on to its loss, so shift_labels can't reach it and a shard's "
+            "its forward does not pass keyword arguments on to its loss, so shift_labels can't "
+            "reach it and a shard's "
             "labels would be shifted twice.",
             _OUTSIDE,
         )
@@ -148,21 +174,35 @@ def _by_loss_function(model: Any, forward: ast.FunctionDef, calls: list[ast.Call
 
 
 def _gives_unshifted(model: nn.Module, forward: ast.FunctionDef, given: ast.expr | None) -> bool:
-    """Whether the labels as they came are passed where the shifted ones belong: the decoder's inputs are shifted."""
+    """Whether the labels as they came are passed where the shifted ones belong: the decoder's
+    inputs are shifted.
+    """
     if given is None:
         return False
-    values = [value for name, value in assignments(forward, model) if isinstance(given, ast.Name) and name == given.id]
+    values = [
+        value
+        for name, value in assignments(forward, model)
+        if isinstance(given, ast.Name) and name == given.id
+    ]
     return any(mentions(value, "labels") for value in [given, *values])
 
 
 def _by_cross_entropy(model: Any, forward: ast.FunctionDef) -> LossUse | Finding:
-    """Reads a loss that the forward computes with torch's own cross entropy, of logits and labels as they are."""
+    """Reads a loss that the forward computes with torch's own cross entropy, of logits and labels
+    as they are.
+    """
     every = [
-        node for node in ast.walk(forward) if isinstance(node, ast.Call) and _is_cross_entropy(node, forward, model)
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Call) and _is_cross_entropy(node, forward, model)
     ]
     pooled = {name: call for call in every for name in _SAMPLE_LABELS if mentions(call, name)}
     calls = [call for call in every if call not in pooled.values()]
-    others = [name for name in _OTHER_LOSSES if any(name in text_of(node.func) for node in _calls(forward))]
+    others = [
+        name
+        for name in _OTHER_LOSSES
+        if any(name in text_of(node.func) for node in _calls(forward))
+    ]
     added = _are_added(forward, every) and bool(first_token_modules(model))
     if len(calls) != 1 or others or (pooled and not added):
         found = ", ".join([*others, *(text_of(call) for call in every)]) or "none that is known"
@@ -171,7 +211,9 @@ def _by_cross_entropy(model: Any, forward: ast.FunctionDef) -> LossUse | Finding
     logits, labels = _given(call)
     whole = logits is not None and labels is not None and mentions(labels, "labels")
     if not whole or _is_cut(logits, forward, model) or not _is_by_token(logits, model):
-        return Finding("loss", "forward", f"its loss ({text_of(call)}) is not one of each token.", _OUTSIDE)
+        return Finding(
+            "loss", "forward", f"its loss ({text_of(call)}) is not one of each token.", _OUTSIDE
+        )
     return LossUse("same_token", False, ("labels", *pooled))
 
 
@@ -184,7 +226,9 @@ def _given(call: ast.Call) -> tuple[ast.expr | None, ast.expr | None]:
 def _are_added(forward: ast.FunctionDef, calls: list[ast.Call]) -> bool:
     """Whether two losses are added as they are, and nothing else is made of them."""
     stored = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]
-    names = {ast.unparse(node.targets[0]) for node in stored if any(node.value is call for call in calls)}
+    names = {
+        ast.unparse(node.targets[0]) for node in stored if any(node.value is call for call in calls)
+    }
     uses = [
         node
         for node in ast.walk(forward)
@@ -210,13 +254,17 @@ def _is_cross_entropy(call: ast.Call, forward: ast.FunctionDef, model: Any) -> b
         return isinstance(getattr(model, function.removeprefix("self."), None), nn.CrossEntropyLoss)
     made = [value for name, value in assignments(forward, model) if name == function]
     return any(
-        isinstance(value, ast.Call) and ast.unparse(value.func).endswith("CrossEntropyLoss") and not _options(value)
+        isinstance(value, ast.Call)
+        and ast.unparse(value.func).endswith("CrossEntropyLoss")
+        and not _options(value)
         for value in made
     )
 
 
 def _options(call: ast.Call) -> list[str]:
-    """Returns what makes a cross entropy another than the mean over the labels that are not -100."""
+    """Returns what makes a cross entropy another than the mean over the labels that are not
+    -100.
+    """
     words = {word.arg: ast.unparse(word.value) for word in call.keywords}
     return [
         name
@@ -226,7 +274,9 @@ def _options(call: ast.Call) -> list[str]:
 
 
 def _is_cut(logits: ast.expr | None, forward: ast.FunctionDef, model: Any) -> bool:
-    """Whether logits are a part of what the model computed: without the last token, or one token's."""
+    """Whether logits are a part of what the model computed: without the last token, or one
+    token's.
+    """
     if logits is None:
         return True
     names = {node.id for node in ast.walk(logits) if isinstance(node, ast.Name)}
@@ -235,7 +285,9 @@ def _is_cut(logits: ast.expr | None, forward: ast.FunctionDef, model: Any) -> bo
 
 
 def _is_by_token(logits: ast.expr | None, model: Any) -> bool:
-    """Whether logits are flattened to one row of a vocabulary, or of token labels, for each token."""
+    """Whether logits are flattened to one row of a vocabulary, or of token labels, for each
+    token.
+    """
     text = ast.unparse(logits) if logits is not None else ""
     if "vocab" in text or "size(-1)" in text or "shape[-1]" in text:
         return True

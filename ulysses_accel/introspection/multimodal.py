@@ -20,8 +20,8 @@ class Merging:
     Args:
         decoder: what is given the merged embeddings.
         towers: what attends to images or sound, outermost modules only.
-        has_blocks: whether it lets the tokens of one image, or of a prompt, see each other in both directions where the
-            batch says of each token which it is.
+        has_blocks: whether it lets the tokens of one image, or of a prompt, see each other in both
+            directions where the batch says of each token which it is.
     """
 
     decoder: nn.Module
@@ -30,7 +30,8 @@ class Merging:
 
 
 def merging_of(model: Any) -> Merging | None:
-    """Returns where a transformers model merges images or sound; None where it doesn't, or not in a known way.
+    """Returns where a transformers model merges images or sound; None where it doesn't, or not in a
+    known way.
 
     Args:
         model: a transformers model.
@@ -41,7 +42,9 @@ def merging_of(model: Any) -> Merging | None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or decoder is model or "inputs_embeds" not in parameters(decoder):
         return None
-    around = [module for module in model.modules() if module is not decoder and _holds(module, decoder)]
+    around = [
+        module for module in model.modules() if module is not decoder and _holds(module, decoder)
+    ]
     sources = [source_of(type(module)) for module in around]
     if not any("masked_scatter(" in source for source in sources):
         return None

@@ -14,7 +14,12 @@ from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.multimodal import merging_of
 from ulysses_accel.introspection.positions import counts_mask, padding_start
 from ulysses_accel.introspection.source import attention_calls
-from ulysses_accel.introspection.structure import encoder_of, sharded_parts, text_config, transformers_model
+from ulysses_accel.introspection.structure import (
+    encoder_of,
+    sharded_parts,
+    text_config,
+    transformers_model,
+)
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, BatchRules
 
 
@@ -37,10 +42,15 @@ def rules_of(model: nn.Module) -> BatchRules:
 
 
 def _is_causal(model: Any) -> bool | None:
-    """Returns whether all layers of a model of one sequence are causal; None where some are not, or have a window."""
+    """Returns whether all layers of a model of one sequence are causal; None where some are not, or
+    have a window.
+    """
     layers = [module for part, module in sharded_parts(model) if attention_calls(module)]
     kinds = {bool(getattr(module, "is_causal", True)) for module in layers}
-    other = set(getattr(text_config(model), "layer_types", None) or ()) - {"full_attention", "attention"}
+    other = set(getattr(text_config(model), "layer_types", None) or ()) - {
+        "full_attention",
+        "attention",
+    }
     windows = other or any(getattr(module, "sliding_window", None) is not None for module in layers)
     return kinds.pop() if len(kinds) == 1 and not windows and encoder_of(model) is None else None
 
@@ -54,7 +64,10 @@ def common_rules(models: Sequence[nn.Module]) -> BatchRules:
     Raises:
         ConfigError: two models ask for different batches.
     """
-    found = [(type(transformers_model(model)).__name__, _takes_labels(model), rules_of(model)) for model in models]
+    found = [
+        (type(transformers_model(model)).__name__, _takes_labels(model), rules_of(model))
+        for model in models
+    ]
     if not found:
         return PLAIN_RULES
     # A model without a loss takes any labels.
@@ -64,8 +77,10 @@ def common_rules(models: Sequence[nn.Module]) -> BatchRules:
         same = rules if takes_labels else replace(rules, labels=first.labels)
         if _comparable(same) != _comparable(first):
             raise ConfigError(
-                f"{first_name} and {name} were prepared by one accelerator, but ask for different batches: "
-                f"{_comparable(first)} and {_comparable(same)} (labels, positions by the mask, positions' start, "
+                f"{first_name} and {name} were prepared by one accelerator, but ask for different "
+                "batches: "
+                f"{_comparable(first)} and {_comparable(same)} (labels, positions by the mask, "
+                "positions' start, "
                 f"decoder, images or sound). Prepare them with an accelerator each."
             )
     patterns = {rules.is_causal for _, _, rules in found}
@@ -73,7 +88,13 @@ def common_rules(models: Sequence[nn.Module]) -> BatchRules:
 
 
 def _comparable(rules: BatchRules) -> tuple[Any, ...]:
-    return rules.labels, rules.counts_mask, rules.padding_idx, rules.decoder_inputs is not None, rules.merges
+    return (
+        rules.labels,
+        rules.counts_mask,
+        rules.padding_idx,
+        rules.decoder_inputs is not None,
+        rules.merges,
+    )
 
 
 def _takes_labels(model: nn.Module) -> bool:
@@ -99,6 +120,7 @@ def _decoder_inputs(model: Any) -> Callable[[Tensor], Tensor]:
 
 def _refuse_labels_alone(labels: Tensor) -> Tensor:
     raise BatchError(
-        "the batch has labels and no decoder_input_ids, and the model does not say how it makes one of the other. "
+        "the batch has labels and no decoder_input_ids, and the model does not say how it makes "
+        "one of the other. "
         "Put decoder_input_ids into the batch."
     )

@@ -1,7 +1,9 @@
-"""Finds out how a mixture-of-experts model computes its router loss, which is a statistic of the whole sequence.
+"""Finds out how a mixture-of-experts model computes its router loss, which is a statistic of the
+whole sequence.
 
-transformers' load balancing loss is, over the rows of all layers' routers together, E * sum_e(f_e * p_e): f_e is how
-often a row chose expert e, p_e its mean probability. Whether a model's own function is that one is found by calling it.
+transformers' load balancing loss is, over the rows of all layers' routers together, E * sum_e(f_e *
+p_e): f_e is how often a row chose expert e, p_e its mean probability. Whether a model's own
+function is that one is found by calling it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class RouterLossUse:
 
 
 def read_router_loss(model: Any) -> RouterLossUse | Finding | None:
-    """Returns how a transformers model makes its router loss; None where it has none, a finding where it is another.
+    """Returns how a transformers model makes its router loss; None where it has none, a finding
+    where it is another.
 
     Args:
         model: a transformers model.
@@ -51,39 +54,66 @@ def read_router_loss(model: Any) -> RouterLossUse | Finding | None:
         return None
     function = inspect.unwrap(type(model).forward).__globals__.get(_FUNCTION)
     call = calls[0]
-    paths = [_path(argument) for argument in (*call.args[1:3], _coefficient(forward)) if argument is not None]
+    paths = [
+        _path(argument)
+        for argument in (*call.args[1:3], _coefficient(forward))
+        if argument is not None
+    ]
     known = [path for path in paths if path is not None]
     is_stock = len(calls) == 1 and len(call.args) == 4 and not call.keywords and len(known) == 3
     if not is_stock or function is None or not computes_load_balance(function):
-        return _refusal(f"its router loss ({text_of(call)}) is not transformers' load balancing loss of all layers")
+        return _refusal(
+            f"its router loss ({text_of(call)}) is not transformers' load balancing loss of all "
+            "layers"
+        )
     if not list(recorded_routers(model)):
-        return _refusal(f"it does not say which of its modules are routers (_can_record_outputs has no {_LOGITS})")
+        return _refusal(
+            "it does not say which of its modules are routers (_can_record_outputs has no "
+            f"{_LOGITS})"
+        )
     return RouterLossUse(*known)
 
 
 def _refusal(fact: str) -> Finding:
     return Finding(
-        "statistics", "forward", f"{fact}, and a shard does not know the whole sequence ({FLAG}=True).", _REMEDY
+        "statistics",
+        "forward",
+        f"{fact}, and a shard does not know the whole sequence ({FLAG}=True).",
+        _REMEDY,
     )
 
 
 def _coefficient(forward: ast.FunctionDef) -> ast.expr | None:
     """Returns what the router loss is multiplied by where it is added to the loss."""
     for node in ast.walk(forward):
-        added = node.value if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) else None
-        if isinstance(added, ast.BinOp) and isinstance(added.op, ast.Mult) and "aux_loss" in ast.unparse(added.right):
+        added = (
+            node.value if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) else None
+        )
+        if (
+            isinstance(added, ast.BinOp)
+            and isinstance(added.op, ast.Mult)
+            and "aux_loss" in ast.unparse(added.right)
+        ):
             return added.left
     return None
 
 
 def _path(node: ast.expr) -> tuple[str, ...] | None:
-    """Returns the names behind `self` in an expression such as `self.config.num_experts`, None for any other."""
+    """Returns the names behind `self` in an expression such as `self.config.num_experts`, None for
+    any other.
+    """
     names = ast.unparse(node).split(".")
-    return tuple(names[1:]) if names[0] == "self" and all(name.isidentifier() for name in names) else None
+    return (
+        tuple(names[1:])
+        if names[0] == "self" and all(name.isidentifier() for name in names)
+        else None
+    )
 
 
 def computes_load_balance(function: Any) -> bool:
-    """Returns whether a function is the load balancing loss that `load_balance` computes, with and without a mask."""
+    """Returns whether a function is the load balancing loss that `load_balance` computes, with and
+    without a mask.
+    """
     generator = torch.Generator().manual_seed(0)
     layers = tuple(torch.randn(6, 5, generator=generator) for _ in range(2))
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
@@ -94,13 +124,16 @@ def computes_load_balance(function: Any) -> bool:
             return False
         weights = None if given is None else given.reshape(-1)
         counted = torch.stack([router_statistics(logits, 2, weights) for logits in layers]).sum(0)
-        if not torch.allclose(torch.as_tensor(theirs, dtype=torch.float64), load_balance(counted), rtol=1e-4):
+        if not torch.allclose(
+            torch.as_tensor(theirs, dtype=torch.float64), load_balance(counted), rtol=1e-4
+        ):
             return False
     return True
 
 
 def router_statistics(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
-    """Returns what one router's rows add to the loss: choices of each expert, probability of each, and rows.
+    """Returns what one router's rows add to the loss: choices of each expert, probability of each,
+    and rows.
 
     Args:
         logits: `[T, E]`.
@@ -128,7 +161,9 @@ def router_statistics(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor
 
 
 def router_probabilities(logits: Tensor) -> Tensor:
-    """Returns the probabilities of `[T, E]` logits, in float32 at least, as routers choose by them."""
+    """Returns the probabilities of `[T, E]` logits, in float32 at least, as routers choose by
+    them.
+    """
     return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
@@ -139,7 +174,9 @@ def load_balance(statistics: Tensor) -> Tensor:
 
 
 def load_balance_gradient(statistics: Tensor) -> Tensor:
-    """Returns the loss's derivative by each expert's summed probability, `[E]`; choices have none."""
+    """Returns the loss's derivative by each expert's summed probability, `[E]`; choices have
+    none.
+    """
     counts, _, rows = _split(statistics)
     gradient: Tensor = counts.numel() * counts / rows / rows
     return gradient
@@ -147,14 +184,20 @@ def load_balance_gradient(statistics: Tensor) -> Tensor:
 
 def _split(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_experts = statistics.numel() // 2
-    return statistics[:num_experts], statistics[num_experts : 2 * num_experts], statistics[-1].clamp(min=1.0)
+    return (
+        statistics[:num_experts],
+        statistics[num_experts : 2 * num_experts],
+        statistics[-1].clamp(min=1.0),
+    )
 
 
 def recorded_routers(model: Any) -> Iterator[tuple[nn.Module, int]]:
-    """Yields the modules whose outputs transformers records as router logits, with the logits' place in their output.
+    """Yields the modules whose outputs transformers records as router logits, with the logits'
+    place in their output.
 
     Args:
-        model: a transformers model; a model inside of it says by itself what is recorded of its modules.
+        model: a transformers model; a model inside of it says by itself what is recorded of its
+            modules.
     """
     yield from _recorded(model, "", _recorders(model))
 
@@ -164,7 +207,9 @@ def _recorders(model: Any) -> list[Any]:
     return list(recorders) if isinstance(recorders, list | tuple) else [recorders]
 
 
-def _recorded(module: nn.Module, name: str, recorders: list[Any]) -> Iterator[tuple[nn.Module, int]]:
+def _recorded(
+    module: nn.Module, name: str, recorders: list[Any]
+) -> Iterator[tuple[nn.Module, int]]:
     for child_name, child in module.named_children():
         own = _recorders(child) if hasattr(child, "_can_set_attn_implementation") else recorders
         yield from _recorded(child, f"{name}.{child_name}", own)

@@ -1,6 +1,8 @@
-"""Finds what a model computes of whole samples: poolers that read the first token, and the heads behind its layers.
+"""Finds what a model computes of whole samples: poolers that read the first token, and the heads
+behind its layers.
 
-Read from the structure and the source of the forward. A head whose loss is one of tokens is none of these.
+Read from the structure and the source of the forward. A head whose loss is one of tokens is none of
+these.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ulysses_accel.introspection.source import assignments, attention_calls, calls_of, forward_of, is_name, parameters
+from ulysses_accel.introspection.source import (
+    assignments,
+    attention_calls,
+    calls_of,
+    forward_of,
+    is_name,
+    parameters,
+)
 from ulysses_accel.introspection.structure import attending, encoder_of, sharded_parts
 
 Reads = Literal["nothing", "first", "logits", "all"]
@@ -26,7 +35,8 @@ class FirstToken:
 
     Args:
         module: itself.
-        is_cut: whether it is given that token alone `[B, D]`, rather than the sequence that it takes it from.
+        is_cut: whether it is given that token alone `[B, D]`, rather than the sequence that it
+            takes it from.
     """
 
     module: nn.Module
@@ -39,8 +49,8 @@ class SampleHead:
 
     Args:
         base: the model's part that holds all of its layers.
-        reads: what the head reads of the last hidden states: `nothing` (the pooled output only), the `first` token,
-            `logits` that a linear layer makes of each token, or `all` of them.
+        reads: what the head reads of the last hidden states: `nothing` (the pooled output only),
+            the `first` token, `logits` that a linear layer makes of each token, or `all` of them.
         linears: the layers that make those logits, where nothing else is read.
         answers: whether it is to find the tokens where an answer starts and ends.
     """
@@ -52,20 +62,29 @@ class SampleHead:
 
 
 def first_token_modules(model: Any) -> list[FirstToken]:
-    """Returns the modules of a transformers model that read each row's first token, and nothing else of it."""
+    """Returns the modules of a transformers model that read each row's first token, and nothing
+    else of it.
+    """
     found: list[FirstToken] = []
     for _, module in sharded_parts(model):
         if _reads_first(module):
             found.append(FirstToken(module, is_cut=False))
         forward = forward_of(module) if hasattr(module, "_can_set_attn_implementation") else None
-        calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call)] if forward is not None else []
-        cut = [child_called(module, call) for call in calls if call.args and _is_first(call.args[0])]
+        calls = (
+            [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
+            if forward is not None
+            else []
+        )
+        cut = [
+            child_called(module, call) for call in calls if call.args and _is_first(call.args[0])
+        ]
         found += [FirstToken(child, is_cut=True) for child in cut if child is not None]
     return found
 
 
 def read_sample_head(model: Any) -> SampleHead | None:
-    """Returns the head of a transformers model whose loss is one of whole samples; None where there is none known.
+    """Returns the head of a transformers model whose loss is one of whole samples; None where there
+    is none known.
 
     Args:
         model: a transformers model; of an encoder-decoder no head is known.
@@ -107,9 +126,17 @@ def _classifies(model: Any, forward: ast.FunctionDef) -> bool:
     return "problem_type" in ast.unparse(forward)
 
 
-def _base_and_output(model: nn.Module, forward: ast.FunctionDef) -> tuple[nn.Module | None, str | None]:
-    """Returns the child that holds all layers, and the variable that its output goes to; None where not clear."""
-    bases = [(name, child) for name, child in model.named_children() if any(True for _ in attending(child))]
+def _base_and_output(
+    model: nn.Module, forward: ast.FunctionDef
+) -> tuple[nn.Module | None, str | None]:
+    """Returns the child that holds all layers, and the variable that its output goes to; None where
+    not clear.
+    """
+    bases = [
+        (name, child)
+        for name, child in model.named_children()
+        if any(True for _ in attending(child))
+    ]
     if len(bases) != 1:
         return None, None
     name, base = bases[0]
@@ -123,7 +150,11 @@ def _base_and_output(model: nn.Module, forward: ast.FunctionDef) -> tuple[nn.Mod
 def _gives_tokens(forward: ast.FunctionDef, call: ast.Call) -> bool:
     """Whether a call hands on the tokens as they came, which are not choices or parts of them."""
     given = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "input_ids")]
-    targets = [node for node in ast.walk(forward) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    targets = [
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
     return any(is_name(value, "input_ids") for value in given) and not any(
         is_name(node, "input_ids") for node in targets
     )
@@ -135,15 +166,22 @@ def _name_of(forward: ast.FunctionDef, call: ast.Call) -> str | None:
     for node in stored:
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if node.value is call and isinstance(target, ast.Name):
-            names = [part for part in ast.walk(forward) if is_name(part, target.id)]
-            return target.id if sum(isinstance(part.ctx, ast.Store) for part in names) == 1 else None  # type: ignore[attr-defined]
+            stores = 0
+            for part in ast.walk(forward):
+                if isinstance(part, ast.Name) and part.id == target.id:
+                    stores += isinstance(part.ctx, ast.Store)
+            return target.id if stores == 1 else None
     return None
 
 
 def _uses(forward: ast.FunctionDef, model: nn.Module, output: str) -> Iterator[str | nn.Module]:
-    """Yields how each use of the last hidden states in a base model's output reads them; a linear layer as itself."""
+    """Yields how each use of the last hidden states in a base model's output reads them; a linear
+    layer as itself.
+    """
     hidden = _hidden_names(forward, model, output)
-    parents = {id(child): node for node in ast.walk(forward) for child in ast.iter_child_nodes(node)}
+    parents = {
+        id(child): node for node in ast.walk(forward) for child in ast.iter_child_nodes(node)
+    }
     for node in ast.walk(forward):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             continue
@@ -158,7 +196,11 @@ def _uses(forward: ast.FunctionDef, model: nn.Module, output: str) -> Iterator[s
 
 def _use_of_output(part: ast.AST, parent: ast.AST) -> Iterator[str]:
     """Yields how one part of a base model's output is read, other than its hidden states."""
-    name = part.attr if isinstance(part, ast.Attribute) else ast.unparse(part).partition("[")[2].rstrip("]")
+    name = (
+        part.attr
+        if isinstance(part, ast.Attribute)
+        else ast.unparse(part).partition("[")[2].rstrip("]")
+    )
     if name in ("1", ":2", "pooler_output"):
         yield "pooled"
     # What else there is may only be handed on to the caller.
@@ -193,7 +235,11 @@ def _hidden_names(forward: ast.FunctionDef, model: nn.Module, output: str) -> se
             target = node.targets[0]
             names |= {ast.unparse(target.elts[0])} if isinstance(target, ast.Tuple) else set()
     while True:
-        more = {name for name, value in assignments(forward, model) if _hands_on(value, model, output, names)}
+        more = {
+            name
+            for name, value in assignments(forward, model)
+            if _hands_on(value, model, output, names)
+        }
         if more <= names:
             return names
         names |= more
@@ -215,12 +261,21 @@ def _is_hidden(node: ast.AST, output: str, names: set[str]) -> bool:
 def child_called(model: nn.Module, call: ast.AST) -> nn.Module | None:
     """Returns the child that a call in a forward runs, None where it runs something else."""
     function = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
-    child = getattr(model, function.removeprefix("self."), None) if function.startswith("self.") else None
+    child = (
+        getattr(model, function.removeprefix("self."), None)
+        if function.startswith("self.")
+        else None
+    )
     return child if isinstance(child, nn.Module) else None
 
 
 def _is_first(node: ast.AST) -> bool:
-    return isinstance(node, ast.Subscript) and ast.unparse(node.slice) in ("(:, 0)", ":, 0", "(:, 0, :)", ":, 0, :")
+    return isinstance(node, ast.Subscript) and ast.unparse(node.slice) in (
+        "(:, 0)",
+        ":, 0",
+        "(:, 0, :)",
+        ":, 0, :",
+    )
 
 
 def _reads_first(module: nn.Module) -> bool:
@@ -229,7 +284,9 @@ def _reads_first(module: nn.Module) -> bool:
     if forward is None or len(forward.args.args) < 2:
         return False
     name = forward.args.args[1].arg
-    parents = {id(child): node for node in ast.walk(forward) for child in ast.iter_child_nodes(node)}
+    parents = {
+        id(child): node for node in ast.walk(forward) for child in ast.iter_child_nodes(node)
+    }
     uses = [node for node in ast.walk(forward) if is_name(node, name)]
     return bool(uses) and all(
         _is_first(parents[id(node)]) and parents[id(node)].value is node  # type: ignore[attr-defined]

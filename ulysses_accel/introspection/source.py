@@ -14,7 +14,9 @@ from torch import nn
 
 @cache
 def syntax_of(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    """Returns the syntax of a class's forward, undecorated; None where its source can't be had, or is torch's own."""
+    """Returns the syntax of a class's forward, undecorated; None where its source can't be had, or
+    is torch's own.
+    """
     forward = inspect.unwrap(function)
     if forward.__module__.startswith("torch."):
         return None
@@ -48,11 +50,17 @@ def takes_keywords(module: nn.Module) -> bool:
 
 def calls_of(tree: ast.AST, function: str) -> list[ast.Call]:
     """Returns every call of a function, by the text that it is called by."""
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == function
+    ]
 
 
 def keyword(call: ast.Call, name: str | None) -> ast.expr | None:
-    """Returns what a call is given by a keyword, None where it isn't; `name=None` stands for `**keywords`."""
+    """Returns what a call is given by a keyword, None where it isn't; `name=None` stands for
+    `**keywords`.
+    """
     return next((word.value for word in call.keywords if word.arg == name), None)
 
 
@@ -72,7 +80,9 @@ def text_of(node: ast.AST, limit: int = 80) -> str:
 
 
 def assignments(tree: ast.AST, module: nn.Module) -> Iterator[tuple[str, ast.expr]]:
-    """Yields what names are assigned, except where this module's attributes say that it does not happen."""
+    """Yields what names are assigned, except where this module's attributes say that it does not
+    happen.
+    """
     for node in live_nodes(tree, module):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = getattr(node, "value", None)
@@ -81,21 +91,33 @@ def assignments(tree: ast.AST, module: nn.Module) -> Iterator[tuple[str, ast.exp
 
 
 def live_nodes(tree: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
-    """Yields the nodes of a forward, without the branches that this module's attributes rule out."""
+    """Yields the nodes of a forward, without the branches that this module's attributes rule
+    out.
+    """
     children: list[ast.AST] = list(ast.iter_child_nodes(tree))
     if isinstance(tree, ast.If):
         decided = _truth(tree.test, module)
-        children = [tree.test, *([] if decided is False else tree.body), *([] if decided is True else tree.orelse)]
+        children = [
+            tree.test,
+            *([] if decided is False else tree.body),
+            *([] if decided is True else tree.orelse),
+        ]
     if isinstance(tree, ast.IfExp):
         decided = _truth(tree.test, module)
-        children = [tree.test, *([] if decided is False else [tree.body]), *([] if decided is True else [tree.orelse])]
+        children = [
+            tree.test,
+            *([] if decided is False else [tree.body]),
+            *([] if decided is True else [tree.orelse]),
+        ]
     for node in children:
         yield node
         yield from live_nodes(node, module)
 
 
 def _truth(test: ast.expr, module: nn.Module) -> bool | None:
-    """Returns what a condition on a module's own attributes is, None where it asks for anything else."""
+    """Returns what a condition on a module's own attributes is, None where it asks for anything
+    else.
+    """
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         inner = _truth(test.operand, module)
         return None if inner is None else not inner
@@ -111,7 +133,9 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
 
 
 def _own_value(node: ast.expr, module: nn.Module) -> tuple[bool, Any]:
-    """Returns whether an expression is `self.name` or `self.config.name`, and its value; absent names are None."""
+    """Returns whether an expression is `self.name` or `self.config.name`, and its value; absent
+    names are None.
+    """
     text = ast.unparse(node)
     if text == "self.training":
         return False, None
@@ -129,11 +153,15 @@ def _names_interface(forward: ast.FunctionDef) -> bool:
 
 
 def attention_calls(module: nn.Module) -> list[ast.Call]:
-    """Returns the calls of transformers' attention functions in a module's forward; none where it routes none."""
+    """Returns the calls of transformers' attention functions in a module's forward; none where it
+    routes none.
+    """
     forward = forward_of(module)
     if forward is None or not _names_interface(forward):
         return []
     interfaces = {
-        name for name, value in assignments(forward, module) if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(value)
+        name
+        for name, value in assignments(forward, module)
+        if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(value)
     }
     return [call for interface in interfaces for call in calls_of(forward, interface)]

@@ -1,4 +1,6 @@
-"""The parts of a transformers model that sequence parallelism tells apart: its encoder, and what attends in it."""
+"""The parts of a transformers model that sequence parallelism tells apart: its encoder, and what
+attends in it.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,18 @@ def transformers_model(model: nn.Module) -> Any:
         ):
             return module
     raise UnsupportedModelError(
-        f"{type(model).__name__} holds no transformers model, so its attention can't be sharded over the sequence. "
-        f"Call ulysses_accel.ulysses_attention in its attention layers, or use sp_size=1 and cp_size=1."
+        f"{type(model).__name__} holds no transformers model, so its attention can't be sharded "
+        "over the sequence. "
+        "Call ulysses_accel.ulysses_attention in its attention layers, or use sp_size=1 and "
+        "cp_size=1."
     )
 
 
 def is_encoder_decoder(model: Any) -> bool:
     """Returns whether a transformers model reads one sequence and writes another."""
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and encoder_of(model) is not None
+    return (
+        bool(getattr(model.config, "is_encoder_decoder", False)) and encoder_of(model) is not None
+    )
 
 
 def encoder_of(model: Any) -> nn.Module | None:
@@ -43,12 +49,18 @@ def encoder_of(model: Any) -> nn.Module | None:
     if not getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return None
     encoder = model.get_encoder()
-    inside = encoder is not None and encoder is not model and any(part is encoder for part in model.modules())
+    inside = (
+        encoder is not None
+        and encoder is not model
+        and any(part is encoder for part in model.modules())
+    )
     return encoder if inside and any(True for _ in attending(encoder)) else None
 
 
 def reads_tokens(encoder: nn.Module) -> bool:
-    """Returns whether an encoder reads tokens, which are sharded; sound and images are whole on every rank."""
+    """Returns whether an encoder reads tokens, which are sharded; sound and images are whole on
+    every rank.
+    """
     return "input_ids" in parameters(encoder)
 
 
@@ -58,7 +70,9 @@ def attending(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def source_of(cls: Any) -> str:
-    """Returns the source of a class without its comments; nothing where it can't be had, or is torch's own."""
+    """Returns the source of a class without its comments; nothing where it can't be had, or is
+    torch's own.
+    """
     return _source_of(cls)
 
 
@@ -73,16 +87,23 @@ def _source_of(cls: Any) -> str:
 
 
 def attends_by_itself(module: nn.Module) -> bool:
-    """Returns whether a module makes attention weights of its own instead of calling transformers' functions."""
+    """Returns whether a module makes attention weights of its own instead of calling transformers'
+    functions.
+    """
     cls: Any = type(module)
     source = source_of(cls)
     products = ("matmul(", "einsum(", "bmm(", "scaled_dot_product_attention(")
     weighs = "softmax" in source or "scaled_dot_product_attention(" in source
-    return weighs and any(product in source for product in products) and "ALL_ATTENTION_FUNCTIONS" not in source
+    return (
+        weighs
+        and any(product in source for product in products)
+        and "ALL_ATTENTION_FUNCTIONS" not in source
+    )
 
 
 def sharded_parts(model: Any) -> list[tuple[str, nn.Module]]:
-    """Returns the modules that see sharded tokens, with their names: all but towers for images and sound.
+    """Returns the modules that see sharded tokens, with their names: all but towers for images and
+    sound.
 
     Args:
         model: a transformers model.
@@ -96,7 +117,11 @@ def sharded_parts(model: Any) -> list[tuple[str, nn.Module]]:
     if text is model.config or not hasattr(model, "get_decoder"):
         return every
     inside = set(model.get_decoder().modules())
-    return [(name, module) for name, module in every if module in inside] if model not in inside else every
+    return (
+        [(name, module) for name, module in every if module in inside]
+        if model not in inside
+        else every
+    )
 
 
 def text_config(model: Any) -> Any:

@@ -1,6 +1,8 @@
-"""Finds what in a model can't be computed exactly on a sharded sequence, before anything is changed.
+"""Finds what in a model can't be computed exactly on a sharded sequence, before anything is
+changed.
 
-By structure and configuration values, not by a list of model names. Each finding says what was found and what to do.
+By structure and configuration values, not by a list of model names. Each finding says what was
+found and what to do.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ from torch import nn
 
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.introspection.findings import Finding
-from ulysses_accel.introspection.layers import check_attention, check_masks, check_neighbours, check_statistics
+from ulysses_accel.introspection.layers import (
+    check_attention,
+    check_masks,
+    check_neighbours,
+    check_statistics,
+)
 from ulysses_accel.introspection.loss import read_loss
 from ulysses_accel.introspection.positions import check_positions
 from ulysses_accel.introspection.source import attention_calls
@@ -28,11 +35,20 @@ from ulysses_accel.introspection.structure import (
 from ulysses_accel.introspection.token_selection import check_picks
 
 # The last two work on each token by itself.
-_EXACT_LAYERS = {"full_attention", "attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+_EXACT_LAYERS = {
+    "full_attention",
+    "attention",
+    "sliding_attention",
+    "chunked_attention",
+    "mlp",
+    "moe",
+}
 
 
 def find(inner: Any, sp_size: int) -> list[Finding]:
-    """Returns the findings about a transformers model whose heads are dealt over `sp_size` ranks."""
+    """Returns the findings about a transformers model whose heads are dealt over `sp_size`
+    ranks.
+    """
     checks: tuple[Callable[[Any], Iterator[Finding]], ...] = (
         _routing,
         _loss,
@@ -64,12 +80,14 @@ def check_model(model: nn.Module, sp_size: int, sources: str = "") -> None:
     if findings:
         listed = "\n".join(f"- {finding}" for finding in findings)
         raise UnsupportedModelError(
-            f"{type(inner).__name__} can't be trained exactly with {sources or f'sp_size={sp_size}'}:\n{listed}"
+            f"{type(inner).__name__} can't be trained exactly with "
+            f"{sources or f'sp_size={sp_size}'}:\n{listed}"
         )
 
 
 def without_weights(config: Any) -> nn.Module:
-    """Returns the model of a transformers config, of the class that it names or else its language model's.
+    """Returns the model of a transformers config, of the class that it names or else its language
+    model's.
 
     Args:
         config: a transformers config.
@@ -79,14 +97,23 @@ def without_weights(config: Any) -> nn.Module:
     """
     import transformers
 
-    heads = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
+    heads = (
+        "CAUSAL_LM",
+        "SEQ_TO_SEQ_CAUSAL_LM",
+        "MASKED_LM",
+        "IMAGE_TEXT_TO_TEXT",
+        "SPEECH_SEQ_2_SEQ",
+    )
     mappings = [getattr(transformers, f"MODEL_FOR_{head}_MAPPING") for head in heads]
-    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    named = [
+        getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []
+    ]
     listed = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     classes: list[Any] = [found for found in [*named, *listed] if found is not None]
     if not classes:
         raise UnsupportedModelError(
-            f"{type(config).__name__} names no language model that transformers has. Pass the model itself."
+            f"{type(config).__name__} names no language model that transformers has. Pass the "
+            "model itself."
         )
     with torch.device("meta"):
         model: nn.Module = classes[0]._from_config(config)
@@ -99,14 +126,16 @@ def _routing(model: Any) -> Iterator[Finding]:
         yield Finding(
             "attention",
             type(model).__name__,
-            "its layers do not call attention through transformers' AttentionInterface, so it can't be replaced.",
+            "its layers do not call attention through transformers' AttentionInterface, so it "
+            "can't be replaced.",
             "Use a model that does.",
         )
     if getattr(model.config, "is_encoder_decoder", False) and encoder_of(model) is None:
         yield Finding(
             "attention",
             type(model).__name__,
-            "it is an encoder-decoder whose encoder can't be told from its decoder by get_encoder().",
+            "it is an encoder-decoder whose encoder can't be told from its decoder by "
+            "get_encoder().",
             "Use a decoder-only model.",
         )
     yield from _bidirectional_decoder(model)
@@ -114,7 +143,9 @@ def _routing(model: Any) -> Iterator[Finding]:
 
 
 def _bidirectional_decoder(model: Any) -> Iterator[Finding]:
-    """Yields a finding where a decoder's attention to itself can't be told from the one to its encoder."""
+    """Yields a finding where a decoder's attention to itself can't be told from the one to its
+    encoder.
+    """
     encoder = encoder_of(model)
     # Of models that are older than sdpa the masks tell, whatever their modules say.
     if encoder is None or not getattr(model, "_supports_sdpa", False):
@@ -126,24 +157,32 @@ def _bidirectional_decoder(model: Any) -> Iterator[Finding]:
         yield Finding(
             "attention",
             name,
-            f"its decoder sees its own tokens in both directions ({name}.is_causal=False), as it sees the encoder's.",
+            f"its decoder sees its own tokens in both directions ({name}.is_causal=False), as it "
+            "sees the encoder's.",
             "Set is_decoder=True in the decoder's configuration.",
         )
 
 
 def _prefix_decoder(model: Any) -> Iterator[Finding]:
-    """Yields a finding where a model always lets the tokens of an image and its prompt see each other."""
+    """Yields a finding where a model always lets the tokens of an image and its prompt see each
+    other.
+    """
     decoder = model.get_decoder() if text_config(model) is not model.config else None
     if decoder is None or decoder is model:
         return
     layers = [(name, module) for name, module in attending(decoder)]
     around = [part for part in model.modules() if decoder in part.modules() and part is not decoder]
     makes_blocks = any("block_sequence_ids" in source_of(type(part)) for part in around)
-    if makes_blocks and layers and not any(getattr(module, "is_causal", True) for _, module in layers):
+    if (
+        makes_blocks
+        and layers
+        and not any(getattr(module, "is_causal", True) for _, module in layers)
+    ):
         yield Finding(
             "mask",
             layers[0][0],
-            "its decoder lets the tokens of an image and its prompt see each other in both directions, as the batch's "
+            "its decoder lets the tokens of an image and its prompt see each other in both "
+            "directions, as the batch's "
             "token_type_ids say, which is not computed on a sharded sequence.",
         )
 
@@ -161,25 +200,30 @@ def _layers(model: Any) -> Iterator[Finding]:
         yield Finding(
             "layers",
             "config",
-            f"{count} of its {len(types)} layers are {kind}; only full attention, sliding windows and chunks are "
+            f"{count} of its {len(types)} layers are {kind}; only full attention, sliding windows "
+            "and chunks are "
             f"computed on shards.",
         )
 
 
 def _heads(config: Any, sp_size: int) -> Iterator[Finding]:
-    # The tensors have the last word in the forward; what the config says is only used to refuse early.
+    # The tensors have the last word in the forward; what the config says is only used to refuse
+    # early.
     numbers = [value for value in each(config, "num_attention_heads") if isinstance(value, int)]
     if sp_size > min(numbers, default=sp_size):
         yield Finding(
             "heads",
             "sp_size",
-            f"sp_size={sp_size} is more than num_attention_heads={min(numbers)}: a rank would have no head.",
+            f"sp_size={sp_size} is more than num_attention_heads={min(numbers)}: a rank would have "
+            "no head.",
             f"Use sp_size={min(numbers)} at most, and cp_size for the rest.",
         )
 
 
 def each(config: Any, name: str) -> list[Any]:
-    """Returns a config's value; of one whose layers differ in it, which refuses to tell, every layer's."""
+    """Returns a config's value; of one whose layers differ in it, which refuses to tell, every
+    layer's.
+    """
     try:
         return [getattr(config, name, None)]
     except RuntimeError:

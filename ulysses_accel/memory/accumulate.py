@@ -1,4 +1,6 @@
-"""Sums over tiles, kept in a wider dtype than their terms so that nothing is lost however many tiles there are."""
+"""Sums over tiles, kept in a wider dtype than their terms so that nothing is lost however many
+tiles there are.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _adds_to_wider(dtype: torch.dtype) -> bool:
-    """Whether this torch adds products of narrow CUDA matrices to a float32 one; older ones only make new ones."""
+    """Whether this torch adds products of narrow CUDA matrices to a float32 one; older ones only
+    make new ones.
+    """
     factor = torch.zeros(16, 16, dtype=dtype, device="cuda")
     total = torch.zeros(16, 16, dtype=torch.float32, device="cuda")
     try:

@@ -35,13 +35,17 @@ class InstalledMemory:
         self.parts.clear()
 
 
-def apply_memory(model: nn.Module, config: MemoryConfig, *, shares_sequence: bool = False) -> InstalledMemory:
-    """Makes a model train in less memory, with the same loss and gradients; alone or before `Accelerator.prepare`.
+def apply_memory(
+    model: nn.Module, config: MemoryConfig, *, shares_sequence: bool = False
+) -> InstalledMemory:
+    """Makes a model train in less memory, with the same loss and gradients; alone or before
+    `Accelerator.prepare`.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
         config: what to install.
-        shares_sequence: whether the model's attention is installed by an accelerator that shares sequences.
+        shares_sequence: whether the model's attention is installed by an accelerator that shares
+            sequences.
 
     Returns:
         The installation; its `uninstall()` restores the model.
@@ -59,7 +63,9 @@ def apply_memory(model: nn.Module, config: MemoryConfig, *, shares_sequence: boo
         installed.uninstall()
         raise
     if installed.left_alone:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(installed.left_alone.items())[:4])
+        listed = "; ".join(
+            f"{name}: {reason}" for name, reason in list(installed.left_alone.items())[:4]
+        )
         warnings.warn(f"{len(installed.left_alone)} parts stay as they are: {listed}", stacklevel=2)
     return installed
 
@@ -73,7 +79,9 @@ def _install(model: nn.Module, config: MemoryConfig, installed: InstalledMemory)
         installed.parts.append(norms)
         installed.left_alone |= left_alone
     if config.tiled_loss:
-        loss = tile_loss(model, tile_tokens=config.tiled_loss_tokens, use_liger=config.use_liger_loss)
+        loss = tile_loss(
+            model, tile_tokens=config.tiled_loss_tokens, use_liger=config.use_liger_loss
+        )
         installed.parts.append(loss)
     if config.checkpoint:
         installed.parts.append(checkpoint_layers(model, checkpoint_options(config)))

@@ -1,6 +1,7 @@
 """What a sharded sequence is: its documents, padding and layout, described once on the host.
 
-Nothing here talks to another rank or to a model. The attention strategies and the data loader meet only in this folder.
+Nothing here talks to another rank or to a model. The attention strategies and the data loader meet
+only in this folder.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ class SequenceDescription:
     Args:
         sequence_length: tokens S of the whole sequence on all ranks together, padding included.
         num_shards: ranks P that share the sequence; each holds S / P consecutive tokens.
-        rows: for each batch row its documents as (start, stop) token positions, in order; tokens outside of every
-            document are padding.
-        ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between Ulysses ranks.
+        rows: for each batch row its documents as (start, stop) token positions, in order; tokens
+            outside of every document are padding.
+        ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between
+            Ulysses ranks.
         layout: how the tokens are dealt over the ring.
-        holes: for each row the padding that lies inside of its documents, as (start, stop); no token sees it, while the
-            tokens around it see each other. Empty where no row has any.
-        prefixes: for each row and document how many of its first tokens all of its tokens see, whatever their order
-            (prefix language modelling). Empty where no document has any.
+        holes: for each row the padding that lies inside of its documents, as (start, stop); no
+            token sees it, while the tokens around it see each other. Empty where no row has any.
+        prefixes: for each row and document how many of its first tokens all of its tokens see,
+            whatever their order (prefix language modelling). Empty where no document has any.
         longest_position: the greatest position id of the whole batch; None where it is not known.
-        encoder: the sequence that cross-attention reads, of one shard where every rank has all of it; None where it has
-            no padding and every rank has all of it, or where there is no cross-attention.
+        encoder: the sequence that cross-attention reads, of one shard where every rank has all of
+            it; None where it has no padding and every rank has all of it, or where there is no
+            cross-attention.
         cache: what strategies derive once for a batch and use in every layer.
     """
 
@@ -54,12 +57,17 @@ class SequenceDescription:
 
     @classmethod
     def from_document_ids(
-        cls, document_ids: Tensor, num_shards: int, ring_size: int = 1, layout: Layout = "contiguous"
+        cls,
+        document_ids: Tensor,
+        num_shards: int,
+        ring_size: int = 1,
+        layout: Layout = "contiguous",
     ) -> SequenceDescription:
         """Describes a batch by an id for each token.
 
         Args:
-            document_ids: `[B, S]`, equal for consecutive tokens of one document, negative for padding.
+            document_ids: `[B, S]`, equal for consecutive tokens of one document, negative for
+                padding.
             num_shards: ranks P that share the sequence.
             ring_size: ranks of the ring among them.
             layout: how the tokens are dealt over the ring.
@@ -70,7 +78,9 @@ class SequenceDescription:
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         # Positions that count from each document's first token, as `find_documents` reads them.
         first = torch.where(starts, counting, 0).cummax(dim=1).values
-        return cls(ids.shape[1], num_shards, find_documents(counting - first, ids >= 0), ring_size, layout)
+        return cls(
+            ids.shape[1], num_shards, find_documents(counting - first, ids >= 0), ring_size, layout
+        )
 
     @property
     def batch_size(self) -> int:
@@ -94,7 +104,8 @@ class SequenceDescription:
 
     @property
     def is_plain_causal(self) -> bool:
-        """True when causal attention over the whole row is exact: one document from the first token on.
+        """True when causal attention over the whole row is exact: one document from the first token
+        on.
 
         Padding behind the only document is seen by no counted token under a causal mask.
         """
@@ -112,25 +123,33 @@ class SequenceDescription:
 
     @property
     def is_dense(self) -> bool:
-        """True when every row is one document without padding, so that no mask of any kind is needed."""
+        """True when every row is one document without padding, so that no mask of any kind is
+        needed.
+        """
         return not self.has_holes and all(row == ((0, self.sequence_length),) for row in self.rows)
 
     def chunked(self, size: int) -> SequenceDescription:
-        """Returns the description whose documents end at every multiple of `size` tokens too, made once for a batch.
+        """Returns the description whose documents end at every multiple of `size` tokens too, made
+        once for a batch.
 
         Args:
-            size: tokens of a chunk, counted from each document's first token; padding before it does not count.
+            size: tokens of a chunk, counted from each document's first token; padding before it
+                does not count.
 
         Raises:
             ConfigError: the size is not at least 1.
         """
         if size < 1:
-            raise ConfigError(f"chunks of {size} tokens (attention_chunk_size) can't be cut. Use at least 1.")
+            raise ConfigError(
+                f"chunks of {size} tokens (attention_chunk_size) can't be cut. Use at least 1."
+            )
         wanted = ("chunked", size)
         if wanted not in self.cache:
             cut = [
                 chunk_documents(documents, holes, prefixes, size)
-                for documents, holes, prefixes in zip_longest(self.rows, self.holes, self.prefixes, fillvalue=())
+                for documents, holes, prefixes in zip_longest(
+                    self.rows, self.holes, self.prefixes, fillvalue=()
+                )
             ]
             rows, holes, prefixes = (tuple(part) for part in zip(*cut))
             self.cache[wanted] = replace(self, rows=rows, holes=holes, prefixes=prefixes, cache={})
@@ -138,12 +157,18 @@ class SequenceDescription:
         return description
 
     def to(self, *_args: Any, **_kwargs: Any) -> SequenceDescription:
-        """Returns itself: a description lives on the host, and batches are moved by calling `.to` on each entry."""
+        """Returns itself: a description lives on the host, and batches are moved by calling `.to`
+        on each entry.
+        """
         return self
 
 
-def cut_at_multiples(segments: tuple[Segment, ...], origins: tuple[int, ...], size: int) -> tuple[Segment, ...]:
-    """Returns each segment cut at every multiple of `size` tokens from its origin on, which lies at or before it."""
+def cut_at_multiples(
+    segments: tuple[Segment, ...], origins: tuple[int, ...], size: int
+) -> tuple[Segment, ...]:
+    """Returns each segment cut at every multiple of `size` tokens from its origin on, which lies at
+    or before it.
+    """
     found = []
     for (start, stop), origin in zip(segments, origins):
         while start < stop:
@@ -156,7 +181,8 @@ def cut_at_multiples(segments: tuple[Segment, ...], origins: tuple[int, ...], si
 def chunk_documents(
     documents: tuple[Segment, ...], holes: tuple[Segment, ...], prefixes: tuple[int, ...], size: int
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...], tuple[int, ...]]:
-    """Returns one row's documents, holes and prefixes, cut every `size` tokens from each document's first one on.
+    """Returns one row's documents, holes and prefixes, cut every `size` tokens from each document's
+    first one on.
 
     Args:
         documents: (start, stop) token positions.
@@ -175,7 +201,9 @@ def chunk_documents(
 
 
 def visible_rows(description: SequenceDescription) -> Rows:
-    """Returns for each row its tokens that are no padding, in the fewest segments; found once for a batch."""
+    """Returns for each row its tokens that are no padding, in the fewest segments; found once for a
+    batch.
+    """
     if "visible" not in description.cache:
         description.cache["visible"] = tuple(
             joined(piece for pieces in document_pieces(documents, holes) for piece in pieces)

@@ -1,7 +1,8 @@
 """Where the documents of a batch lie, from whatever the batch says about them.
 
-In this order: `cu_seq_lens_q`, `seq_idx`, an attention mask that numbers its documents, and positions that start over.
-A plain attention mask takes padding out of them. Works on the host: a batch that lies on a device is read once here.
+In this order: `cu_seq_lens_q`, `seq_idx`, an attention mask that numbers its documents, and
+positions that start over. A plain attention mask takes padding out of them. Works on the host: a
+batch that lies on a device is read once here.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ CUMULATIVE_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 
 
 def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Returns where a document begins: at the first counted token, and wherever positions do not go up by one.
+    """Returns where a document begins: at the first counted token, and wherever positions do not go
+    up by one.
 
     Args:
         position_ids: `[B, S]`.
-        attention_mask: `[B, S]`, nonzero for tokens, zero for padding; None where there is no padding.
+        attention_mask: `[B, S]`, nonzero for tokens, zero for padding; None where there is no
+            padding.
 
     Returns:
         `[B, S]` of bool, False on padding.
@@ -42,7 +45,8 @@ def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) 
 
 
 def find_documents(position_ids: Tensor, attention_mask: Tensor | None = None) -> Rows:
-    """Returns each row's documents as (start, stop) pairs; a hole of padding inside a row ends a document.
+    """Returns each row's documents as (start, stop) pairs; a hole of padding inside a row ends a
+    document.
 
     Args:
         position_ids: `[B, S]`, on the host.
@@ -72,16 +76,23 @@ def documents_from_lengths(cu_seq_lens: Sequence[int], length: int) -> tuple[Seg
     """Returns one row's documents from cumulative lengths `[0, end of first, end of second, ...]`.
 
     Args:
-        cu_seq_lens: as flash attention takes them; the last may lie before `length`, what follows is padding.
+        cu_seq_lens: as flash attention takes them; the last may lie before `length`, what follows
+            is padding.
         length: tokens of the row.
 
     Raises:
         BatchError: the lengths do not start at 0, go down, or pass the end of the row.
     """
     bounds = [int(bound) for bound in cu_seq_lens]
-    if not bounds or bounds[0] != 0 or bounds[-1] > length or any(a > b for a, b in pairwise(bounds)):
+    if (
+        not bounds
+        or bounds[0] != 0
+        or bounds[-1] > length
+        or any(a > b for a, b in pairwise(bounds))
+    ):
         raise BatchError(
-            f"cumulative document lengths {bounds[:8]}{'...' if len(bounds) > 8 else ''} do not fit a row of {length} "
+            f"cumulative document lengths {bounds[:8]}{'...' if len(bounds) > 8 else ''} do not "
+            f"fit a row of {length} "
             f"tokens. They must start at 0, never go down, and end at {length} at most."
         )
     return tuple((a, b) for a, b in pairwise(bounds) if b > a)
@@ -132,7 +143,8 @@ class Documents:
 
     Args:
         rows: for each row its documents as (start, stop).
-        holes: for each row the padding inside of its documents as (start, stop); empty where no row has any.
+        holes: for each row the padding inside of its documents as (start, stop); empty where no row
+            has any.
         marked: whether something other than positions told the documents apart.
     """
 
@@ -141,12 +153,16 @@ class Documents:
     marked: bool
 
     def spans(self, length: int) -> Tensor:
-        """Returns `[B, S]` of bool, on the host: whether a token lies in a document, or in a hole of one."""
+        """Returns `[B, S]` of bool, on the host: whether a token lies in a document, or in a hole
+        of one.
+        """
         return _covered(self.rows, length)
 
     def token_mask(self, length: int) -> Tensor:
         """Returns `[B, S]` of bool, on the host: whether a token is one, rather than padding."""
-        return self.spans(length) & ~_covered(self.holes, length) if self.holes else self.spans(length)
+        return (
+            self.spans(length) & ~_covered(self.holes, length) if self.holes else self.spans(length)
+        )
 
     def starts(self, length: int) -> Tensor:
         """Returns `[B, S]` of bool, on the host: whether a token is a document's first."""
@@ -167,14 +183,17 @@ def _covered(rows: Rows, length: int) -> Tensor:
     return change.cumsum(1)[:, :length] > 0
 
 
-def find_rows(batch: Mapping[str, Any], batch_size: int, length: int, prefix: str = "") -> Documents:
+def find_rows(
+    batch: Mapping[str, Any], batch_size: int, length: int, prefix: str = ""
+) -> Documents:
     """Returns the documents of a batch.
 
-    Padding between tokens of one document is a hole in it; between documents, and at the ends, it belongs to none.
+    Padding between tokens of one document is a hole in it; between documents, and at the ends, it
+    belongs to none.
 
     Args:
-        batch: may hold `cu_seq_lens_q` `[n]`, `seq_idx` `[B, S]`, `attention_mask` `[B, S]`, and `position_ids`
-            `[B, S]`, `[1, S]` or `[k, B, S]`.
+        batch: may hold `cu_seq_lens_q` `[n]`, `seq_idx` `[B, S]`, `attention_mask` `[B, S]`, and
+            `position_ids` `[B, S]`, `[1, S]` or `[k, B, S]`.
         batch_size: rows B.
         length: tokens S, before padding.
         prefix: of the mask's and the positions' names.
@@ -182,26 +201,41 @@ def find_rows(batch: Mapping[str, Any], batch_size: int, length: int, prefix: st
     Raises:
         BatchError: a mask that is not `[B, S]`, or cumulative lengths that don't fit the batch.
     """
-    mask = _mask(batch.get(f"{prefix}attention_mask"), f"{prefix}attention_mask", batch_size, length)
+    mask = _mask(
+        batch.get(f"{prefix}attention_mask"), f"{prefix}attention_mask", batch_size, length
+    )
     valid = torch.ones(batch_size, length, dtype=torch.bool) if mask is None else mask != 0
     ids = _document_ids(batch, mask, batch_size, length)
     if ids is not None:
         return _documents(ids, valid & (ids >= 0), "ids")
     positions = batch.get(f"{prefix}position_ids")
     if not isinstance(positions, Tensor):
-        return _documents(torch.zeros(batch_size, length, dtype=torch.int64), valid, "ids", marked=False)
+        return _documents(
+            torch.zeros(batch_size, length, dtype=torch.int64), valid, "ids", marked=False
+        )
     if positions.ndim == 3 and positions.shape[1:] == (batch_size, length):
-        # Four planes: transformers puts plain text positions first. Three: the first is time, which stands still within
-        # an image and jumps behind it, so that only going down tells a new document.
-        return _documents(positions[0].detach().cpu(), valid, "positions" if positions.shape[0] == 4 else "time")
-    return _documents(_as_rows(positions, f"{prefix}position_ids", batch_size, length), valid, "positions")
+        # Four planes: transformers puts plain text positions first. Three: the first is time, which
+        # stands still within an image and jumps behind it, so that only going down tells a new
+        # document.
+        return _documents(
+            positions[0].detach().cpu(), valid, "positions" if positions.shape[0] == 4 else "time"
+        )
+    return _documents(
+        _as_rows(positions, f"{prefix}position_ids", batch_size, length), valid, "positions"
+    )
 
 
-def _document_ids(batch: Mapping[str, Any], mask: Tensor | None, batch_size: int, length: int) -> Tensor | None:
-    """Returns a number for each token's document, negative for padding; None where the batch has no such numbers."""
+def _document_ids(
+    batch: Mapping[str, Any], mask: Tensor | None, batch_size: int, length: int
+) -> Tensor | None:
+    """Returns a number for each token's document, negative for padding; None where the batch has no
+    such numbers.
+    """
     if batch.get("cu_seq_lens_q") is not None:
         ids = torch.full((1, length), -1)
-        for number, (start, stop) in enumerate(_cumulative(batch["cu_seq_lens_q"], batch_size, length)):
+        for number, (start, stop) in enumerate(
+            _cumulative(batch["cu_seq_lens_q"], batch_size, length)
+        ):
             ids[0, start:stop] = number
         return ids
     if isinstance(batch.get("seq_idx"), Tensor):
@@ -219,14 +253,18 @@ def _documents(numbers: Tensor, valid: Tensor, kind: str, marked: bool | None = 
     )
 
 
-def _row(numbers: Tensor, valid: Tensor, kind: str) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+def _row(
+    numbers: Tensor, valid: Tensor, kind: str
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """Returns one row's documents and their holes.
 
     Args:
-        numbers: `[S]`, by which two tokens with nothing but padding between are in one document or not.
+        numbers: `[S]`, by which two tokens with nothing but padding between are in one document or
+            not.
         valid: `[S]` of bool, False for padding.
-        kind: `ids`: equal numbers are one document; `positions`: the next number, or behind padding any greater one;
-            `time`: a number that is not smaller, or behind padding any greater one.
+        kind: `ids`: equal numbers are one document; `positions`: the next number, or behind padding
+            any greater one; `time`: a number that is not smaller, or behind padding any greater
+            one.
     """
     index = valid.nonzero().flatten()
     if not index.numel():
@@ -236,7 +274,9 @@ def _row(numbers: Tensor, valid: Tensor, kind: str) -> tuple[tuple[tuple[int, in
     if kind == "ids":
         new = before != after
     else:
-        new = torch.where(apart, after <= before, after < before if kind == "time" else after != before + 1)
+        new = torch.where(
+            apart, after <= before, after < before if kind == "time" else after != before + 1
+        )
     seams = new.nonzero().flatten()
     starts = torch.cat([index[:1], right[seams]]).tolist()
     stops = torch.cat([left[seams], index[-1:]]).tolist()
@@ -249,21 +289,34 @@ def _mask(mask: Any, name: str, batch_size: int, length: int) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch_size, length):
-        shape = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+        shape = (
+            f"of shape {list(mask.shape)}"
+            if isinstance(mask, Tensor)
+            else f"that is a {type(mask).__name__}"
+        )
         raise BatchError(
-            f"the batch has {'an' if name[0] == 'a' else 'a'} {name} {shape}, but only a [batch, sequence] mask, here "
-            f"[{batch_size}, {length}], can be sharded. Tell documents apart by position_ids that start over instead."
+            f"the batch has {'an' if name[0] == 'a' else 'a'} {name} {shape}, but only a [batch, "
+            "sequence] mask, here "
+            f"[{batch_size}, {length}], can be sharded. Tell documents apart by position_ids that "
+            "start over instead."
         )
     host = mask.detach().cpu()
     if host.is_floating_point() and not bool(((host == 0) | (host == 1)).all()):
-        raise BatchError(f"the {name} has values other than 0 and 1. Give 1 for tokens and 0 for padding.")
+        raise BatchError(
+            f"the {name} has values other than 0 and 1. Give 1 for tokens and 0 for padding."
+        )
     return host.to(torch.int64)
 
 
 def _as_rows(tensor: Tensor, name: str, batch_size: int, length: int) -> Tensor:
-    if tensor.ndim not in (1, 2) or tensor.shape[-1] != length or tensor.numel() not in (length, batch_size * length):
+    if (
+        tensor.ndim not in (1, 2)
+        or tensor.shape[-1] != length
+        or tensor.numel() not in (length, batch_size * length)
+    ):
         raise BatchError(
-            f"'{name}' has shape {list(tensor.shape)}, but the batch's sequence is [{batch_size}, {length}]. "
+            f"'{name}' has shape {list(tensor.shape)}, but the batch's sequence is [{batch_size}, "
+            f"{length}]. "
             "Give one number for each token."
         )
     return tensor.detach().cpu().reshape(-1, length).expand(batch_size, length)
@@ -271,14 +324,18 @@ def _as_rows(tensor: Tensor, name: str, batch_size: int, length: int) -> Tensor:
 
 def _cumulative(bounds: Any, batch_size: int, length: int) -> tuple[tuple[int, int], ...]:
     values = bounds.detach().cpu().flatten().tolist() if isinstance(bounds, Tensor) else bounds
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
+    if not isinstance(values, (list, tuple)) or not all(
+        isinstance(value, (int, float)) for value in values
+    ):
         raise BatchError(
-            f"cu_seq_lens_q is {bounds!r:.80}, but it should be the cumulative lengths of the row's documents, "
+            f"cu_seq_lens_q is {bounds!r:.80}, but it should be the cumulative lengths of the "
+            "row's documents, "
             "[0, end of first, end of second, ...]. Give them as a 1-D integer tensor."
         )
     if batch_size != 1:
         raise BatchError(
-            f"cu_seq_lens_q describes one row of packed documents, but the batch has {batch_size} rows. "
+            f"cu_seq_lens_q describes one row of packed documents, but the batch has {batch_size} "
+            "rows. "
             "Use batch size 1 with it, or position_ids that start over in each row."
         )
     return documents_from_lengths([int(value) for value in values], length)

@@ -1,9 +1,11 @@
-"""What losses of whole samples need of a sharded sequence: all of it, one rank's part of it, or one vector of a row.
+"""What losses of whole samples need of a sharded sequence: all of it, one rank's part of it, or one
+vector of a row.
 
-Each function is differentiable, and its backward sums over ranks what each of them does with the result. Where every
-rank computes the same loss of it, as one process would, the mean over ranks of the gradients, which every engine takes,
-is one process's gradient: of what lies before the exchange and of what lies behind it. A loss that already carries the
-factor of `aggregate_loss` does not need them.
+Each function is differentiable, and its backward sums over ranks what each of them does with the
+result. Where every rank computes the same loss of it, as one process would, the mean over ranks of
+the gradients, which every engine takes, is one process's gradient: of what lies before the exchange
+and of what lies behind it. A loss that already carries the factor of `aggregate_loss` does not need
+them.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ Pooling = Literal["first", "last", "mean", "max"]
 Unit = Literal["row", "document"]
 
 
-def gather_sequence(tensor: Tensor, description: SequenceDescription, group: ProcessGroup, *, dim: int = 1) -> Tensor:
-    """Returns the whole sequence on every rank, in the tokens' own order whatever the layout, padding included.
+def gather_sequence(
+    tensor: Tensor, description: SequenceDescription, group: ProcessGroup, *, dim: int = 1
+) -> Tensor:
+    """Returns the whole sequence on every rank, in the tokens' own order whatever the layout,
+    padding included.
 
     Args:
         tensor: `[B, S / P, ...]`, this rank's shard.
@@ -49,8 +54,11 @@ def gather_sequence(tensor: Tensor, description: SequenceDescription, group: Pro
     return whole if order is None else whole.index_select(dim, order.argsort())
 
 
-def shard_sequence(tensor: Tensor, description: SequenceDescription, group: ProcessGroup, *, dim: int = 1) -> Tensor:
-    """Returns this rank's part of a sequence that it has all of: the inverse of `gather_sequence`, without exchange.
+def shard_sequence(
+    tensor: Tensor, description: SequenceDescription, group: ProcessGroup, *, dim: int = 1
+) -> Tensor:
+    """Returns this rank's part of a sequence that it has all of: the inverse of `gather_sequence`,
+    without exchange.
 
     Args:
         tensor: `[B, S, ...]`, in the tokens' own order, padded as the batch is.
@@ -82,18 +90,20 @@ def pool_sequence(
     *,
     of: Unit = "row",
 ) -> Tensor:
-    """Returns one vector for each row or document of a sharded sequence; padding and holes don't count.
+    """Returns one vector for each row or document of a sharded sequence; padding and holes don't
+    count.
 
-    No rank gets the whole sequence: each adds what its own tokens give, and one vector for each row is exchanged.
+    No rank gets the whole sequence: each adds what its own tokens give, and one vector for each row
+        is exchanged.
 
     Args:
         hidden: `[B, S / P, ...]`, this rank's shard, usually `[B, S / P, D]`.
         description: of the batch, its `sequence_description`.
         group: the P ranks that share the sequence, `accelerator.sequence_parallel.group`.
-        how: the `first` or `last` token that is not padding, the `mean` over tokens, or the `max` of each feature,
-            whose gradient is shared by equal tokens, as in `torch.amax`.
-        of: what is pooled: each `row` `[B, ...]`, or each `document` of packed rows `[N, ...]`, in the order of
-            `description.rows`.
+        how: the `first` or `last` token that is not padding, the `mean` over tokens, or the `max`
+            of each feature, whose gradient is shared by equal tokens, as in `torch.amax`.
+        of: what is pooled: each `row` `[B, ...]`, or each `document` of packed rows `[N, ...]`, in
+            the order of `description.rows`.
 
     Returns:
         `[B, ...]` or `[N, ...]`, the same on every rank; zeros for a row of nothing but padding.
@@ -104,7 +114,8 @@ def pool_sequence(
     """
     if how not in ("first", "last", "mean", "max") or of not in ("row", "document"):
         raise ConfigError(
-            f"pool_sequence was asked for the {how!r} of each {of!r}. Use 'first', 'last', 'mean' or 'max', of a "
+            f"pool_sequence was asked for the {how!r} of each {of!r}. Use 'first', 'last', 'mean' "
+            "or 'max', of a "
             f"'row' or a 'document'."
         )
     _check(hidden, description, group, 1, description.shard_length)
@@ -128,7 +139,8 @@ def pool_sequence(
 
 
 def unit_numbers(description: SequenceDescription, of: Unit = "row") -> Tensor:
-    """Returns for each token the number of the row or document that it counts for, -1 for padding and holes.
+    """Returns for each token the number of the row or document that it counts for, -1 for padding
+    and holes.
 
     Args:
         description: of the batch.
@@ -191,16 +203,20 @@ def _order(description: SequenceDescription, device: torch.device) -> Tensor | N
     return None if order is None else order.to(device)
 
 
-def _check(tensor: Tensor, description: SequenceDescription, group: ProcessGroup, dim: int, length: int) -> None:
+def _check(
+    tensor: Tensor, description: SequenceDescription, group: ProcessGroup, dim: int, length: int
+) -> None:
     """Refuses what is not a tensor of the described batch; all ranks see the same."""
     if description.num_shards not in (1, group.size()):
         raise ShapeError(
-            f"the batch's sequence_description is of {description.num_shards} ranks that share a sequence, the group "
+            f"the batch's sequence_description is of {description.num_shards} ranks that share a "
+            "sequence, the group "
             f"given has {group.size()}. Use accelerator.sequence_parallel.group."
         )
     if not -tensor.ndim <= dim < tensor.ndim or tensor.shape[dim] != length:
         raise ShapeError(
             f"a tensor of shape {tuple(tensor.shape)} was given for {length} tokens in dim {dim} "
-            f"({description.sequence_length} tokens over {description.num_shards} ranks). Give the tensor of this "
+            f"({description.sequence_length} tokens over {description.num_shards} ranks). Give the "
+            "tensor of this "
             f"batch, and its sequence dim."
         )

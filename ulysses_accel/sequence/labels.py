@@ -10,8 +10,11 @@ from ulysses_accel.sequence.documents import Rows, Segment
 IGNORE_INDEX = -100
 
 
-def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX, holes: Rows = ()) -> Tensor:
-    """Returns labels moved one token to the left, so that a token's label is its successor in the same document.
+def shift_labels(
+    labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX, holes: Rows = ()
+) -> Tensor:
+    """Returns labels moved one token to the left, so that a token's label is its successor in the
+    same document.
 
     Args:
         labels: `[B, S]`, unshifted, as transformers' data collators give them.
@@ -20,13 +23,16 @@ def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX, h
         holes: the padding inside of each row's documents; empty where there is none.
 
     Returns:
-        `[B, S]`; the last token of every document, the last one before a hole, and padding, have `ignore_index`.
+        `[B, S]`; the last token of every document, the last one before a hole, and padding, have
+        `ignore_index`.
     """
     shifted = torch.full_like(labels, ignore_index)
     for row, segments in enumerate(rows):
         # One copy for the row, then the few seams: documents are many, seams are one token each.
         shifted[row, :-1] = labels[row, 1:]
-        last = torch.tensor([stop - 1 for _, stop in segments], dtype=torch.long, device=labels.device)
+        last = torch.tensor(
+            [stop - 1 for _, stop in segments], dtype=torch.long, device=labels.device
+        )
         shifted[row, last] = ignore_index
         _ignore_padding(shifted[row], segments, ignore_index)
     for row, gaps in enumerate(holes):
@@ -47,5 +53,7 @@ def _ignore_padding(row: Tensor, segments: tuple[Segment, ...], ignore_index: in
 
 
 def num_counted(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Returns how many labels count, as an integer scalar on the labels' device (no host synchronization)."""
+    """Returns how many labels count, as an integer scalar on the labels' device (no host
+    synchronization).
+    """
     return (labels != ignore_index).sum()

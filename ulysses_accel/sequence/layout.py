@@ -1,7 +1,8 @@
-"""How the tokens of a sequence are dealt to the ranks that share it: runs of equally spaced tokens, and their order.
+"""How the tokens of a sequence are dealt to the ranks that share it: runs of equally spaced tokens,
+and their order.
 
-With a ring of R ranks of which each is a Ulysses group of U ranks, the tokens are put in ring order first, and then cut
-into R × U consecutive shards.
+With a ring of R ranks of which each is a Ulysses group of U ranks, the tokens are put in ring order
+first, and then cut into R × U consecutive shards.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "striped")
 
 @dataclass(frozen=True)
 class Run:
-    """Equally spaced tokens of one rank: local index `offset + i` is the sequence's token `start + i * step`.
+    """Equally spaced tokens of one rank: local index `offset + i` is the sequence's token `start +
+    i * step`.
 
     Args:
         start: token position of the first one.
@@ -36,14 +38,18 @@ class Run:
     offset: int
 
     def indices_of(self, first: int, last: int) -> tuple[int, int]:
-        """Returns the run's own indices (from, to) of its tokens with positions in [first, last)."""
+        """Returns the run's own indices (from, to) of its tokens with positions in [first,
+        last).
+        """
         low = max(0, -(-(first - self.start) // self.step))
         high = min(self.count, -(-(last - self.start) // self.step))
         return low, max(low, high)
 
 
 def multiple_of(ring_size: int, layout: Layout, ulysses_size: int = 1) -> int:
-    """Returns what the length of a sequence must be a multiple of to be dealt to `ring_size * ulysses_size` ranks."""
+    """Returns what the length of a sequence must be a multiple of to be dealt to `ring_size *
+    ulysses_size` ranks.
+    """
     halves = 2 if layout == "zigzag" and ring_size > 1 else 1
     return math.lcm(halves * ring_size, ring_size * ulysses_size)
 
@@ -55,8 +61,8 @@ def runs(length: int, ring_size: int, rank: int, layout: Layout) -> tuple[Run, .
         length: tokens of the whole sequence.
         ring_size: ranks R.
         rank: which of them.
-        layout: `contiguous`: the rank-th part; `zigzag`: the rank-th part of 2R from the front and from the back, so
-            that causal work is even; `striped`: every R-th token.
+        layout: `contiguous`: the rank-th part; `zigzag`: the rank-th part of 2R from the front and
+            from the back, so that causal work is even; `striped`: every R-th token.
 
     Raises:
         ConfigError: the length can't be laid out so.
@@ -78,7 +84,9 @@ def runs(length: int, ring_size: int, rank: int, layout: Layout) -> tuple[Run, .
 
 
 def ring_order(length: int, ring_size: int, layout: Layout) -> Tensor | None:
-    """Returns the token positions in the order of the shards, `[S]`; None where that is the sequence's own order."""
+    """Returns the token positions in the order of the shards, `[S]`; None where that is the
+    sequence's own order.
+    """
     if layout == "contiguous" or ring_size == 1:
         return None
     parts = [

@@ -1,9 +1,10 @@
 """Differentiable token-weighted aggregation of a loss over the ranks that share a batch.
 
-Invariant: the mean over all ranks of the per-rank gradients is the gradient of the single-process loss. Every engine
-averages gradients over all ranks, so the loss that each rank backpropagates carries the factor of the group's size.
-Sum over tokens divided by the token count, never a mean of means; finite when a rank, or all ranks, have no counted
-token; one collective; nothing is read back to the host.
+Invariant: the mean over all ranks of the per-rank gradients is the gradient of the single-process
+loss. Every engine averages gradients over all ranks, so the loss that each rank backpropagates
+carries the factor of the group's size. Sum over tokens divided by the token count, never a mean of
+means; finite when a rank, or all ranks, have no counted token; one collective; nothing is read back
+to the host.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from ulysses_accel.sequence.labels import IGNORE_INDEX, num_counted
 
 
 class _TokenMean(torch.autograd.Function):
-    """Mean over all ranks' tokens of per-rank means, each weighted by its rank's number of tokens."""
+    """Mean over all ranks' tokens of per-rank means, each weighted by its rank's number of
+    tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, count: Tensor, group: ProcessGroup) -> Tensor:
@@ -30,7 +33,8 @@ class _TokenMean(torch.autograd.Function):
         totals = torch.stack([local_sum, weight])
         dist.all_reduce(totals, group=group)
         total_weight = totals[1].clamp(min=1.0)
-        # Every rank backpropagates this same scalar: the sum of their gradients is the group's size times one's own.
+        # Every rank backpropagates this same scalar: the sum of their gradients is the group's size
+        # times one's own.
         ctx.save_for_backward(weight / total_weight * group.size())
         ctx.dtype = loss.dtype
         return (totals[0] / total_weight).to(loss.dtype)
@@ -72,10 +76,12 @@ class _SharedScalar(torch.autograd.Function):
 
 
 def shared_scalar(loss: Tensor, group: ProcessGroup) -> Tensor:
-    """Returns an aggregated loss that may be used differently on each rank, for one scalar's collective in backward.
+    """Returns an aggregated loss that may be used differently on each rank, for one scalar's
+    collective in backward.
 
-    `aggregate_loss` counts on every rank's using its result alike. A loop that aggregates a second time, with weights
-    for each rank, as the documented one does on a loss that the model has computed, is right with this one too.
+    `aggregate_loss` counts on every rank's using its result alike. A loop that aggregates a second
+    time, with weights for each rank, as the documented one does on a loss that the model has
+    computed, is right with this one too.
 
     Args:
         loss: scalar, the same on every rank of the group.
@@ -95,10 +101,11 @@ def aggregate_loss(
 ) -> Tensor:
     """Returns the loss of the whole batch, from each rank's loss on its shard.
 
-    Without `num_items_in_batch` the loss is normalised over `group`, the ranks that share a sequence: `loss` is this
-    rank's mean over its counted tokens (NaN where it has none, as torch gives it). With it, `loss` is this rank's sum
-    divided by that number, as transformers' loss functions return it, and `group` is every rank that the number was
-    counted over (`count_items`).
+    Without `num_items_in_batch` the loss is normalised over `group`, the ranks that share a
+        sequence: `loss` is this
+    rank's mean over its counted tokens (NaN where it has none, as torch gives it). With it, `loss`
+    is this rank's sum divided by that number, as transformers' loss functions return it, and
+    `group` is every rank that the number was counted over (`count_items`).
 
     Args:
         loss: scalar, this rank's loss.
@@ -119,7 +126,8 @@ def aggregate_loss(
 
 
 def mean_as_share(loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """Returns a shard's mean loss as its share of a mean over more tokens, for models that only compute the mean.
+    """Returns a shard's mean loss as its share of a mean over more tokens, for models that only
+    compute the mean.
 
     Args:
         loss: scalar, the mean over this rank's counted tokens; NaN where it has none.
@@ -133,20 +141,24 @@ def mean_as_share(loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int
     return torch.where(count > 0, loss * count, 0.0) / num_items_in_batch
 
 
-def count_items(batches: Iterable[dict[str, Any]], group: ProcessGroup, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Returns the counted tokens of several sharded micro-batches over all ranks of `group`, for token-exact
-    accumulation: pass it to every forward of the step as `num_items_in_batch`.
+def count_items(
+    batches: Iterable[dict[str, Any]], group: ProcessGroup, *, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Returns the counted tokens of several sharded micro-batches over all ranks of `group`, for
+    token-exact accumulation: pass it to every forward of the step as `num_items_in_batch`.
 
     Args:
-        batches: the sharded micro-batches of one optimizer step, each with `shift_labels` `[B, S / P]`, or with
-            `labels` where the model's loss does not shift them.
+        batches: the sharded micro-batches of one optimizer step, each with `shift_labels` `[B, S /
+            P]`, or with `labels` where the model's loss does not shift them.
         group: all ranks that take part in the step (every mesh axis but tp).
         ignore_index: the label of tokens that don't count.
 
     Returns:
         Integer scalar, at least 1, the same on every rank.
     """
-    labels = (batch["shift_labels"] if "shift_labels" in batch else batch["labels"] for batch in batches)
+    labels = (
+        batch["shift_labels"] if "shift_labels" in batch else batch["labels"] for batch in batches
+    )
     counts = [num_counted(part, ignore_index) for part in labels]
     total = torch.stack(counts).sum()
     dist.all_reduce(total, group=group)

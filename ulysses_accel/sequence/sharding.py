@@ -1,8 +1,10 @@
-"""A sequence padded to a length that divides, cut into the shards of its ranks, and put together again.
+"""A sequence padded to a length that divides, cut into the shards of its ranks, and put together
+again.
 
 Invariant: `unshard(shard(x)) == x`, every token of every sample is on exactly one rank.
 
-Shapes: B = batch rows, S = tokens of the whole (padded) sequence, P = ranks that share one sequence.
+Shapes: B = batch rows, S = tokens of the whole (padded) sequence, P = ranks that share one
+sequence.
 """
 
 from __future__ import annotations
@@ -48,15 +50,21 @@ def shard(tensor: Tensor, num_shards: int, rank: int, dim: int = 1) -> Tensor:
 
 
 def mark_shard(value: Any) -> Any:
-    """Returns a tensor marked as one rank's part of a batch, so that it is known where its description is missing."""
+    """Returns a tensor marked as one rank's part of a batch, so that it is known where its
+    description is missing.
+    """
     if isinstance(value, Tensor):
         setattr(value, _SHARD_MARK, True)
     return value
 
 
 def is_marked_shard(value: Any) -> bool:
-    """Returns whether a value is a tensor from `mark_shard`, or a view of one; copies are not known."""
-    return isinstance(value, Tensor) and (hasattr(value, _SHARD_MARK) or hasattr(value._base, _SHARD_MARK))
+    """Returns whether a value is a tensor from `mark_shard`, or a view of one; copies are not
+    known.
+    """
+    return isinstance(value, Tensor) and (
+        hasattr(value, _SHARD_MARK) or hasattr(value._base, _SHARD_MARK)
+    )
 
 
 def unshard(shards: Sequence[Tensor], dim: int = 1) -> Tensor:
@@ -65,7 +73,9 @@ def unshard(shards: Sequence[Tensor], dim: int = 1) -> Tensor:
 
 
 def pad_sequence_dim(tensor: Tensor, length: int, value: float | bool, dim: int = 1) -> Tensor:
-    """Returns `tensor` with its sequence dim padded at the end to `length` tokens; itself when nothing is missing."""
+    """Returns `tensor` with its sequence dim padded at the end to `length` tokens; itself when
+    nothing is missing.
+    """
     missing = length - tensor.shape[dim]
     if missing == 0:
         return tensor
@@ -75,7 +85,9 @@ def pad_sequence_dim(tensor: Tensor, length: int, value: float | bool, dim: int 
 
 
 def pad_position_ids(position_ids: Tensor, length: int) -> Tensor:
-    """Returns position ids `[..., S]` padded to `length`, each row counting on from its last position."""
+    """Returns position ids `[..., S]` padded to `length`, each row counting on from its last
+    position.
+    """
     missing = length - position_ids.shape[-1]
     if missing == 0:
         return position_ids
@@ -83,6 +95,10 @@ def pad_position_ids(position_ids: Tensor, length: int) -> Tensor:
     return torch.cat([position_ids, position_ids[..., -1:] + steps], dim=-1)
 
 
-def default_position_ids(batch_size: int, length: int, device: torch.device | None = None) -> Tensor:
-    """Returns positions `[B, S]` that count 0 to S - 1 in each row, as transformers does for a batch without them."""
+def default_position_ids(
+    batch_size: int, length: int, device: torch.device | None = None
+) -> Tensor:
+    """Returns positions `[B, S]` that count 0 to S - 1 in each row, as transformers does for a
+    batch without them.
+    """
     return torch.arange(length, device=device).unsqueeze(0).expand(batch_size, length).contiguous()

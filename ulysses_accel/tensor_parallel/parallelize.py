@@ -1,8 +1,10 @@
-"""Tensor parallelism in the manner of Megatron, with the sequence sharded where the weights are not (`split_gather`).
+"""Tensor parallelism in the manner of Megatron, with the sequence sharded where the weights are not
+(`split_gather`).
 
-The ranks of the axis `tp` see the same tokens. Weights of attention and MLP are cut over them by torch's parallel
-styles; norms and the residual stream are cut along the sequence, gathered before the linear layers and reduce-scattered
-behind them. Behind the last norm all is whole again: logits and loss are those of the rank's shard of the sequence.
+The ranks of the axis `tp` see the same tokens. Weights of attention and MLP are cut over them by
+torch's parallel styles; norms and the residual stream are cut along the sequence, gathered before
+the linear layers and reduce-scattered behind them. Behind the last norm all is whole again: logits
+and loss are those of the rank's shard of the sequence.
 """
 
 from __future__ import annotations
@@ -34,24 +36,29 @@ Place = tuple[nn.Module, str]
 
 
 class TensorParallel:
-    """Cuts an accelerator's models over the tensor parallel axis, and gives optimizers the new parameters.
+    """Cuts an accelerator's models over the tensor parallel axis, and gives optimizers the new
+    parameters.
 
     Args:
         config: sizes of the axes, and where they came from.
         mesh: with an axis `tp`.
-        accelerator: whose models are cut, for the device that their parts go to, and to save them whole.
+        accelerator: whose models are cut, for the device that their parts go to, and to save them
+            whole.
     """
 
     def __init__(self, config: ParallelismConfig, mesh: DeviceMesh, accelerator: Any) -> None:
         self.config, self.mesh, self.accelerator = config, mesh, accelerator
-        # By the old parameter's id, which is kept so that no other object gets the same one; its storage is freed.
+        # By the old parameter's id, which is kept so that no other object gets the same one; its
+        # storage is freed.
         self._moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._saving: list[Any] = []
         if not accelerator.is_fsdp2:
             accelerator.get_state_dict, accelerator.save_state = _whole_state, _refuse_save_state
 
     def uninstall(self) -> None:
-        """Restores the accelerator's own methods, and the models' way to save themselves; they stay cut."""
+        """Restores the accelerator's own methods, and the models' way to save themselves; they stay
+        cut.
+        """
         for name in ("get_state_dict", "save_state"):
             vars(self.accelerator).pop(name, None)
         for model in self._saving:
@@ -72,7 +79,9 @@ class TensorParallel:
             _count_own_heads(module, tp_size)
         behind = set(inner.modules()) - set(plan.decoder.modules())
         drops = any(isinstance(module, nn.Dropout) and module.p for module in behind)
-        plan.decoder.register_forward_pre_hook(DecoderEntry(self.mesh["tp"], drops), with_kwargs=True)
+        plan.decoder.register_forward_pre_hook(
+            DecoderEntry(self.mesh["tp"], drops), with_kwargs=True
+        )
         for buffer in model.buffers():
             # Stock code moves no model with distributed parameters.
             buffer.data = buffer.data.to(self.accelerator.device)
@@ -91,7 +100,9 @@ class TensorParallel:
                 dist.broadcast(old.data, src=0)
         for name, style in unit.plan.items():
             # The weights are the same everywhere now: each rank cuts its own.
-            parallelize_module(unit.module.get_submodule(name), self.mesh["tp"], style, src_data_rank=None)
+            parallelize_module(
+                unit.module.get_submodule(name), self.mesh["tp"], style, src_data_rank=None
+            )
         for (module, name), old in before.items():
             if id(old) not in self._moved:
                 # Some of torch's styles make a trainable parameter of a frozen one.
@@ -101,7 +112,8 @@ class TensorParallel:
             module.register_parameter(name, self._moved[id(old)][1])
 
     def update(self, prepared: Iterable[Any]) -> None:
-        """Gives optimizers that were made before `prepare` the parameters that took their own ones' places.
+        """Gives optimizers that were made before `prepare` the parameters that took their own ones'
+        places.
 
         Raises:
             ConfigError: one has moments of whole parameters already.
@@ -109,8 +121,10 @@ class TensorParallel:
         for optimizer in (each for each in prepared if isinstance(each, torch.optim.Optimizer)):
             if any(optimizer.state.get(old) for old, _ in self._moved.values()):
                 raise ConfigError(
-                    f"the optimizer ({type(optimizer).__name__}) has made steps with parameters that are cut over "
-                    f"tp_size={self.config.tp_size} ranks now. Prepare the model before the optimizer's first step."
+                    f"the optimizer ({type(optimizer).__name__}) has made steps with parameters "
+                    "that are cut over "
+                    f"tp_size={self.config.tp_size} ranks now. Prepare the model before the "
+                    "optimizer's first step."
                 )
             for group in optimizer.param_groups:
                 group["params"] = [self._latest(parameter) for parameter in group["params"]]
@@ -120,8 +134,11 @@ class TensorParallel:
             parameter = self._moved[id(parameter)][1]
         return parameter
 
-    def prepare_model(self, stock: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Prepares a cut model for an accelerator without an engine: gradients are averaged over all axes but `tp`.
+    def prepare_model(
+        self, stock: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Prepares a cut model for an accelerator without an engine: gradients are averaged over
+        all axes but `tp`.
 
         Args:
             stock: the accelerator's own method, whose DDP takes no cut parameters.
@@ -151,24 +168,31 @@ class TensorParallel:
 
 
 def _whole_state(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-    """Stands in for `Accelerator.get_state_dict`: whole tensors on rank 0, nothing elsewhere, as FSDP2 has it."""
+    """Stands in for `Accelerator.get_state_dict`: whole tensors on rank 0, nothing elsewhere, as
+    FSDP2 has it.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def _save_whole(stock: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("state_dict") is None:
         raise ConfigError(
-            "save_pretrained of a model that is cut over tensor parallel ranks, without state_dict: this rank has only "
-            "its parts. Call accelerator.get_state_dict(model) on all ranks, and pass on what it returns; or use FSDP2."
+            "save_pretrained of a model that is cut over tensor parallel ranks, without "
+            "state_dict: this rank has only "
+            "its parts. Call accelerator.get_state_dict(model) on all ranks, and pass on what it "
+            "returns; or use FSDP2."
         )
     return stock(folder, *args, **kwargs)
 
 
 def _refuse_save_state(*_: Any, **__: Any) -> None:
     raise ConfigError(
-        "save_state with tensor parallelism and no engine: stock code would write one rank's part of the optimizer. "
+        "save_state with tensor parallelism and no engine: stock code would write one rank's part "
+        "of the optimizer. "
         "Use FSDP2, which writes all parts, or get_state_dict for the model alone."
     )
 
@@ -177,8 +201,8 @@ def _refuse_save_state(*_: Any, **__: Any) -> None:
 def fully_sharded(config: ParallelismConfig, accelerator: Any) -> Iterator[None]:
     """Lets stock code shard a cut model with FSDP2, over the axes that are left.
 
-    It would prepare tensor parallelism by itself, and load rank 0's part of a weight into every rank; all ranks have
-    rank 0's weights already.
+    It would prepare tensor parallelism by itself, and load rank 0's part of a weight into every
+    rank; all ranks have rank 0's weights already.
 
     Args:
         config: the accelerator's.
@@ -200,17 +224,21 @@ def check_engine(config: ParallelismConfig, accelerator: Any) -> None:
     """Refuses what tensor parallelism is not combined with.
 
     Raises:
-        ConfigError: DeepSpeed, or a setting of `MemoryConfig` that rewrites the layers that are cut.
+        ConfigError: DeepSpeed, or a setting of `MemoryConfig` that rewrites the layers that are
+            cut.
     """
     here = f"tp_size={config.tp_size} (from {config.source_of('tp_size')})"
     if str(accelerator.distributed_type).endswith("DEEPSPEED"):
-        raise ConfigError(f"{here} with DeepSpeed: its engines keep no cut parameters. Use FSDP2, or no engine.")
+        raise ConfigError(
+            f"{here} with DeepSpeed: its engines keep no cut parameters. Use FSDP2, or no engine."
+        )
     memory = config.memory_config
     names = ("tiled_mlp", "tiled_norm", "tiled_loss", "use_liger_loss")
     wanted = [name for name in names if memory is not None and getattr(memory, name)]
     if wanted:
         raise ConfigError(
-            f"{here} with {', '.join(f'{name}=True' for name in wanted)}: these compute whole layers in tiles, and "
+            f"{here} with {', '.join(f'{name}=True' for name in wanted)}: these compute whole "
+            "layers in tiles, and "
             f"tensor parallelism cuts them. Use one or the other; checkpointing goes with both."
         )
 
@@ -222,7 +250,8 @@ def _parameters(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
 
 
 def _with_whole_gradient(parameter: nn.Parameter) -> nn.Parameter:
-    """Makes a parameter's gradient lie as the parameter does: of a replicated one each rank's tokens give a part.
+    """Makes a parameter's gradient lie as the parameter does: of a replicated one each rank's
+    tokens give a part.
 
     FSDP2 does so by itself, with parameters of its own.
     """
@@ -236,7 +265,8 @@ def _laid_out(placements: tuple[Placement, ...], grad: DTensor) -> DTensor:
 
 
 class DecoderEntry:
-    """A decoder's first hook: refuses batches that it would compute wrong, and cuts embeddings that are given.
+    """A decoder's first hook: refuses batches that it would compute wrong, and cuts embeddings that
+    are given.
 
     Args:
         mesh: the tensor parallel axis.
@@ -252,30 +282,38 @@ class DecoderEntry:
 
         Raises:
             BatchError: nothing tells the batch's positions and mask, which the cut sequence hides.
-            RankDisagreementError: the ranks, which compute one batch together, were given different first ones, or
-                drop different features of it.
+            RankDisagreementError: the ranks, which compute one batch together, were given different
+                first ones, or drop different features of it.
         """
         if active_description() is None:
             raise BatchError(
-                f"a model that is cut over tp_size={self.mesh.size()} ranks was given a batch that is not from a "
-                f"prepared data loader, so nothing tells its positions and mask. Pass the loader to "
+                f"a model that is cut over tp_size={self.mesh.size()} ranks was given a batch that "
+                "is not from a "
+                "prepared data loader, so nothing tells its positions and mask. Pass the loader "
+                "to "
                 f"accelerator.prepare."
             )
         ids, given = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         self._check(ids, given)
         if self.drops and module.training:
-            self._check_random_state(next(tensor.device for tensor in (ids, given) if tensor is not None))
+            self._check_random_state(
+                next(tensor.device for tensor in (ids, given) if tensor is not None)
+            )
         if given is None:
             return args, kwargs
         whole = DTensor.from_local(given, self.mesh, [Replicate()], run_check=False)
         # [B, S/P, D] -> [B, S/(P*T), D]
-        return args, {**kwargs, "inputs_embeds": whole.redistribute(placements=[Shard(1)]).to_local()}
+        return args, {
+            **kwargs,
+            "inputs_embeds": whole.redistribute(placements=[Shard(1)]).to_local(),
+        }
 
     def _check(self, ids: Tensor | None, given: Tensor | None) -> None:
         length = next(int(tensor.shape[1]) for tensor in (ids, given) if tensor is not None)
         if length % self.mesh.size():
             raise BatchError(
-                f"{length} tokens on this rank can't be cut over tp_size={self.mesh.size()} ranks. Prepare the data "
+                f"{length} tokens on this rank can't be cut over tp_size={self.mesh.size()} ranks. "
+                "Prepare the data "
                 f"loader with the accelerator, which pads to a multiple."
             )
         # Once: loaders that go apart do so from the start, and the comparison waits for the device.
@@ -283,19 +321,29 @@ class DecoderEntry:
             return
         self._is_checked = True
         places = torch.arange(1, ids.numel() + 1, device=ids.device)
-        values: dict[str, int | str] = {"shape": str(list(ids.shape)), "checksum": int((ids.flatten() * places).sum())}
-        same_everywhere(values, self.mesh.get_group(), f"the first batch of tp_size={self.mesh.size()} ranks")
+        values: dict[str, int | str] = {
+            "shape": str(list(ids.shape)),
+            "checksum": int((ids.flatten() * places).sum()),
+        }
+        same_everywhere(
+            values, self.mesh.get_group(), f"the first batch of tp_size={self.mesh.size()} ranks"
+        )
 
     def _check_random_state(self, device: torch.device) -> None:
         self.drops = False
         generator: Any = torch if device.type == "cpu" else torch.get_device_module(device)
         state = zlib.crc32(generator.get_rng_state().numpy().tobytes())
-        what = f"the random state of tp_size={self.mesh.size()} ranks, which drop the same features behind the decoder,"
+        what = (
+            f"the random state of tp_size={self.mesh.size()} ranks, "
+            "which drop the same features behind the decoder,"
+        )
         same_everywhere({"checksum": state}, self.mesh.get_group(), what)
 
 
 def _count_own_heads(attention: Any, tp_size: int) -> None:
-    """Tells an attention module that cuts its fused projection by head counts how many heads this rank has."""
+    """Tells an attention module that cuts its fused projection by head counts how many heads this
+    rank has.
+    """
     attention.config = copy.copy(attention.config)
     attention.config.num_attention_heads //= tp_size
     attention.num_key_value_heads //= tp_size
@@ -303,11 +351,17 @@ def _count_own_heads(attention: Any, tp_size: int) -> None:
 
 def _check_parameters(model: nn.Module, tp_size: int) -> None:
     for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
+        if (
+            type(parameter) is not nn.Parameter
+            or parameter.is_meta
+            or not parameter.is_floating_point()
+        ):
             kind = f"{type(parameter).__name__} of {parameter.dtype} on {parameter.device}"
             raise ConfigError(
-                f"{name} of {type(model).__name__} is a {kind}, and tp_size={tp_size} cuts plain parameters that hold "
-                f"their values. Build or load the model without tp_plan, quantization, adapters or the meta device."
+                f"{name} of {type(model).__name__} is a {kind}, and tp_size={tp_size} cuts plain "
+                "parameters that hold "
+                "their values. Build or load the model without tp_plan, quantization, adapters or "
+                "the meta device."
             )
 
 
@@ -325,7 +379,8 @@ def check_cut(model: Any, config: ParallelismConfig) -> Plan:
     heads = text_config(model).num_attention_heads
     if config.sp_size * config.tp_size > heads:
         raise UnsupportedModelError(
-            f"sp_size={config.sp_size} (from {config.source_of('sp_size')}) is more than num_attention_heads={heads} / "
+            f"sp_size={config.sp_size} (from {config.source_of('sp_size')}) is more than "
+            f"num_attention_heads={heads} / "
             f"tp_size={config.tp_size}, what one rank of {type(model).__name__} has. Use sp_size="
             f"{heads // config.tp_size} at most, and cp_size for the rest."
         )

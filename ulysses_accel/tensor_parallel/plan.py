@@ -1,6 +1,8 @@
-"""Which style each module of a decoder gets on the tensor parallel axis, from the model's structure.
+"""Which style each module of a decoder gets on the tensor parallel axis, from the model's
+structure.
 
-A part that no rule covers is refused by its name: a parameter that stays whole would be added to ones that are cut.
+A part that no rule covers is refused by its name: a parameter that stays whole would be added to
+ones that are cut.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.introspection.structure import attending, text_config
 from ulysses_accel.tensor_parallel import styles
 
-# The linear layers of attention and MLP, by the names that transformers' decoders give them; one technique each.
+# The linear layers of attention and MLP, by the names that transformers' decoders give them; one
+# technique each.
 LINEARS: dict[str, styles.StyleMaker] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_fc"), styles.column),
+    **dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_fc"), styles.column
+    ),
     **dict.fromkeys(("o_proj", "dense", "down_proj", "fc2", "c_proj"), styles.row),
     **dict.fromkeys(("qkv_proj", "gate_up_proj"), styles.fused),
 }
@@ -26,7 +31,8 @@ LINEARS: dict[str, styles.StyleMaker] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that are distributed together, so that no more than one layer is whole on the device at a time.
+    """Modules that are distributed together, so that no more than one layer is whole on the device
+    at a time.
 
     Args:
         module: holds them.
@@ -82,11 +88,17 @@ def make_plan(model: Any, tp_size: int, source: str) -> Plan:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, child) for name, child in module.named_children() if any(True for _ in child.parameters()))
+    return (
+        (name, child)
+        for name, child in module.named_children()
+        if any(True for _ in child.parameters())
+    )
 
 
 def _heads(model: Any, decoder: nn.Module) -> Iterator[tuple[nn.Module, ParallelStyle]]:
-    """Yields what is behind the decoder: the vocabulary's matrix, and small heads that every rank computes."""
+    """Yields what is behind the decoder: the vocabulary's matrix, and small heads that every rank
+    computes.
+    """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for _, child in _children(model):
         if decoder is not model and decoder not in child.modules() and isinstance(child, nn.Linear):
@@ -98,7 +110,9 @@ def _layer_plan(layer: nn.Module, plan: Plan, tp_size: int) -> dict[str, Paralle
     found: dict[str, ParallelStyle] = {}
     attention = {name: module for name, module in attending(layer) if "." not in name}
     for name, child in _children(layer):
-        linears = {inner: part for inner, part in child.named_children() if isinstance(part, nn.Linear)}
+        linears = {
+            inner: part for inner, part in child.named_children() if isinstance(part, nn.Linear)
+        }
         if not linears:
             found |= {name: styles.norm()} if not list(child.children()) else {}
             continue
@@ -142,8 +156,10 @@ def _check_heads(model: Any, tp_size: int, source: str) -> None:
         return
     legal = [size for size in range(1, keys + 1) if heads % size == 0 and keys % size == 0]
     raise UnsupportedModelError(
-        f"tp_size={tp_size} (from {source}) does not divide num_attention_heads={heads} and num_key_value_heads="
-        f"{keys} of {type(model).__name__}. Use tp_size {' or '.join(map(str, legal))}, and sp_size or cp_size for the "
+        f"tp_size={tp_size} (from {source}) does not divide num_attention_heads={heads} and "
+        "num_key_value_heads="
+        f"{keys} of {type(model).__name__}. Use tp_size {' or '.join(map(str, legal))}, and "
+        "sp_size or cp_size for the "
         f"rest."
     )
 
@@ -159,13 +175,20 @@ def _check_complete(model: nn.Module, plan: Plan, tp_size: int, source: str) -> 
     }
     left = [name for name, parameter in model.named_parameters() if id(parameter) not in covered]
     if left:
-        raise _refusal(model, f"nothing is known about how to cut {left[0]}", tp_size, source, len(left) - 1)
+        raise _refusal(
+            model, f"nothing is known about how to cut {left[0]}", tp_size, source, len(left) - 1
+        )
 
 
-def _refusal(model: nn.Module, fact: str, tp_size: int, source: str, others: int = 0) -> UnsupportedModelError:
+def _refusal(
+    model: nn.Module, fact: str, tp_size: int, source: str, others: int = 0
+) -> UnsupportedModelError:
     more = f" (and {others} more parameters)" if others else ""
     return UnsupportedModelError(
-        f"{type(model).__name__} can't be trained with tp_size={tp_size} (from {source}): {fact}{more}. Tensor "
-        f"parallelism cuts dense decoders of linear layers and norms (Llama, Qwen, Mistral, Gemma, Phi) whose features "
-        f"tp_size divides; not experts, adapters or towers. Use tp_size=1, and sp_size or cp_size instead."
+        f"{type(model).__name__} can't be trained with tp_size={tp_size} (from {source}): "
+        f"{fact}{more}. Tensor "
+        "parallelism cuts dense decoders of linear layers and norms (Llama, Qwen, Mistral, Gemma, "
+        "Phi) whose features "
+        "tp_size divides; not experts, adapters or towers. Use tp_size=1, and sp_size or cp_size "
+        "instead."
     )

@@ -1,8 +1,9 @@
-"""How one module's weights and tokens lie on the tensor parallel axis: torch's parallel styles, and some of our own.
+"""How one module's weights and tokens lie on the tensor parallel axis: torch's parallel styles, and
+some of our own.
 
-Shapes: B = rows, S = tokens of the sequence, P = ranks that share it, T = tensor parallel ranks, D = hidden size.
-Between the linear layers a rank holds `[B, S/(P*T), D]`; inside of attention and MLP it holds all S/P tokens and 1/T of
-the features.
+Shapes: B = rows, S = tokens of the sequence, P = ranks that share it, T = tensor parallel ranks, D
+= hidden size. Between the linear layers a rank holds `[B, S/(P*T), D]`; inside of attention and MLP
+it holds all S/P tokens and 1/T of the features.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
@@ -36,7 +44,9 @@ def column(parts: Sequence[int] = ()) -> ParallelStyle:
 
 
 def row(parts: Sequence[int] = ()) -> ParallelStyle:
-    """Input features over the ranks, the sum cut along the sequence: `[B, S/P, F/T] -> [B, S/(P*T), D]`."""
+    """Input features over the ranks, the sum cut along the sequence: `[B, S/P, F/T] -> [B, S/(P*T),
+    D]`.
+    """
     return RowwiseParallel(output_layouts=_TOKENS)
 
 
@@ -51,7 +61,9 @@ def norm() -> ParallelStyle:
 
 
 def head_norm() -> ParallelStyle:
-    """A norm of each of this rank's heads: `[B, S/P, H/T, d] -> [B, S/P, H/T, d]`, in any order of the middle dims."""
+    """A norm of each of this rank's heads: `[B, S/P, H/T, d] -> [B, S/P, H/T, d]`, in any order of
+    the middle dims.
+    """
     return SequenceParallel(sequence_dim=2, use_local_output=True)
 
 
@@ -69,12 +81,15 @@ class Whole(ParallelStyle):
     """A module that every rank computes alike, on all of its tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        # The function's return type is annotated as None, but what it returns becomes the module's input.
+        # The function's return type is annotated as None, but what it returns becomes the module's
+        # input.
         take: Any = _replicated_input
         return distribute_module(module, device_mesh, None, take, _local_output)
 
 
-def _replicated_input(_module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+def _replicated_input(
+    _module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh
+) -> tuple[Any, ...]:
     return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
 
 
@@ -83,10 +98,11 @@ def _local_output(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
 
 
 class GatherTokens(ParallelStyle):
-    """A module that is given this rank's tokens and needs those of all ranks, in its first argument.
+    """A module that is given this rank's tokens and needs those of all ranks, in its first
+    argument.
 
-    The gathered tensor stays a DTensor, so that the linear layers' gradients are added up before they are
-    reduce-scattered: one exchange each way.
+    The gathered tensor stays a DTensor, so that the linear layers' gradients are added up before
+    they are reduce-scattered: one exchange each way.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -94,10 +110,14 @@ class GatherTokens(ParallelStyle):
         return module
 
 
-def _gather_argument(mesh: DeviceMesh, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _gather_argument(
+    mesh: DeviceMesh, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     tokens = args[0] if args else kwargs["hidden_states"]
     # [B, S/(P*T), D] -> [B, S/P, D]
-    whole = DTensor.from_local(tokens, mesh, [_TOKENS], run_check=False).redistribute(placements=[Replicate()])
+    whole = DTensor.from_local(tokens, mesh, [_TOKENS], run_check=False).redistribute(
+        placements=[Replicate()]
+    )
     return ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
 
 
@@ -116,9 +136,11 @@ def _gather_output(_module: nn.Module, _args: Any, output: DTensor) -> Tensor:
 
 
 class FusedColumns(ParallelStyle):
-    """A linear layer whose output is several parts behind each other, each of which is dealt over the ranks.
+    """A linear layer whose output is several parts behind each other, each of which is dealt over
+    the ranks.
 
-    Its rows lie on the ranks in their own order, as those of any other matrix, and are gathered for the product: the
+    Its rows lie on the ranks in their own order, as those of any other matrix, and are gathered for
+        the product: the
     checkpoint stays what it was, for the exchange of one matrix in a layer.
 
     Args:

@@ -1,4 +1,6 @@
-"""Transformers' mask functions, read and not run: what they say is what the masks that they make show."""
+"""Transformers' mask functions, read and not run: what they say is what the masks that they make
+show.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ def shown(pattern: MaskPattern) -> torch.Tensor:
     query, key = torch.meshgrid(torch.arange(LENGTH), torch.arange(LENGTH), indexing="ij")
     mask = key <= query if pattern.is_causal else torch.ones(LENGTH, LENGTH, dtype=torch.bool)
     if pattern.window is not None:
-        near = key > query - pattern.window if pattern.is_causal else (key - query).abs() <= pattern.window
+        near = (
+            key > query - pattern.window
+            if pattern.is_causal
+            else (key - query).abs() <= pattern.window
+        )
         mask = mask & near
     if pattern.chunk is not None:
         mask = mask & (key // pattern.chunk == query // pattern.chunk)
@@ -38,7 +44,9 @@ def shown(pattern: MaskPattern) -> torch.Tensor:
         (masking_utils.chunked_causal_mask_function(4, NO_PADDING), MaskPattern(True, chunk=4)),
         (
             masking_utils.packed_sequence_compatibility_function(
-                masking_utils.sliding_window_causal_mask_function(3), POSITIONS, torch.zeros_like(POSITIONS)
+                masking_utils.sliding_window_causal_mask_function(3),
+                POSITIONS,
+                torch.zeros_like(POSITIONS),
             ),
             MaskPattern(True, window=3),
         ),
@@ -47,7 +55,11 @@ def shown(pattern: MaskPattern) -> torch.Tensor:
 def test_patterns(function: Any, pattern: MaskPattern) -> None:
     assert read_pattern(function) == pattern
     made = masking_utils.sdpa_mask(
-        batch_size=1, q_length=LENGTH, kv_length=LENGTH, mask_function=function, allow_is_causal_skip=False
+        batch_size=1,
+        q_length=LENGTH,
+        kv_length=LENGTH,
+        mask_function=function,
+        allow_is_causal_skip=False,
     )
     assert torch.equal(made[0, 0], shown(pattern))
 
@@ -61,7 +73,9 @@ def own(batch: Any, head: Any, query: Any, key: Any) -> Any:
     [
         own,
         masking_utils.and_masks(masking_utils.causal_mask_function, own),
-        masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(POSITIONS)),
+        masking_utils.or_masks(
+            masking_utils.causal_mask_function, masking_utils.blockwise_overlay(POSITIONS)
+        ),
     ],
 )
 def test_masks_of_a_models_own_are_refused(function: Any) -> None:

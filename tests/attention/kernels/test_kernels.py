@@ -1,4 +1,6 @@
-"""Block kernels: the plain one against torch's for CPU and against autograd; large calls are cut; which is chosen."""
+"""Block kernels: the plain one against torch's for CPU and against autograd; large calls are cut;
+which is chosen.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,16 @@ from ulysses_accel.errors import ConfigError, UnsupportedModelError
 TOLERANCE = 1e-13
 
 
-def draw(heads: tuple[int, int], lengths: tuple[int, int], batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(
+    heads: tuple[int, int], lengths: tuple[int, int], batch: int = 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    shapes = ((heads[0], lengths[0]), (heads[1], lengths[1]), (heads[1], lengths[1]), (heads[0], lengths[0]))
+    shapes = (
+        (heads[0], lengths[0]),
+        (heads[1], lengths[1]),
+        (heads[1], lengths[1]),
+        (heads[0], lengths[0]),
+    )
     q, k, v, grad = (torch.randn(batch, *shape, 4, dtype=torch.float64) for shape in shapes)
     return q, k, v, grad
 
@@ -35,13 +44,18 @@ def draw(heads: tuple[int, int], lengths: tuple[int, int], batch: int = 2) -> tu
     ("heads", "is_causal", "max_scores"),
     list(itertools.product([(4, 4), (6, 2), (3, 1)], [False, True], [1, 100, 2**24])),
 )
-def test_chunks_compute_what_torch_does(heads: tuple[int, int], is_causal: bool, max_scores: int) -> None:
+def test_chunks_compute_what_torch_does(
+    heads: tuple[int, int], is_causal: bool, max_scores: int
+) -> None:
     q, k, v, grad = draw(heads, (7, 7 if is_causal else 5))
     block = Block(is_causal, 0.7)
     kernel, other = ChunkedKernel(max_scores=max_scores), CPUKernel()
     out, lse = kernel.forward(q, k, v, block)
     pairs = [(out, other.forward(q, k, v, block)[0]), (lse, other.forward(q, k, v, block)[1])]
-    pairs += zip(kernel.backward(grad, q, k, v, out, lse, block), other.backward(grad, q, k, v, out, lse, block))
+    pairs += zip(
+        kernel.backward(grad, q, k, v, out, lse, block),
+        other.backward(grad, q, k, v, out, lse, block),
+    )
     assert max(float((a - b).abs().max()) for a, b in pairs) <= TOLERANCE
 
 
@@ -59,7 +73,9 @@ def test_soft_cap_matches_autograd(max_scores: int) -> None:
 
 
 def kept_weights(kernel: ChunkedKernel, q: Tensor, k: Tensor, block: Block) -> Tensor:
-    """The weights with their dropout, `[B, H, q, k]`: the output for values that are unit vectors."""
+    """The weights with their dropout, `[B, H, q, k]`: the output for values that are unit
+    vectors.
+    """
     unit = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     return kernel.forward(q, k, unit, block)[0]
 
@@ -88,15 +104,21 @@ def test_dropout_masks_are_the_same_in_both_passes(max_scores: int) -> None:
 
 def test_dropout_keeps_the_mean() -> None:
     q, k, v, _ = draw((2, 2), (4, 16), batch=1)
-    outs = [ChunkedKernel(dropout=0.3).forward(q, k, v, Block(False, 0.5, seed))[0] for seed in range(2000)]
+    outs = [
+        ChunkedKernel(dropout=0.3).forward(q, k, v, Block(False, 0.5, seed))[0]
+        for seed in range(2000)
+    ]
     expected = ChunkedKernel().forward(q, k, v, Block(False, 0.5))[0]
     stacked = torch.stack(outs)
     # The mean of 2000 draws lies within 6 of its standard deviations: one in 10^9 would not.
-    assert bool(((stacked.mean(dim=0) - expected).abs() <= 6 * stacked.std(dim=0) / 2000**0.5).all())
+    assert bool(
+        ((stacked.mean(dim=0) - expected).abs() <= 6 * stacked.std(dim=0) / 2000**0.5).all()
+    )
 
 
 @pytest.mark.parametrize(
-    ("heads", "batch", "limit"), list(itertools.product([(6, 2), (5, 1), (4, 4)], [1, 3], [1, 60, 10**6]))
+    ("heads", "batch", "limit"),
+    list(itertools.product([(6, 2), (5, 1), (4, 4)], [1, 3], [1, 60, 10**6])),
 )
 def test_large_calls_are_cut(heads: tuple[int, int], batch: int, limit: int) -> None:
     q, k, v, grad = draw(heads, (5, 7), batch)
@@ -105,14 +127,18 @@ def test_large_calls_are_cut(heads: tuple[int, int], batch: int, limit: int) -> 
     class Recording(CPUKernel):
         largest = 0
 
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, block: Block
+        ) -> tuple[Tensor, Tensor]:
             Recording.largest = max(Recording.largest, num_elements(query, key))
             return super().forward(query, key, value, block)
 
     whole, cut = CPUKernel(), BoundedKernel(Recording(), limit)
     out, lse = whole.forward(q, k, v, block)
     pairs = [*zip(cut.forward(q, k, v, block), (out, lse))]
-    pairs += zip(cut.backward(grad, q, k, v, out, lse, block), whole.backward(grad, q, k, v, out, lse, block))
+    pairs += zip(
+        cut.backward(grad, q, k, v, out, lse, block), whole.backward(grad, q, k, v, out, lse, block)
+    )
     core = bounded(sdpa, q, k, v, AttentionCall(False, 0.5), limit)
     assert max(float((a - b).abs().max()) for a, b in [*pairs, (core, out)]) <= TOLERANCE
     # One head of one row is the least; it has 7 keys of 4 numbers.
@@ -122,7 +148,10 @@ def test_large_calls_are_cut(heads: tuple[int, int], batch: int, limit: int) -> 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_halves_are_the_whole(batch: int, num_key_heads: int, group: int) -> None:
-    query, key = torch.zeros(batch, num_key_heads * group, 3, 2), torch.zeros(batch, num_key_heads, 4, 2)
+    query, key = (
+        torch.zeros(batch, num_key_heads * group, 3, 2),
+        torch.zeros(batch, num_key_heads, 4, 2),
+    )
     parts = halves(query, key)
     assert bool(parts) == (query[:, :, 0, 0].numel() > 1)
     for rows, heads, keys in parts:
@@ -144,18 +173,27 @@ def test_the_kernel_that_can_is_chosen() -> None:
 
 def test_kernels_that_can_not_are_refused() -> None:
     query = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ConfigError, match=r"block_kernel='aten_flush' is not known. Did you mean 'aten_flash'"):
+    with pytest.raises(
+        ConfigError, match=r"block_kernel='aten_flush' is not known. Did you mean 'aten_flash'"
+    ):
         kernel_for(query, name="aten_flush")
     with pytest.raises(UnsupportedModelError, match="'aten_flash' runs on cuda, not on cpu"):
         kernel_for(query, name="aten_flash")
-    with pytest.raises(UnsupportedModelError, match=r"'cpu_flash' does not compute softcap=2.0, dropout=0.0"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'cpu_flash' does not compute softcap=2.0, dropout=0.0"
+    ):
         kernel_for(query, softcap=2.0, name="cpu_flash")
 
 
 @pytest.mark.parametrize("kernel", [AtenFlash(), AtenEfficient(), AtenCudnn()])
 def test_cuda_kernels_fit_the_operators_of_this_torch(kernel: BlockKernel) -> None:
-    """Without a GPU the operators still check their arguments and tell the shapes of what they would return."""
-    q, k = (torch.empty(2, *shape, 64, device="meta", dtype=torch.bfloat16) for shape in ((8, 200), (2, 333)))
+    """Without a GPU the operators still check their arguments and tell the shapes of what they
+    would return.
+    """
+    q, k = (
+        torch.empty(2, *shape, 64, device="meta", dtype=torch.bfloat16)
+        for shape in ((8, 200), (2, 333))
+    )
     out, lse = kernel.forward(q, k, k, Block(False, 0.1))
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     grads = kernel.backward(q, q, k, k, out, lse, Block(False, 0.1))

@@ -1,8 +1,10 @@
-"""Ring attention against other projects' code: their token orders, their outputs and their gradients.
+"""Ring attention against other projects' code: their token orders, their outputs and their
+gradients.
 
-ring-attention-pytorch (Phil Wang), YunChang and torch's own context parallelism were written by others from the same
-papers, so agreement here is not our arithmetic agreeing with itself. Values in float32: at most 64 products of unit
-normals in another order, some ten float32 roundings of 6e-8 relative to the largest value.
+ring-attention-pytorch (Phil Wang), YunChang and torch's own context parallelism were written by
+others from the same papers, so agreement here is not our arithmetic agreeing with itself. Values in
+float32: at most 64 products of unit normals in another order, some ten float32 roundings of 6e-8
+relative to the largest value.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import torch
 import torch.distributed as dist
 from ring_attention_pytorch.ring_flash_attention import ring_flash_attn_
 from torch import Tensor
-from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
+from torch.distributed.tensor.experimental._context_parallel._load_balancer import (
+    _HeadTailLoadBalancer,
+)
 from yunchang import EXTRACT_FUNC_DICT, set_seq_parallel_pg
 
 from benchmarks.ring.torch_ring import torch_ring
@@ -29,7 +33,11 @@ from ulysses_accel.sequence.layout import Layout, ring_order
 SINGLE_TOLERANCE = 1e-6
 LENGTH, BATCH, HEAD_DIM = 64, 2, 16
 HEADS = ((4, 4), (4, 2))
-YUNCHANG_LAYOUTS: dict[str, Layout] = {"basic": "contiguous", "zigzag": "zigzag", "strip": "striped"}
+YUNCHANG_LAYOUTS: dict[str, Layout] = {
+    "basic": "contiguous",
+    "zigzag": "zigzag",
+    "strip": "striped",
+}
 
 
 @pytest.mark.parametrize(("size", "part"), list(itertools.product((1, 2, 3, 4, 8), (1, 2, 5))))
@@ -43,7 +51,9 @@ def test_zigzag_is_torchs_head_tail_order(size: int, part: int) -> None:
 
 
 def yunchang_differences() -> list[str]:
-    """Layouts and splits whose tokens on this rank are not those that YunChang's own package extracts."""
+    """Layouts and splits whose tokens on this rank are not those that YunChang's own package
+    extracts.
+    """
     rank, world_size, found = dist.get_rank(), dist.get_world_size(), []
     value = torch.arange(LENGTH).expand(1, LENGTH)
     for (kind, layout), ring in itertools.product(YUNCHANG_LAYOUTS.items(), (1, 2, 4)):
@@ -85,15 +95,22 @@ def ours(layout: Layout, is_causal: bool, exchange: Any = "p2p") -> Attention:
     )
 
 
-def their_ring(layout: Layout, is_causal: bool, bucket: int = LENGTH, in_ring: bool = True) -> Attention:
-    """Returns ring-attention-pytorch's blockwise attention `[B, N, s, D]`, on all ranks or on one."""
+def their_ring(
+    layout: Layout, is_causal: bool, bucket: int = LENGTH, in_ring: bool = True
+) -> Attention:
+    """Returns ring-attention-pytorch's blockwise attention `[B, N, s, D]`, on all ranks or on
+    one.
+    """
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # It pairs query head h with key head h mod K, transformers with h // (H / K): the query heads change places.
+        # It pairs query head h with key head h mod K, transformers with h // (H / K): the query
+        # heads change places.
         groups = query.shape[1] // key.shape[1]
         query = query.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1, 2)
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out = ring_flash_attn_(q, k, v, None, is_causal, bucket, in_ring, layout == "striped", None, None, False, 50.0)
+        out = ring_flash_attn_(
+            q, k, v, None, is_causal, bucket, in_ring, layout == "striped", None, None, False, 50.0
+        )
         heads: Tensor = out.transpose(1, 2).unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
         return heads
 
@@ -107,21 +124,30 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def errors_beside_ring_attention_pytorch() -> dict[str, float]:
     """Our relative differences from it on this rank.
 
-    Its ring on CPU hands wrong gradients of keys and values home (it takes the two buffers of a pass for those of key
-    and value), so these come from the same blocks, `LENGTH / R` tokens each, on one process.
+    Its ring on CPU hands wrong gradients of keys and values home (it takes the two buffers of a
+    pass for those of key and value), so these come from the same blocks, `LENGTH / R` tokens each,
+    on one process.
     """
     size, rank = dist.get_world_size(), dist.get_rank()
     found = {}
-    layouts: tuple[tuple[Layout, bool], ...] = (("contiguous", False), ("contiguous", True), ("striped", True))
+    layouts: tuple[tuple[Layout, bool], ...] = (
+        ("contiguous", False),
+        ("contiguous", True),
+        ("striped", True),
+    )
     for (layout, is_causal), heads in itertools.product(layouts, HEADS):
         whole, own = draw(heads), local_order(LENGTH, size, rank, layout)
         mine = values_of(ours(layout, is_causal), whole, own)
         ring = values_of(their_ring(layout, is_causal), whole, own)
         blocks = values_of(
-            their_ring("contiguous", is_causal, LENGTH // size, in_ring=False), whole, torch.arange(LENGTH)
+            their_ring("contiguous", is_causal, LENGTH // size, in_ring=False),
+            whole,
+            torch.arange(LENGTH),
         )
         theirs = [ring[0], ring[1], blocks[2][:, :, own], blocks[3][:, :, own]]
-        for name, actual, expected in zip(("output", "query", "key", "value"), mine, theirs, strict=True):
+        for name, actual, expected in zip(
+            ("output", "query", "key", "value"), mine, theirs, strict=True
+        ):
             found[f"{layout} causal={is_causal} {heads} {name}"] = relative(actual, expected)
     return found
 
@@ -143,7 +169,9 @@ def errors_beside_torch() -> dict[str, float]:
         whole, own = draw(heads), local_order(LENGTH, size, rank, layout)
         mine = values_of(ours(layout, True, exchange), whole, own)
         theirs = values_of(partial(torch_ring, group=dist.group.WORLD, **chosen), whole, own)
-        for name, actual, expected in zip(("output", "query", "key", "value"), mine, theirs, strict=True):
+        for name, actual, expected in zip(
+            ("output", "query", "key", "value"), mine, theirs, strict=True
+        ):
             found[f"{layout} {exchange} {heads} {name}"] = relative(actual, expected)
     return found
 

@@ -1,4 +1,6 @@
-"""Ring attention against one process in float64: layouts, exchanges, windows, documents, head counts, bytes."""
+"""Ring attention against one process in float64: layouts, exchanges, windows, documents, head
+counts, bytes.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,20 @@ from ulysses_accel.attention.ring.plan import RingPlan
 from ulysses_accel.errors import ConfigError, ShapeError
 from ulysses_accel.sequence.layout import LAYOUTS, ring_order, runs
 
-# Sums of at most 64 products of unit normals, merged in another order: a few hundred ulps of float64.
+# Sums of at most 64 products of unit normals, merged in another order: a few hundred ulps of
+# float64.
 TOLERANCE = 1e-12
 HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (6, 2), (5, 1)]
 Case = tuple[str, str, int, tuple[int, int], int, bool, int | None, bool, int | None]
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, is_causal: bool, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ids: Tensor | None,
+    is_causal: bool,
+    window: int | None,
 ) -> Tensor:
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     mask = torch.ones(query.shape[0], length, length, dtype=torch.bool)
@@ -47,12 +55,18 @@ def reference(
 
 def local_order(length: int, size: int, rank: int, layout: str) -> Tensor:
     return torch.tensor(
-        [run.start + i * run.step for run in runs(length, size, rank, layout) for i in range(run.count)]
+        [
+            run.start + i * run.step
+            for run in runs(length, size, rank, layout)
+            for i in range(run.count)
+        ]
     )
 
 
 def worst_error(case: Case) -> float:
-    layout, exchange, batch, (num_heads, num_kv), value_dim, is_causal, window, packed, stride = case
+    layout, exchange, batch, (num_heads, num_kv), value_dim, is_causal, window, packed, stride = (
+        case
+    )
     size, rank = dist.get_world_size(), dist.get_rank()
     length = 6 * size if layout != "zigzag" else 8 * size
     torch.manual_seed(0)
@@ -109,22 +123,32 @@ def draw_cases(number: int) -> list[Case]:
 def test_matches_one_process(size: int) -> None:
     cases = draw_cases(12)
     worst = run_ranks(lambda: [worst_error(case) for case in cases], size, timeout=200)
-    failed = [(case, errors) for case, *errors in zip(cases, *worst) if not max(errors) <= TOLERANCE]
+    failed = [
+        (case, errors) for case, *errors in zip(cases, *worst) if not max(errors) <= TOLERANCE
+    ]
     assert not failed
 
 
-def sent_tokens(layout: str, exchange: str, window: int | None, **options: Any) -> tuple[float, float]:
+def sent_tokens(
+    layout: str, exchange: str, window: int | None, **options: Any
+) -> tuple[float, float]:
     """Tokens whose key and value (or their gradients) this rank sends, forward and backward."""
     local = [torch.randn(1, 1, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
     def record(function: Callable[[], Tensor | None]) -> tuple[Any, float]:
         with torch.profiler.profile(record_shapes=True) as profile:
             result = function()
-        sent = [math.prod(e.input_shapes[0]) for e in profile.events() if e.name in ("gloo:send", "gloo:all_to_all")]
+        sent = [
+            math.prod(e.input_shapes[0])
+            for e in profile.events()
+            if e.name in ("gloo:send", "gloo:all_to_all")
+        ]
         return result, sum(sent) / (2 * 4)
 
     out, forward = record(
-        lambda: ring_attention(*local, dist.group.WORLD, layout=layout, exchange=exchange, window=window, **options)
+        lambda: ring_attention(
+            *local, dist.group.WORLD, layout=layout, exchange=exchange, window=window, **options
+        )
     )
     _, backward = record(lambda: out.sum().backward())
     return forward, backward
@@ -133,7 +157,8 @@ def sent_tokens(layout: str, exchange: str, window: int | None, **options: Any) 
 @pytest.mark.parametrize(
     ("layout", "exchange", "window", "forward", "backward"),
     [
-        # 4 ranks with 8 tokens: a full rotation sends 3 times all 32 tokens, and gradients take as many hops.
+        # 4 ranks with 8 tokens: a full rotation sends 3 times all 32 tokens, and gradients take as
+        # many hops.
         ("contiguous", "p2p", None, 96, 192),
         ("striped", "p2p", None, 96, 192),
         # Causal zigzag drops the halves that nobody needs: 0.75 of it.
@@ -166,13 +191,17 @@ def test_sends_what_both_sides_of_a_window_and_prefixes_need() -> None:
 
 
 def test_lengths_sinks_and_soft_cap_by_argument() -> None:
-    """The arguments of the function mean what the dense reference computes with a mask of their own."""
+    """The arguments of the function mean what the dense reference computes with a mask of their
+    own.
+    """
 
     def body() -> float:
         size, rank = dist.get_world_size(), dist.get_rank()
         own = local_order(8 * size, size, rank, "zigzag")
         torch.manual_seed(0)
-        whole = [torch.randn(2, n, 8 * size, 4, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+        whole = [
+            torch.randn(2, n, 8 * size, 4, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)
+        ]
         sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
         lengths, places = torch.tensor([8 * size, 8 * size - 5]), torch.arange(8 * size)
         real = places < lengths[:, None]
@@ -202,7 +231,9 @@ def test_lengths_sinks_and_soft_cap_by_argument() -> None:
 
 
 def test_dropout_is_replayed_and_differs_between_ranks() -> None:
-    """Values are unit vectors, so that the output is the weights; keys are equal, so that all weights are."""
+    """Values are unit vectors, so that the output is the weights; keys are equal, so that all
+    weights are.
+    """
 
     def body() -> list[Tensor]:
         from torch.utils.checkpoint import checkpoint
@@ -211,7 +242,12 @@ def test_dropout_is_replayed_and_differs_between_ranks() -> None:
         torch.manual_seed(0)
         q, k = torch.zeros(2, 1, 2, 8, 8 * size, dtype=torch.float64).unbind(0)
         own = local_order(8 * size, size, dist.get_rank(), "zigzag")
-        v = torch.eye(8 * size, dtype=torch.float64)[own].expand(1, 2, -1, -1).clone().requires_grad_()
+        v = (
+            torch.eye(8 * size, dtype=torch.float64)[own]
+            .expand(1, 2, -1, -1)
+            .clone()
+            .requires_grad_()
+        )
         run = lambda v: ring_attention(q, k, v, dist.group.WORLD, is_causal=False, dropout=0.5)  # noqa: E731
         outs, grads = [], []
         for again in (run, lambda v: checkpoint(run, v, use_reentrant=False)):
@@ -237,7 +273,9 @@ def test_dropout_is_replayed_and_differs_between_ranks() -> None:
 def test_dropout_gradients_match_finite_differences() -> None:
     def body() -> bool:
         torch.manual_seed(dist.get_rank())
-        q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)
+        )
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             torch.manual_seed(0)
@@ -249,7 +287,9 @@ def test_dropout_gradients_match_finite_differences() -> None:
 
 
 def test_low_precision_error_does_not_grow_with_the_ring() -> None:
-    """bfloat16 against float64 of the same inputs; blocks merge in float32, so one rounding at the end dominates."""
+    """bfloat16 against float64 of the same inputs; blocks merge in float32, so one rounding at the
+    end dominates.
+    """
 
     def error() -> list[float]:
         size, rank = dist.get_world_size(), dist.get_rank()
@@ -262,18 +302,26 @@ def test_low_precision_error_does_not_grow_with_the_ring() -> None:
         local = [tensor[:, :, own].clone().requires_grad_() for tensor in inputs]
         out = ring_attention(*local, dist.group.WORLD)
         out.square().sum().backward()
-        pairs = [(out, expected[:, :, own]), *((a.grad, b.grad[:, :, own]) for a, b in zip(local, whole))]
+        pairs = [
+            (out, expected[:, :, own]),
+            *((a.grad, b.grad[:, :, own]) for a, b in zip(local, whole)),
+        ]
         return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
     worst = {size: [max(errors) for errors in zip(*run_ranks(error, size))] for size in (1, 2, 4)}
-    # bfloat16 has 8 bits: 2^-8 is one rounding. Forward stays there; gradients add the rounding of each block's part.
+    # bfloat16 has 8 bits: 2^-8 is one rounding. Forward stays there; gradients add the rounding of
+    # each block's part.
     assert all(errors[0] <= 2**-8 for errors in worst.values())
     assert all(max(errors) <= 2**-6 for errors in worst.values())
     assert max(worst[4]) <= 1.5 * max(worst[1])
 
 
-def copied_heads(num_heads: int, num_key_heads: int, group: dist.ProcessGroup | None) -> tuple[float, float]:
-    """Bytes written besides the kernels', forward and backward, in heads of a rank's 8 tokens of size 64."""
+def copied_heads(
+    num_heads: int, num_key_heads: int, group: dist.ProcessGroup | None
+) -> tuple[float, float]:
+    """Bytes written besides the kernels', forward and backward, in heads of a rank's 8 tokens of
+    size 64.
+    """
     size = group.size() if group is not None else 1
     shapes = [(1, 8, n, 64) for n in (num_heads, num_key_heads, num_key_heads, num_heads)]
     *inputs, grad = (torch.randn(shape, dtype=torch.float64).transpose(1, 2) for shape in shapes)
@@ -295,12 +343,14 @@ def test_one_dense_document_costs_one_kernel_call() -> None:
 
 @pytest.mark.parametrize("num_key_heads", [8, 2])
 def test_a_ring_copies_little(num_key_heads: int) -> None:
-    """Keys and values are packed once; each further hop merges one output, and adds to one gradient of each kind."""
+    """Keys and values are packed once; each further hop merges one output, and adds to one gradient
+    of each kind.
+    """
     copied = run_ranks(lambda: copied_heads(8, num_key_heads, dist.group.WORLD), 4)
     # The log-sum-exp is 1 / 64 of the output, and three numbers of it are written for a merge.
     assert max(rank[0] for rank in copied) <= 2 * num_key_heads + 3 * 8 * (1 + 3 / 64)
-    # The busiest rank adds 16 + 16 + 8 heads on the way and 16 of what came home, with the fewest key/value heads 4
-    # times less, and to its queries' at most three times all 8.
+    # The busiest rank adds 16 + 16 + 8 heads on the way and 16 of what came home, with the fewest
+    # key/value heads 4 times less, and to its queries' at most three times all 8.
     assert max(rank[1] for rank in copied) <= 7 * num_key_heads + 3 * 8
 
 
@@ -323,4 +373,6 @@ def test_plan_sizes_agree_between_sender_and_reader() -> None:
     for reader in plans:
         for source in plans:
             assert reader.incoming[source.rank] == source.outgoing[reader.rank]
-    assert torch.equal(ring_order(24, 3, "zigzag"), torch.cat([local_order(24, 3, r, "zigzag") for r in range(3)]))
+    assert torch.equal(
+        ring_order(24, 3, "zigzag"), torch.cat([local_order(24, 3, r, "zigzag") for r in range(3)])
+    )

@@ -19,7 +19,13 @@ def painted(found: tuple[Tile, ...], length: int) -> torch.Tensor:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), st.sampled_from(LAYOUTS), st.integers(1, 4), st.booleans(), st.sampled_from([None, 1, 3, 9]))
+@given(
+    st.data(),
+    st.sampled_from(LAYOUTS),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from([None, 1, 3, 9]),
+)
 def test_the_pairs_stay_the_same(
     data: st.DataObject, layout: Layout, size: int, is_causal: bool, window: int | None
 ) -> None:
@@ -42,7 +48,15 @@ def test_causal_zigzag_is_one_tile_for_each_rank() -> None:
     length, size = 32, 4
     for rank in range(size):
         for source in range(size):
-            found = tiles(*(runs(length, size, r, "zigzag") for r in (rank, source)), ((0, length),), True)
+            found = tiles(
+                *(runs(length, size, r, "zigzag") for r in (rank, source)), ((0, length),), True
+            )
             later, earlier = Tile(4, 8, 0, 8, "full"), Tile(0, 8, 0, 4, "full")
-            expected = Tile(0, 8, 0, 8, "causal") if source == rank else later if source > rank else earlier
+            expected = (
+                Tile(0, 8, 0, 8, "causal")
+                if source == rank
+                else later
+                if source > rank
+                else earlier
+            )
             assert joined_tiles(found) == (expected,)

@@ -30,7 +30,11 @@ def paint(tile: Tile, counts: torch.Tensor) -> None:
 
 def positions(length: int, ring_size: int, rank: int, layout: Layout) -> torch.Tensor:
     return torch.tensor(
-        [run.start + i * run.step for run in runs(length, ring_size, rank, layout) for i in range(run.count)]
+        [
+            run.start + i * run.step
+            for run in runs(length, ring_size, rank, layout)
+            for i in range(run.count)
+        ]
     )
 
 
@@ -39,7 +43,9 @@ def draw_documents(data: st.DataObject, length: int) -> tuple[tuple[int, int], .
     return tuple((a, b) for a, b in pairwise(bounds) if data.draw(st.booleans()))
 
 
-def draw_holes(data: st.DataObject, documents: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+def draw_holes(
+    data: st.DataObject, documents: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, int], ...]:
     holes = []
     for start, stop in documents:
         bounds = sorted(data.draw(st.sets(st.integers(start, stop), max_size=4)))
@@ -70,7 +76,9 @@ def dense_mask(length: int, rule: RowRule, is_causal: bool, window: int | None) 
     return mask & (ids[:, None] == ids[None, :]) & (ids[:, None] >= 0) & (ids[None, :] >= 0)
 
 
-def painted(length: int, ring_size: int, layouts: tuple[Layout, Layout], key_length: int, args: tuple) -> torch.Tensor:
+def painted(
+    length: int, ring_size: int, layouts: tuple[Layout, Layout], key_length: int, args: tuple
+) -> torch.Tensor:
     """How often the tiles of all pairs of ranks cover each pair of tokens, `[S, S of the keys]`."""
     counts = torch.zeros(length, key_length, dtype=torch.long)
     for q_rank in range(ring_size):
@@ -117,7 +125,9 @@ def test_cross_attention_sees_all_of_the_other_sequence(data: st.DataObject) -> 
     holes = draw_holes(data, documents[0])
     rule = RowRule(documents[0], holes, (), joined(documents[1]))
     counts = painted(lengths[0], ring_size, layouts, lengths[1], (rule, False))
-    queries, keys = (visible_tokens(n, r) >= 0 for n, r in zip(lengths, (rule, RowRule(documents[1]))))
+    queries, keys = (
+        visible_tokens(n, r) >= 0 for n, r in zip(lengths, (rule, RowRule(documents[1])))
+    )
     assert torch.equal(counts, (queries[:, None] & keys[None, :]).long())
 
 
@@ -130,7 +140,9 @@ def test_layouts_hold_every_token_once() -> None:
 
 
 # Striped ranks differ by their tokens' diagonals: 3 scores in each of 16 rows.
-@pytest.mark.parametrize(("layout", "gap"), [("zigzag", 0), ("striped", 3 * 16), ("contiguous", 3 * 16 * 16)])
+@pytest.mark.parametrize(
+    ("layout", "gap"), [("zigzag", 0), ("striped", 3 * 16), ("contiguous", 3 * 16 * 16)]
+)
 def test_causal_work_is_even(layout: Layout, gap: int) -> None:
     work = [
         sum(

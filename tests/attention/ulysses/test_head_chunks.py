@@ -1,4 +1,6 @@
-"""Ulysses in head chunks: exact for every head count, the same bytes, less memory, and the arithmetic of the chunks."""
+"""Ulysses in head chunks: exact for every head count, the same bytes, less memory, and the
+arithmetic of the chunks.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_every_number_of_chunks_matches_one_process(size: int) -> None:
         for value_size, packed in ((4, False), (6, True))
     ]
     worst = run_ranks(lambda: [worst_error(*case) for case in cases], size)
-    failed = [(case, errors) for case, *errors in zip(cases, *worst) if not max(errors) <= TOLERANCE]
+    failed = [
+        (case, errors) for case, *errors in zip(cases, *worst) if not max(errors) <= TOLERANCE
+    ]
     assert not failed
     assert cases
 
@@ -74,7 +78,9 @@ def test_chunks_around_a_ring_with_sinks() -> None:
         torch.manual_seed(0)
         inputs = [torch.randn(1, n, 32, 4, dtype=torch.float64) for n in (8, 2, 2)]
         sinks = torch.randn(8, dtype=torch.float64)
-        own = local_order(32, 2, mesh["cp"].get_local_rank(), "zigzag").chunk(2)[mesh["sp"].get_local_rank()]
+        own = local_order(32, 2, mesh["cp"].get_local_rank(), "zigzag").chunk(2)[
+            mesh["sp"].get_local_rank()
+        ]
         found = []
         for number in (1, 4):
             leaves = [tensor[:, :, own].clone().requires_grad_() for tensor in inputs] + [
@@ -82,7 +88,9 @@ def test_chunks_around_a_ring_with_sinks() -> None:
             ]
             out = usp_attention(*leaves[:3], *groups, window=7, sinks=leaves[3], head_chunks=number)
             found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-        return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in zip(*found))
+        return max(
+            float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in zip(*found)
+        )
 
     assert max(run_ranks(body, 4)) <= TOLERANCE
 
@@ -90,7 +98,9 @@ def test_chunks_around_a_ring_with_sinks() -> None:
 def test_a_second_backward_and_a_checkpoint_give_the_same_gradients() -> None:
     def body() -> list[float]:
         torch.manual_seed(0)
-        leaves = [torch.randn(1, n, 6, 4, dtype=torch.float64, requires_grad=True) for n in (8, 4, 4)]
+        leaves = [
+            torch.randn(1, n, 6, 4, dtype=torch.float64, requires_grad=True) for n in (8, 4, 4)
+        ]
 
         def run(*tensors: Tensor) -> Tensor:
             return ulysses_attention(*tensors, dist.group.WORLD, head_chunks=3)
@@ -98,8 +108,12 @@ def test_a_second_backward_and_a_checkpoint_give_the_same_gradients() -> None:
         out = run(*leaves)
         first = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
         again = torch.autograd.grad(out.square().sum(), leaves)
-        replayed = torch.autograd.grad(checkpoint(run, *leaves, use_reentrant=False).square().sum(), leaves)
-        return [float((a - b).abs().max()) for other in (again, replayed) for a, b in zip(first, other)]
+        replayed = torch.autograd.grad(
+            checkpoint(run, *leaves, use_reentrant=False).square().sum(), leaves
+        )
+        return [
+            float((a - b).abs().max()) for other in (again, replayed) for a, b in zip(first, other)
+        ]
 
     for differences in run_ranks(body, 2):
         assert differences == [0.0] * 6
@@ -107,7 +121,9 @@ def test_a_second_backward_and_a_checkpoint_give_the_same_gradients() -> None:
 
 def test_compiled_code_runs_the_chunks_outside_of_its_graphs() -> None:
     def body() -> float:
-        leaves = [torch.randn(1, n, 6, 4, dtype=torch.float64, requires_grad=True) for n in (8, 4, 4)]
+        leaves = [
+            torch.randn(1, n, 6, 4, dtype=torch.float64, requires_grad=True) for n in (8, 4, 4)
+        ]
 
         def run(*tensors: Tensor) -> Tensor:
             return ulysses_attention(*tensors, dist.group.WORLD, head_chunks=2) * 2
@@ -122,18 +138,27 @@ def test_compiled_code_runs_the_chunks_outside_of_its_graphs() -> None:
 TOKENS, SIZE = 64, 16
 
 
-def measured(heads: tuple[int, int], number: int, run: Callable[..., Tensor], repeats: int) -> list[list[int]]:
-    """Returns (collectives, bytes sent, peak bytes) of forward and of backward, peaks in the best of the repeats."""
-    leaves = [torch.randn(1, TOKENS, n, SIZE, requires_grad=True) for n in (heads[0], heads[1], heads[1])]
+def measured(
+    heads: tuple[int, int], number: int, run: Callable[..., Tensor], repeats: int
+) -> list[list[int]]:
+    """Returns (collectives, bytes sent, peak bytes) of forward and of backward, peaks in the best
+    of the repeats.
+    """
+    leaves = [
+        torch.randn(1, TOKENS, n, SIZE, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    ]
     attention = SequenceAttention(dist.group.WORLD, head_chunks=number)
     length = TOKENS * dist.get_world_size()
     description = SequenceDescription(length, dist.get_world_size(), (((0, length),),))
 
     def attend(*tensors: Tensor) -> Tensor:
-        return attention(*(tensor.transpose(1, 2) for tensor in tensors), description, AttentionCall())
+        return attention(
+            *(tensor.transpose(1, 2) for tensor in tensors), description, AttentionCall()
+        )
 
     gradient, counts = torch.randn(1, TOKENS, heads[0], SIZE), []
-    # gloo's worker threads may hold a message a moment after its exchange, at random: the smallest peak is without.
+    # gloo's worker threads may hold a message a moment after its exchange, at random: the smallest
+    # peak is without.
     for _ in range(repeats):
         with OperationCounter() as counter:
             out = run(attend, *leaves)
@@ -173,14 +198,18 @@ def test_the_same_bytes_in_more_messages(heads: tuple[int, int]) -> None:
 def test_the_working_set_shrinks(heads: tuple[int, int]) -> None:
     """Peaks in u, one rank's query.
 
-    A checkpointed forward saves nothing: beside the output (1 u), a chunk and the one on its way are alive, 13/n u of
-    16 / 16 heads: its query, key and value (3) twice and once packed (9), its output, packed, and arrived before (4).
-    The backward pass starts with what autograd saved and ends with the gradients of all; only the rest shrinks.
+    A checkpointed forward saves nothing: beside the output (1 u), a chunk and the one on its way
+        are alive, 13/n u of
+    16 / 16 heads: its query, key and value (3) twice and once packed (9), its output, packed, and
+    arrived before (4). The backward pass starts with what autograd saved and ends with the
+    gradients of all; only the rest shrinks.
     """
     ranks = run_ranks(lambda: [measured(heads, number, checkpointed, 8) for number in (1, 4, 8)], 2)
     unit = TOKENS * SIZE * heads[0] * 4
     for once, four, eight in ranks:
-        forward, backward = ([way[index][2] / unit for way in (once, four, eight)] for index in (0, 1))
+        forward, backward = (
+            [way[index][2] / unit for way in (once, four, eight)] for index in (0, 1)
+        )
         assert forward[2] <= forward[1] <= forward[0]
         assert backward[2] < backward[0]
         if heads == (16, 16):
@@ -199,7 +228,8 @@ def test_chunks_that_the_heads_do_not_permit_are_refused_on_every_rank() -> None
 
     (message,) = set(run_ranks(body, 2))
     assert message == (
-        "sp_head_chunks=4 can't cut the 3 query heads of a rank (num_attention_heads=7 on sp_size=2). "
+        "sp_head_chunks=4 can't cut the 3 query heads of a rank (num_attention_heads=7 on "
+        "sp_size=2). "
         "Use one of: 1, 2, 3."
     )
     with pytest.raises(ShapeError, match="sp_head_chunks=0"):
@@ -215,7 +245,12 @@ def test_every_head_travels_once_in_whole_groups() -> None:
             chunks = HeadChunks(split, number)
             queries = sorted(head for heads in chunks.all_queries() for head in range(*heads))
             assert queries == list(range(num_heads))
-            sent = sorted(head for chunk in range(number) for heads in chunks.keys_in(chunk) for head in range(*heads))
+            sent = sorted(
+                head
+                for chunk in range(number)
+                for heads in chunks.keys_in(chunk)
+                for head in range(*heads)
+            )
             assert sent == list(range(num_kv))
             for rank in range(size):
                 assert_groups(chunks, rank, num_heads // num_kv)
@@ -230,7 +265,9 @@ def assert_groups(chunks: HeadChunks, rank: int, group: int) -> None:
         assert {head // group for head in range(*chunks.queries(chunk, rank))} == at_hand
 
 
-@given(st.integers(1, 64), st.integers(1, 2**24), st.integers(1, 128), st.sampled_from((64, 128, 256)))
+@given(
+    st.integers(1, 64), st.integers(1, 2**24), st.integers(1, 128), st.sampled_from((64, 128, 256))
+)
 def test_core_calls_stay_below_the_limit(batch: int, length: int, heads: int, size: int) -> None:
     number = min_head_chunks(batch, length, heads, size)
     assert 1 <= number <= heads

@@ -1,4 +1,6 @@
-"""Ulysses attention against one process in float64: outputs and gradients, all head counts, documents, sizes."""
+"""Ulysses attention against one process in float64: outputs and gradients, all head counts,
+documents, sizes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ TOLERANCE = 1e-12
 HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (4, 4), (6, 2), (6, 3), (5, 1), (7, 7)]
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, is_causal: bool) -> Tensor:
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, is_causal: bool
+) -> Tensor:
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     mask = torch.ones(query.shape[0], length, length, dtype=torch.bool)
     if is_causal:
@@ -34,12 +38,19 @@ def reference(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, is_
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
 
 
-def worst_error(batch: int, heads: tuple[int, int], value_size: int, is_causal: bool, packed: bool, core: str) -> float:
+def worst_error(
+    batch: int, heads: tuple[int, int], value_size: int, is_causal: bool, packed: bool, core: str
+) -> float:
     size, rank = dist.get_world_size(), dist.get_rank()
     length, head_size = 6 * size, 4
     torch.manual_seed(0)
     num_heads, num_kv = heads
-    shapes = ((num_heads, head_size), (num_kv, head_size), (num_kv, value_size), (num_heads, value_size))
+    shapes = (
+        (num_heads, head_size),
+        (num_kv, head_size),
+        (num_kv, value_size),
+        (num_heads, value_size),
+    )
     *inputs, weight = (torch.randn(batch, n, length, d, dtype=torch.float64) for n, d in shapes)
     ids = torch.randint(0, 4, (batch, length)).sort(dim=1).values if packed else None
 
@@ -49,7 +60,9 @@ def worst_error(batch: int, heads: tuple[int, int], value_size: int, is_causal: 
 
     own = slice(rank * 6, rank * 6 + 6)
     local = [tensor[:, :, own].clone().requires_grad_() for tensor in inputs]
-    out = ulysses_attention(*local, dist.group.WORLD, is_causal=is_causal, document_ids=ids, core=core)
+    out = ulysses_attention(
+        *local, dist.group.WORLD, is_causal=is_causal, document_ids=ids, core=core
+    )
     (out * weight[:, :, own]).sum().backward()
     errors = [(out - expected[:, :, own]).abs().max()]
     errors += [(a.grad - b.grad[:, :, own]).abs().max() for a, b in zip(local, whole)]
@@ -59,14 +72,23 @@ def worst_error(batch: int, heads: tuple[int, int], value_size: int, is_causal: 
 def count_collectives(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
     with torch.profiler.profile() as profile:
         result = function()
-    return result, sum(event.count for event in profile.key_averages() if event.key.startswith("c10d::"))
+    return result, sum(
+        event.count for event in profile.key_averages() if event.key.startswith("c10d::")
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_matches_one_process(size: int) -> None:
-    cases = list(itertools.product([1, 2], HEADS, [4, 6], [True, False], [True, False], ["sdpa", "eager"]))
+    cases = list(
+        itertools.product([1, 2], HEADS, [4, 6], [True, False], [True, False], ["sdpa", "eager"])
+    )
     worst = run_ranks(lambda: [worst_error(*case) for case in cases], size, timeout=300)
-    failed = [(case, error) for case, *errors in zip(cases, *worst) for error in errors if not error <= TOLERANCE]
+    failed = [
+        (case, error)
+        for case, *errors in zip(cases, *worst)
+        for error in errors
+        if not error <= TOLERANCE
+    ]
     assert not failed
 
 
@@ -74,7 +96,8 @@ def test_exchanges_are_adjoint_and_inverse() -> None:
     def body() -> list[float]:
         torch.manual_seed(dist.get_rank())
         tensors = [
-            torch.randn(2, n, 6, d, dtype=torch.float64, requires_grad=True) for n, d in ((4, 3), (2, 3), (2, 5))
+            torch.randn(2, n, 6, d, dtype=torch.float64, requires_grad=True)
+            for n, d in ((4, 3), (2, 3), (2, 5))
         ]
         whole = seq_to_head(*tensors, dist.group.WORLD)
         weights = [torch.randn_like(tensor) for tensor in whole]
@@ -92,7 +115,9 @@ def test_exchanges_are_adjoint_and_inverse() -> None:
 
 
 def test_two_collectives_each_way() -> None:
-    """The layer's budget: one collective for query, key and value together and one for the output, both ways."""
+    """The layer's budget: one collective for query, key and value together and one for the output,
+    both ways.
+    """
 
     def body() -> list[int]:
         tensors = [torch.randn(1, 4, 6, 4, requires_grad=True) for _ in range(3)]
@@ -112,8 +137,13 @@ def test_dropout_differs_between_ranks_and_is_replayed() -> None:
         grads, outs = [], []
         for use_checkpoint in (False, True):
             torch.manual_seed(0)
-            run = lambda q, k, v: ulysses_attention(q, k, v, dist.group.WORLD, dropout=0.5, is_causal=False)  # noqa: E731
-            out = checkpoint(run, *tensors, use_reentrant=False) if use_checkpoint else run(*tensors)
+
+            def run(q, k, v):
+                return ulysses_attention(q, k, v, dist.group.WORLD, dropout=0.5, is_causal=False)
+
+            out = (
+                checkpoint(run, *tensors, use_reentrant=False) if use_checkpoint else run(*tensors)
+            )
             grads.append(torch.autograd.grad(out.square().sum(), tensors[2])[0])
             outs.append(out.detach())
         assert torch.equal(grads[0], grads[1])
@@ -124,9 +154,13 @@ def test_dropout_differs_between_ranks_and_is_replayed() -> None:
 
 
 def test_more_ranks_than_heads_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"sp_size=6 is more than num_attention_heads=4.* Use sp_size=4 at most"):
+    with pytest.raises(
+        ShapeError, match=r"sp_size=6 is more than num_attention_heads=4.* Use sp_size=4 at most"
+    ):
         HeadSplit(6, 4, 2)
-    with pytest.raises(ShapeError, match="num_key_value_heads=3 does not divide num_attention_heads=8"):
+    with pytest.raises(
+        ShapeError, match="num_key_value_heads=3 does not divide num_attention_heads=8"
+    ):
         HeadSplit(2, 8, 3)
 
 
@@ -149,7 +183,9 @@ def test_description_must_be_of_this_batch() -> None:
     def body() -> str:
         q = torch.randn(1, 2, 4, 4)
         with pytest.raises(ShapeError, match="each batch anew") as caught:
-            ulysses_attention(q, q, q, dist.group.WORLD, document_ids=SequenceDescription(6, 2, (((0, 6),),)))
+            ulysses_attention(
+                q, q, q, dist.group.WORLD, document_ids=SequenceDescription(6, 2, (((0, 6),),))
+            )
         return str(caught.value)
 
     assert len(set(run_ranks(body, 2))) == 1

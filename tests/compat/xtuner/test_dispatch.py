@@ -1,4 +1,6 @@
-"""`dispatch_modules` around the document's loop: which forwards are sharded, what is refused, on which engines."""
+"""`dispatch_modules` around the document's loop: which forwards are sharded, what is refused, on
+which engines.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def tokens_and_labels(counted: slice | None = None) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-# All; the first token of the second part alone, whose predecessor another rank has; only the first rank's; none.
+# All; the first token of the second part alone, whose predecessor another rank has; only the first
+# rank's; none.
 COUNTED = [None, slice(8, 9), slice(1, 4), slice(0, 0)]
 
 
@@ -59,13 +62,20 @@ def reference(name: str, counted: slice | None, config: Any = None) -> tuple[flo
     # One process has no mean of nothing.
     loss = torch.nan_to_num(loss) if counted == slice(0, 0) else loss
     loss.backward()
-    grads = {key: value.grad.nan_to_num() for key, value in model.named_parameters() if value.grad is not None}
+    grads = {
+        key: value.grad.nan_to_num()
+        for key, value in model.named_parameters()
+        if value.grad is not None
+    }
     return float(loss.detach()), grads
 
 
 def worst(grads: dict[str, Tensor | None], expected: Grads, averaged: bool = False) -> float:
     """The largest relative error of the mean over all ranks."""
-    scale, errors = torch.stack([value.norm() for value in expected.values()]).norm().clamp(min=1e-300), []
+    scale, errors = (
+        torch.stack([value.norm() for value in expected.values()]).norm().clamp(min=1e-300),
+        [],
+    )
     for key, value in expected.items():
         grad = grads[key]
         mean = torch.zeros_like(value) if grad is None else grad.clone()
@@ -92,10 +102,17 @@ def steps(expected: list[tuple[float, Grads]]) -> list[list[float]]:
         total = reduce_sequence_parallel_loss(outputs.loss, (labels != IGNORE).sum())
         total.backward()
         if counted == slice(0, 0):
-            assert not any(bool(value.grad.any()) for value in model.parameters() if value.grad is not None)
-        # The document says that reducing is not needed to train, so the model's own loss is the whole one already.
+            assert not any(
+                bool(value.grad.any()) for value in model.parameters() if value.grad is not None
+            )
+        # The document says that reducing is not needed to train, so the model's own loss is the
+        # whole one already.
         reduced = float(total.detach()) if int((labels != IGNORE).sum()) else loss
-        errors = [abs(reduced - loss), abs(float(outputs.loss.detach()) - loss), worst(own_grads(model), grads)]
+        errors = [
+            abs(reduced - loss),
+            abs(float(outputs.loss.detach()) - loss),
+            worst(own_grads(model), grads),
+        ]
         model.zero_grad()
         model(input_ids=input_ids, labels=labels).loss.backward()
         found.append([*errors, worst(own_grads(model), grads)])
@@ -115,7 +132,9 @@ def test_no_target_is_lost_where_the_sequence_is_cut(support: Support) -> None:
 
 
 def own_loss(expected: tuple[float, Grads]) -> list[float]:
-    """A loop that computes its loss by itself: labels shifted before the cut, ranks with different numbers of them."""
+    """A loop that computes its loss by itself: labels shifted before the cut, ranks with different
+    numbers of them.
+    """
     init_sequence_parallel(2)
     model = build("llama")
     dispatch_modules(model)
@@ -139,14 +158,25 @@ def of_samples(expected: float) -> float:
     init_sequence_parallel(2)
     model = classifier()
     dispatch_modules(model)
-    loss = model(input_ids=split_for_sequence_parallel(tokens_and_labels()[0], 1), labels=torch.tensor([1, 0])).loss
+    loss = model(
+        input_ids=split_for_sequence_parallel(tokens_and_labels()[0], 1),
+        labels=torch.tensor([1, 0]),
+    ).loss
     return abs(float(loss.detach()) - expected)
 
 
 def classifier() -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": 0}
-    return hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes, num_attention_heads=4)).double()
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "pad_token_id": 0,
+    }
+    return hf.LlamaForSequenceClassification(
+        hf.LlamaConfig(**sizes, num_attention_heads=4)
+    ).double()
 
 
 def test_labels_of_rows_are_not_split() -> None:
@@ -186,17 +216,27 @@ def checkpointed(model: Any) -> Any:
 
 
 def llama(heads: int) -> Any:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+    }
     return hf.LlamaConfig(**sizes, num_attention_heads=heads)
 
 
 @pytest.mark.parametrize(("size", "heads"), [(2, 4), (4, 2)])
-def test_any_way_of_calling_and_more_ranks_than_heads(size: int, heads: int, support: Support) -> None:
+def test_any_way_of_calling_and_more_ranks_than_heads(
+    size: int, heads: int, support: Support
+) -> None:
     for errors in run_ranks(forms, size, reference("llama", None, llama(heads)), heads):
         assert max(errors) <= EXACT
     if size > heads:
         # Two places of a ring, of two ranks each.
-        support("system", "XTuner: more ranks than heads", "cp × sp", code="init_sequence_parallel(4)")
+        support(
+            "system", "XTuner: more ranks than heads", "cp × sp", code="init_sequence_parallel(4)"
+        )
 
 
 def in_evaluation(expected: Tensor) -> list[float]:
@@ -216,7 +256,9 @@ def in_evaluation(expected: Tensor) -> list[float]:
         copied = refused(lambda: model(input_ids=tokens))
         done.in_evaluation = False
         # A mask of two tokens, one of them in the cache, is no part's.
-        model.generate(tokens[:, :1], attention_mask=torch.ones_like(tokens[:, :1]), max_new_tokens=3)
+        model.generate(
+            tokens[:, :1], attention_mask=torch.ones_like(tokens[:, :1]), max_new_tokens=3
+        )
         done.uninstall()
         after = model(input_ids=tokens).logits
     # A model that was restored computes a part as if it were all.
@@ -252,7 +294,9 @@ def by_lengths() -> list[float]:
     tokens, labels = (tensor[:1, :14] for tensor in tokens_and_labels())
     positions = torch.cat([torch.arange(5), torch.arange(9)])[None]
     (bounds,), mask = pad_cumulative_len_for_sequence_parallel([torch.tensor([0, 5, 14])])
-    ids, targets, places, padding = pad_for_sequence_parallel(tokens, labels, positions, torch.ones_like(tokens))
+    ids, targets, places, padding = pad_for_sequence_parallel(
+        tokens, labels, positions, torch.ones_like(tokens)
+    )
     assert mask is not None
     assert padding is not None
     assert torch.equal(mask, padding.bool())
@@ -265,7 +309,8 @@ def by_lengths() -> list[float]:
 def test_documents_are_told_by_cumulative_lengths_too() -> None:
     tokens, labels = (tensor[:1, :14] for tensor in tokens_and_labels())
     losses = [
-        build("llama")(input_ids=tokens[:, part], labels=labels[:, part]).loss for part in (slice(5), slice(5, 14))
+        build("llama")(input_ids=tokens[:, part], labels=labels[:, part]).loss
+        for part in (slice(5), slice(5, 14))
     ]
     expected = float((losses[0] * 4 + losses[1] * 8).detach()) / 12
     for told, counted in run_ranks(by_lengths, 4):
@@ -325,10 +370,20 @@ def test_one_process_needs_no_groups() -> None:
 
 
 def alibi_models() -> dict[str, Any]:
-    falcon = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
+    falcon = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "alibi": True,
+    }
     return {
-        "Bloom": hf.BloomForCausalLM(hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
-        "MPT": hf.MptForCausalLM(hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)),
+        "Bloom": hf.BloomForCausalLM(
+            hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+        ),
+        "MPT": hf.MptForCausalLM(
+            hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+        ),
         "Falcon with ALiBi": hf.FalconForCausalLM(hf.FalconConfig(**falcon)),
     }
 
@@ -344,27 +399,34 @@ def test_models_whose_biases_are_out_of_reach_are_refused_by_name(support: Suppo
     for name, message in zip(alibi_models(), ranks[0], strict=True):
         assert "can't be trained exactly with sequence_parallel_size above 1" in message
         assert "do not call attention through transformers' AttentionInterface" in message
-        support.refused("system", f"XTuner: {name}", "sp", "attends past transformers' AttentionInterface")
+        support.refused(
+            "system", f"XTuner: {name}", "sp", "attends past transformers' AttentionInterface"
+        )
 
 
 def on_engines(expected: tuple[float, Grads]) -> list[float]:
     init_sequence_parallel(2)
     found = []
     for stage in (None, 2, 3):
-        # DeepSpeed 0.19 keeps ZeRO-3's weights in float32 where the CPU has no float16 instructions; where it has them
-        # it takes the model's own dtype, and refuses float64.
+        # DeepSpeed 0.19 keeps ZeRO-3's weights in float32 where the CPU has no float16
+        # instructions; where it has them it takes the model's own dtype, and refuses float64.
         model = build("llama").to(torch.float32 if stage == 3 else torch.float64)
         dispatch_modules(model)
         input_ids, labels, _, _ = pad_for_sequence_parallel(*tokens_and_labels())
         input_ids, labels, _ = split_for_sequence_parallel(input_ids, labels)
         assert labels is not None
         engine: Any = DistributedDataParallel(model) if stage is None else zero(model, stage)
-        loss = reduce_sequence_parallel_loss(engine(input_ids=input_ids, labels=labels).loss, (labels != IGNORE).sum())
+        loss = reduce_sequence_parallel_loss(
+            engine(input_ids=input_ids, labels=labels).loss, (labels != IGNORE).sum()
+        )
         if stage is None:
             loss.backward()
         else:
             engine.backward(loss)
-        found += [abs(float(loss.detach()) - expected[0]), worst(dict(full_gradients(engine)), expected[1], True)]
+        found += [
+            abs(float(loss.detach()) - expected[0]),
+            worst(dict(full_gradients(engine)), expected[1], True),
+        ]
     return found
 
 
@@ -384,5 +446,7 @@ def test_engines_average_to_the_whole_gradient(support: Support) -> None:
         assert max(rank[:2]) <= EXACT
         assert max(rank[2:]) <= FLOAT32
     for engine in ("DDP", "ZeRO-2", "ZeRO-3"):
-        code = "engine = deepspeed.initialize(model=model, ...)[0]  # behind dispatch_modules(model)"
+        code = (
+            "engine = deepspeed.initialize(model=model, ...)[0]  # behind dispatch_modules(model)"
+        )
         support("system", "XTuner: dispatched model in an engine", "sp", engine=engine, code=code)

@@ -1,4 +1,5 @@
-"""XTuner's table of models, its four missing families among them: the document's loop against one process, in float64.
+"""XTuner's table of models, its four missing families among them: the document's loop against one
+process, in float64.
 
 Tolerance 1e-12, for the reason that `tests/helpers/parity_jobs.py` states.
 """
@@ -38,18 +39,46 @@ from ulysses_accel.compat.xtuner import (
 from ulysses_accel.introspection.supports import find
 
 IGNORE, LENGTH = -100, 13
-# Whole rows, the second of them padded; and documents packed into rows, as XTuner's varlen data sets give them.
+# Whole rows, the second of them padded; and documents packed into rows, as XTuner's varlen data
+# sets give them.
 KINDS = ("padded", "packed")
 DOCUMENTS = ((5, 8), (3, 4, 6))
 MLA = {
-    **{key: value for key, value in GROUPED.items() if key not in ("head_dim", "num_key_value_heads")},
-    **{"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4},
-    **{"v_head_dim": 6, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{
+        key: value
+        for key, value in GROUPED.items()
+        if key not in ("head_dim", "num_key_value_heads")
+    },
+    **{
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 12,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+    },
+    **{
+        "v_head_dim": 6,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
 }
-QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+QWEN_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
 FUSED = {key: value for key, value in GROUPED.items() if key != "head_dim"}
-LEARNED = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
+LEARNED = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "pad_token_id": 0,
+}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -64,7 +93,8 @@ def auto(config: Callable[..., Any], **sizes: Any) -> Callable[[], Any]:
     return make
 
 
-# InternLM 2 is Llama by its layers and its fused projection; Yi and DeepSeek's first are Llama, Zephyr is Mistral.
+# InternLM 2 is Llama by its layers and its fused projection; Yi and DeepSeek's first are Llama,
+# Zephyr is Mistral.
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama 2": auto(hf.LlamaConfig, **SIZES),
     "InternLM 2, Yi, DeepSeek LLM": auto(hf.LlamaConfig, **GROUPED),
@@ -80,7 +110,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "GLM": auto(hf.GlmConfig, **GROUPED, partial_rotary_factor=0.5),
     "GLM 4": auto(hf.Glm4Config, **GROUPED, partial_rotary_factor=0.5),
     "StarCoder": auto(hf.GPTBigCodeConfig, **LEARNED, **NO_DROPOUT, multi_query=True),
-    "StarCoder 2": auto(hf.Starcoder2Config, **FUSED, sliding_window=6, residual_dropout=0.0, embedding_dropout=0.0),
+    "StarCoder 2": auto(
+        hf.Starcoder2Config, **FUSED, sliding_window=6, residual_dropout=0.0, embedding_dropout=0.0
+    ),
     "Baichuan 7B": lambda: BaichuanForCausalLM(BaichuanConfig()),
     "Baichuan 13B": lambda: BaichuanAlibiForCausalLM(BaichuanConfig(alibi=True)),
     "ChatGLM 2, ChatGLM 3": lambda: ChatGLMForConditionalGeneration(ChatGLMConfig()),
@@ -89,7 +121,11 @@ MODELS: dict[str, Callable[[], Any]] = {
 LAYOUTS = [(2, 2), (4, 4), (4, 2)]
 # What differs between models is the same with other sequences beside theirs.
 WITH_DATA = ("Llama 2", "Mixtral", "StarCoder", "Baichuan 13B")
-CASES = [(layout, name) for layout in LAYOUTS for name in (MODELS if layout[0] == layout[1] else WITH_DATA)]
+CASES = [
+    (layout, name)
+    for layout in LAYOUTS
+    for name in (MODELS if layout[0] == layout[1] else WITH_DATA)
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +145,9 @@ def build(name: str) -> Any:
 
 
 def make_batch(kind: str, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Tokens, labels, positions and mask; labels count unevenly over the row, and the numbers tell batches apart."""
+    """Tokens, labels, positions and mask; labels count unevenly over the row, and the numbers tell
+    batches apart.
+    """
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(8, 60, (2, LENGTH), generator=generator)
     labels = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.2, IGNORE)
@@ -145,9 +183,15 @@ def reference(name: str, num_batches: int) -> dict[str, Expected]:
     for kind in KINDS:
         model.zero_grad()
         with InDouble():
-            loss = torch.stack([one_process(name, model, kind, number) for number in range(num_batches)]).mean()
+            loss = torch.stack(
+                [one_process(name, model, kind, number) for number in range(num_batches)]
+            ).mean()
             loss.backward()
-        grads = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+        grads = {
+            key: value.grad.clone()
+            for key, value in model.named_parameters()
+            if value.grad is not None
+        }
         found[kind] = Expected(float(loss.detach()), grads)
     return found
 
@@ -169,7 +213,9 @@ def documented_step(model: nn.Module, kind: str, number: int) -> Tensor:
     return reduce_sequence_parallel_loss(outputs.loss, num_tokens_per_rank)
 
 
-def train(names: list[str], size: int, expected: dict[str, dict[str, Expected]]) -> dict[str, list[float]]:
+def train(
+    names: list[str], size: int, expected: dict[str, dict[str, Expected]]
+) -> dict[str, list[float]]:
     init_sequence_parallel(size)
     number, num_groups = dist.get_rank() // size, dist.get_world_size() // size
     found = {}
@@ -195,17 +241,24 @@ def train(names: list[str], size: int, expected: dict[str, dict[str, Expected]])
 def tokens_seen(model: nn.Module) -> list[int]:
     """Gets the number of tokens that the first layer computes in each forward."""
     lengths: list[int] = []
-    layer = next(module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.Linear))
+    layer = next(
+        module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.Linear)
+    )
     layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[:-1].numel()))
     return lengths
 
 
 def relative(own: Tensor | None, expected: Tensor, every: dict[str, Tensor]) -> float:
-    """The error of a parameter's gradient; an expert that no token of a rank chose has none there."""
+    """The error of a parameter's gradient; an expert that no token of a rank chose has none
+    there.
+    """
     grad = torch.zeros_like(expected) if own is None else own.clone()
     dist.all_reduce(grad)
     whole = torch.stack([value.norm() for value in every.values()]).norm()
-    return float((grad / dist.get_world_size() - expected).norm() / torch.maximum(expected.norm(), FLOOR * whole))
+    return float(
+        (grad / dist.get_world_size() - expected).norm()
+        / torch.maximum(expected.norm(), FLOOR * whole)
+    )
 
 
 @cache
@@ -227,4 +280,6 @@ def test_the_documented_loop_is_exact(layout: tuple[int, int], name: str, suppor
             assert grads <= EXACT
             assert tokens == [2 * math.ceil(LENGTH / size)]
     mode = "sp" if size == world_size else "dp × sp"
-    support("system", f"XTuner: {name}", mode, code="init_sequence_parallel(2); dispatch_modules(model)")
+    support(
+        "system", f"XTuner: {name}", mode, code="init_sequence_parallel(2); dispatch_modules(model)"
+    )

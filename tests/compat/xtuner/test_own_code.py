@@ -1,4 +1,6 @@
-"""Models that attend by themselves, by code of their own: adapted, given back, refused where they are strange."""
+"""Models that attend by themselves, by code of their own: adapted, given back, refused where they
+are strange.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from tests.helpers.own_attention import (
 )
 from tests.helpers.parity_jobs import EXACT
 from tests.helpers.ranks import run_ranks
-from ulysses_accel.compat.xtuner import dispatch_modules, init_sequence_parallel, split_for_sequence_parallel
+from ulysses_accel.compat.xtuner import (
+    dispatch_modules,
+    init_sequence_parallel,
+    split_for_sequence_parallel,
+)
 
 OWN_CODE: list[Callable[[], Any]] = [
     lambda: BaichuanForCausalLM(BaichuanConfig()),
@@ -36,7 +42,9 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
 
 
 def own_code(number: int) -> tuple[list[float], str, list[str]]:
-    """Models with attention of their own: errors, a recompute that lost its batch, and what is left behind."""
+    """Models with attention of their own: errors, a recompute that lost its batch, and what is left
+    behind.
+    """
     init_sequence_parallel(2)
     tokens, labels = tokens_and_labels()
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""XTuner's functions one by one: groups, sampler, padding and split in both forms, exchanges, the loss."""
+"""XTuner's functions one by one: groups, sampler, padding and split in both forms, exchanges, the
+loss.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,13 @@ def messages(*calls: Callable[[], Any]) -> list[str]:
 
 
 def places() -> list[int]:
-    """Sizes and ranks as the getters tell them: of the sequence, of the data, of the inner groups."""
+    """Sizes and ranks as the getters tell them: of the sequence, of the data, of the inner
+    groups.
+    """
     kinds = ("sequence_parallel", "data_parallel", "inner_sequence_parallel")
-    return [getattr(xtuner, f"get_{kind}_{what}")() for kind in kinds for what in ("world_size", "rank")]
+    return [
+        getattr(xtuner, f"get_{kind}_{what}")() for kind in kinds for what in ("world_size", "rank")
+    ]
 
 
 def test_groups_are_contiguous_and_getters_never_stale() -> None:
@@ -59,28 +65,49 @@ def test_groups_are_contiguous_and_getters_never_stale() -> None:
         )
         init_sequence_parallel(2)
         xtuner.init_inner_sequence_parallel(2)
-        again = messages(lambda: init_sequence_parallel(2), lambda: xtuner.init_inner_sequence_parallel(3))
+        again = messages(
+            lambda: init_sequence_parallel(2), lambda: xtuner.init_inner_sequence_parallel(3)
+        )
         groups = [xtuner.get_sequence_parallel_group(), xtuner.get_data_parallel_group()]
         groups.append(xtuner.get_inner_sequence_parallel_group())
         ranks = [dist.get_process_group_ranks(group) for group in groups if group is not None]
-        return before, refused, again, [places(), ranks, xtuner.is_inner_sequence_parallel_initialized()]
+        return (
+            before,
+            refused,
+            again,
+            [places(), ranks, xtuner.is_inner_sequence_parallel_initialized()],
+        )
 
     for rank, (before, refused, again, after) in enumerate(run_ranks(body, 4)):
         assert before == [[1, 0, 4, rank, 1, 0], True]
         assert "Call init_sequence_parallel on every rank first" in refused[0]
         assert "Call init_sequence_parallel on every rank first" in refused[1]
-        assert refused[2] == "sequence_parallel_size=3 does not divide 4 processes. Use one of: 1, 2, 4."
+        assert (
+            refused[2]
+            == "sequence_parallel_size=3 does not divide 4 processes. Use one of: 1, 2, 4."
+        )
         assert "sequence_parallel_size=0 does not divide" in refused[3]
-        assert "init_sequence_parallel(2) was called again: groups of 2 ranks are there already" in again[0]
-        assert again[1] == "inner_sequence_parallel_size=3 does not divide 2 processes. Use one of: 1, 2."
+        assert (
+            "init_sequence_parallel(2) was called again: groups of 2 ranks are there already"
+            in again[0]
+        )
+        assert (
+            again[1]
+            == "inner_sequence_parallel_size=3 does not divide 2 processes. Use one of: 1, 2."
+        )
         sequence = [rank // 2 * 2, rank // 2 * 2 + 1]
-        assert after == [[2, rank % 2, 2, rank // 2, 2, rank % 2], [sequence, [rank % 2, rank % 2 + 2], sequence], True]
+        assert after == [
+            [2, rank % 2, 2, rank // 2, 2, rank % 2],
+            [sequence, [rank % 2, rank % 2 + 2], sequence],
+            True,
+        ]
 
 
 def test_init_dist_starts_each_world_and_groups_end_with_it() -> None:
     def body() -> list[Any]:
         refused = messages(
-            lambda: xtuner.init_dist("mpi", "gloo"), lambda: xtuner.init_dist("pytorch", "gloo", init_backend="horovod")
+            lambda: xtuner.init_dist("mpi", "gloo"),
+            lambda: xtuner.init_dist("pytorch", "gloo", init_backend="horovod"),
         )
         xtuner.init_dist("pytorch", "gloo")
         init_sequence_parallel(2)
@@ -88,7 +115,9 @@ def test_init_dist_starts_each_world_and_groups_end_with_it() -> None:
         dist.destroy_process_group()
         between = xtuner.get_sequence_parallel_world_size()
         refused += messages(lambda: init_sequence_parallel(2))
-        os.environ.update(SLURM_PROCID=os.environ.pop("RANK"), SLURM_NTASKS="2", SLURM_NODELIST="127.0.0.1,other")
+        os.environ.update(
+            SLURM_PROCID=os.environ.pop("RANK"), SLURM_NTASKS="2", SLURM_NODELIST="127.0.0.1,other"
+        )
         os.environ["SLURM_LOCALID"] = os.environ["SLURM_PROCID"]
         port = int(os.environ.pop("MASTER_PORT")) + 1
         for name in ("MASTER_ADDR", "WORLD_SIZE", "LOCAL_RANK"):
@@ -96,7 +125,11 @@ def test_init_dist_starts_each_world_and_groups_end_with_it() -> None:
         refused += messages(lambda: xtuner.init_dist("pytorch", "gloo"))
         xtuner.init_dist("slurm", "gloo", port=port)
         init_sequence_parallel(1)
-        again = [xtuner.get_sequence_parallel_world_size(), xtuner.get_data_parallel_rank(), dist.get_rank()]
+        again = [
+            xtuner.get_sequence_parallel_world_size(),
+            xtuner.get_data_parallel_rank(),
+            dist.get_rank(),
+        ]
         return [refused, size, between, *again]
 
     for rank, (refused, *sizes) in enumerate(run_ranks(body, 2, init=False)):
@@ -108,14 +141,27 @@ def test_init_dist_starts_each_world_and_groups_end_with_it() -> None:
 
 
 def test_slurm_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODELIST", "MASTER_ADDR", "MASTER_PORT"]
+    names = [
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+        "SLURM_NODELIST",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ]
     for name in names:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"SLURM_PROCID, .* are not set: this is no Slurm task"):
         slurm_environment()
     for name, value in zip(names, ("9", "16", "1", "gpu-[007-010,12]")):
         monkeypatch.setenv(name, value)
-    expected = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-007", "MASTER_PORT": "29500"}
+    expected = {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu-007",
+        "MASTER_PORT": "29500",
+    }
     assert slurm_environment() == expected
     assert slurm_environment("4000") == {**expected, "MASTER_PORT": "4000"}
     monkeypatch.setenv("MASTER_ADDR", "head")
@@ -170,7 +216,10 @@ def both_forms() -> list[Any]:
         pad_for_sequence_parallel(tokens, padding_value=9, dim=1),
         pad_for_sequence_parallel(tensor=tokens, padding_value=9),
     ]
-    other_dim = [pad_for_sequence_parallel(tokens.T, 9, 0), pad_for_sequence_parallel(tokens.T, 9, dim=0)]
+    other_dim = [
+        pad_for_sequence_parallel(tokens.T, 9, 0),
+        pad_for_sequence_parallel(tokens.T, 9, dim=0),
+    ]
     ids, labels, positions, _ = padded
     parts = split_for_sequence_parallel(ids, labels, positions)
     alone = split_for_sequence_parallel(ids)
@@ -190,9 +239,16 @@ def test_both_forms_of_padding_and_split() -> None:
     def wider(value: int) -> Tensor:
         return torch.cat([tokens, torch.full((2, 1), value)], 1)
 
-    for rank, (padded, chosen, single, other_dim, parts, alone, cut) in enumerate(run_ranks(both_forms, 2)):
+    for rank, (padded, chosen, single, other_dim, parts, alone, cut) in enumerate(
+        run_ranks(both_forms, 2)
+    ):
         mask = wider(0)[:, -1:].bool()
-        expected = [wider(0), wider(-100), wider(0), torch.cat([torch.ones(2, 5, dtype=torch.bool), mask], 1)]
+        expected = [
+            wider(0),
+            wider(-100),
+            wider(0),
+            torch.cat([torch.ones(2, 5, dtype=torch.bool), mask], 1),
+        ]
         assert all(torch.equal(one, other) for one, other in zip(padded, expected, strict=True))
         assert torch.equal(chosen[0], wider(7))
         assert torch.equal(chosen[1], wider(-1))
@@ -200,7 +256,9 @@ def test_both_forms_of_padding_and_split() -> None:
         assert all(torch.equal(one, wider(9)) for one in single)
         assert all(torch.equal(one, wider(9).T) for one in other_dim)
         own = slice(3 * rank, 3 * rank + 3)
-        assert all(torch.equal(one, whole[:, own]) for one, whole in zip(parts, expected[:3], strict=True))
+        assert all(
+            torch.equal(one, whole[:, own]) for one, whole in zip(parts, expected[:3], strict=True)
+        )
         assert torch.equal(alone[0], wider(0)[:, own])
         assert alone[1:] == [None, None]
         assert all(torch.equal(one, wider(0)[:, own]) for one in cut)
@@ -216,8 +274,15 @@ def test_forms_are_not_mixed() -> None:
         lambda: split_for_sequence_parallel(tokens, tokens, dim=1),  # type: ignore[call-overload]
         lambda: split_for_sequence_parallel(input=tokens),  # type: ignore[call-overload]
     ]
-    texts = ["was given labels beside", "was given position_ids", "Give padding_value", "Give tokens, or tensor"]
-    for message, text in zip(messages(*wrong), [*texts, "was given labels beside", "Give dim"], strict=True):
+    texts = [
+        "was given labels beside",
+        "was given position_ids",
+        "Give padding_value",
+        "Give tokens, or tensor",
+    ]
+    for message, text in zip(
+        messages(*wrong), [*texts, "was given labels beside", "Give dim"], strict=True
+    ):
         assert text in message
 
 
@@ -227,7 +292,14 @@ def test_cumulative_lengths_get_one_more_document() -> None:
         given = [torch.tensor([0, 3, 6], dtype=torch.int32)]
         (bounds,), mask = pad_cumulative_len_for_sequence_parallel(given)
         (whole,), nothing = pad_cumulative_len_for_sequence_parallel([torch.tensor([0, 8])])
-        return [given[0], bounds, mask, whole, nothing, messages(lambda: pad_cumulative_len_for_sequence_parallel([]))]
+        return [
+            given[0],
+            bounds,
+            mask,
+            whole,
+            nothing,
+            messages(lambda: pad_cumulative_len_for_sequence_parallel([])),
+        ]
 
     for given, bounds, mask, whole, nothing, refused in run_ranks(body, 4):
         # The caller's list keeps what it had.
@@ -280,13 +352,19 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool =
 def wrapped(heads: tuple[int, int]) -> list[Any]:
     init_sequence_parallel(2)
     torch.manual_seed(0)
-    tensors = [torch.randn(2, 6, number, 4, dtype=torch.float64) for number in (heads[0], heads[1], heads[1])]
+    tensors = [
+        torch.randn(2, 6, number, 4, dtype=torch.float64)
+        for number in (heads[0], heads[1], heads[1])
+    ]
     expected = whole_attention(*tensors, is_causal=True)
     own = [tensor.chunk(2, 1)[xtuner.get_sequence_parallel_rank()] for tensor in tensors]
     attention = xtuner.sequence_parallel_wrapper(whole_attention)
     part = expected.chunk(2, 1)[xtuner.get_sequence_parallel_rank()]
     # A batch in evaluation is whole on every rank.
-    errors = [attention(*own, is_causal=True) - part, attention(*tensors, is_causal=True, training=False) - expected]
+    errors = [
+        attention(*own, is_causal=True) - part,
+        attention(*tensors, is_causal=True, training=False) - expected,
+    ]
     refused = messages(
         lambda: xtuner.pre_process_for_sequence_parallel_attn(*own),
         lambda: xtuner.pre_process_for_sequence_parallel_attn(*own, scatter_dim=1),
@@ -303,7 +381,9 @@ def test_attention_is_wrapped_with_heads_of_any_number(heads: tuple[int, int]) -
     for errors, refused in run_ranks(wrapped, 2, heads):
         assert max(errors) <= TOLERANCE
         assert len(errors) == (3 if heads[0] == 4 else 2)
-        assert ("3 query and 1 key/value heads are not dealt evenly to 2 ranks" in refused[0]) is (heads[0] == 3)
+        assert ("3 query and 1 key/value heads are not dealt evenly to 2 ranks" in refused[0]) is (
+            heads[0] == 3
+        )
         assert "scatter_dim=1, gather_dim=1 are not computed" in refused[1]
         assert ("2 ranks do not divide dim 2" in refused[2]) is (heads[0] == 3)
 
@@ -316,18 +396,24 @@ def test_the_loss_is_weighted_and_so_is_its_gradient() -> None:
     def body() -> list[Any]:
         init_sequence_parallel(2)
         mean, count = MEANS[dist.get_rank()]
-        loss, tokens = torch.tensor(mean, dtype=torch.float64, requires_grad=True), torch.tensor(count)
+        loss, tokens = (
+            torch.tensor(mean, dtype=torch.float64, requires_grad=True),
+            torch.tensor(count),
+        )
         total = reduce_sequence_parallel_loss(loss, tokens)
         total.backward()
         world = reduce_sequence_parallel_loss(loss.detach(), tokens, dist.group.WORLD)
         nothing = reduce_sequence_parallel_loss(loss.detach(), torch.tensor(0))
         fractions = reduce_sequence_parallel_loss(loss.detach(), count / 64)
-        return [float(value) for value in (total.detach(), loss.grad, world, nothing, fractions)] + [int(tokens)]
+        return [
+            float(value) for value in (total.detach(), loss.grad, world, nothing, fractions)
+        ] + [int(tokens)]
 
     found = run_ranks(body, 4)
     # No group is the sequence's, not the world; tokens of one sequence are all that counts.
     assert [rank[0] for rank in found] == [rank[4] for rank in found] == [1.5, 1.5, 2.0, 2.0]
-    # Every rank backpropagates, so that the mean over a sequence's ranks is the share of each in its tokens.
+    # Every rank backpropagates, so that the mean over a sequence's ranks is the share of each in
+    # its tokens.
     assert [rank[1] for rank in found] == [2 * 1 / 4, 2 * 3 / 4, 0.0, 2.0]
     assert [rank[2] for rank in found] == [pytest.approx((3 + 3 + 10) / 9)] * 4
     assert [rank[3] for rank in found] == [0.0] * 4
@@ -339,7 +425,8 @@ def test_without_groups_everything_is_whole() -> None:
     assert torch.equal(pad_for_sequence_parallel(tokens, 1), tokens)
     assert split_for_sequence_parallel(tokens)[0] is tokens
     same = [
-        function(tokens, 1) for function in (xtuner.gather_for_sequence_parallel, xtuner.split_forward_gather_backward)
+        function(tokens, 1)
+        for function in (xtuner.gather_for_sequence_parallel, xtuner.split_forward_gather_backward)
     ]
     assert all(tensor is tokens for tensor in itertools.chain(same, [xtuner.all_to_all(tokens)]))
     loss = torch.tensor(2.0)

@@ -1,4 +1,6 @@
-"""YunChang's interface: its token layouts to the integer, one process's numbers, and none of its bugs Y1 to Y10."""
+"""YunChang's interface: its token layouts to the integer, one process's numbers, and none of its
+bugs Y1 to Y10.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from ulysses_accel.compat.yunchang import (
 )
 from ulysses_accel.errors import ConfigError, ShapeError
 
-# Sums of at most 64 products of unit normals, merged in another order: a few hundred ulps of float64.
+# Sums of at most 64 products of unit normals, merged in another order: a few hundred ulps of
+# float64.
 TOLERANCE = 1e-12
 # The same for float32; YunChang's query gradients, rounded to bfloat16 on the way, are off by 4e-3.
 SINGLE_TOLERANCE = 5e-6
@@ -46,7 +49,9 @@ def place_of(rank: int, ud: int, rd: int, low: bool) -> tuple[int, int, int]:
     return data, ring, ulysses
 
 
-def yunchang_positions(kind: str, length: int, ring: int, rd: int, ulysses: int, ud: int) -> list[int]:
+def yunchang_positions(
+    kind: str, length: int, ring: int, rd: int, ulysses: int, ud: int
+) -> list[int]:
     """The tokens of one place by YunChang's definition, without any of the package's arithmetic."""
     tokens = list(range(length))
     if kind == "strip":
@@ -71,7 +76,9 @@ def test_extract_is_yunchangs_permutation_on_every_rank(kind: str) -> None:
             own = yunchang_positions(kind, length, ring, rd, ulysses, ud)
             # Counted over all processes, and among the ranks that share a sequence.
             for counted, among in ((rank, size * data), (rank % size, size)):
-                assert torch.equal(EXTRACT_FUNC_DICT[kind](value, counted, among, rd, ud), value[:, own])
+                assert torch.equal(
+                    EXTRACT_FUNC_DICT[kind](value, counted, among, rd, ud), value[:, own]
+                )
 
 
 def test_extract_takes_any_shape_dim_and_gradient() -> None:
@@ -82,12 +89,17 @@ def test_extract_takes_any_shape_dim_and_gradient() -> None:
         part.sum().backward()
         assert value.grad is not None
         assert int(value.grad.count_nonzero()) == part.numel()
-    assert torch.equal(EXTRACT_FUNC_DICT["basic"](torch.arange(8).view(1, 8), 1, 4), torch.tensor([[2, 3]]))
+    assert torch.equal(
+        EXTRACT_FUNC_DICT["basic"](torch.arange(8).view(1, 8), 1, 4), torch.tensor([[2, 3]])
+    )
 
 
 def test_extract_refuses_what_does_not_fit() -> None:
     value = torch.zeros(1, 12)
-    with pytest.raises(ShapeError, match=r"12 tokens can't be laid out zigzag over rd=4 × ud=1 ranks\. Pad it to 16"):
+    with pytest.raises(
+        ShapeError,
+        match=r"12 tokens can't be laid out zigzag over rd=4 × ud=1 ranks\. Pad it to 16",
+    ):
         EXTRACT_FUNC_DICT["zigzag"](value, 0, 4, rd=4, ud=1)
     with pytest.raises(ConfigError, match="rank=0, world_size=4 do not fit rd=3 × ud=1"):
         EXTRACT_FUNC_DICT["strip"](value, 0, 4, rd=3, ud=1)
@@ -111,7 +123,9 @@ def worst_error(
     causal: bool = True,
     **options: Any,
 ) -> float:
-    """The largest relative error of output and gradients against one process in float64, with tokens as extracted."""
+    """The largest relative error of output and gradients against one process in float64, with
+    tokens as extracted.
+    """
     (ud, rd), rank, world_size = shape, dist.get_rank(), dist.get_world_size()
     data, ring, ulysses = place_of(rank, ud, rd, low)
     own = yunchang_positions(kind, LENGTH, ring, rd, ulysses, ud)
@@ -123,18 +137,30 @@ def worst_error(
     expected = reference(*(t.transpose(1, 2) for t in whole), None, causal, window).transpose(1, 2)
     (expected * weight).sum().backward()
     extract = EXTRACT_FUNC_DICT[kind]
-    local = [extract(t, rank, world_size, rd=rd, ud=ud).detach().clone().requires_grad_() for t in inputs]
+    local = [
+        extract(t, rank, world_size, rd=rd, ud=ud).detach().clone().requires_grad_() for t in inputs
+    ]
     arguments = [torch.stack(local, dim=2)] if packed else local
-    out = attention(*arguments, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0), **options)
+    out = attention(
+        *arguments,
+        causal=causal,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        **options,
+    )
     (out * extract(weight, rank, world_size, rd=rd, ud=ud)).sum().backward()
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(local, whole))]
-    # Of one token's own window nothing but the value counts: the other gradients are zero, hence the floor.
+    # Of one token's own window nothing but the value counts: the other gradients are zero, hence
+    # the floor.
     return max(float((a - b[:, own]).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs)
 
 
 def test_matches_one_process() -> None:
-    """Every split, ring type, head ratio and mask; on (1, 2) and (2, 1) two data parallel ranks beside each other."""
-    cases = list(itertools.product(SHAPES, (True, False), RING_TYPES, ((4, 4), (8, 2)), (True, False)))
+    """Every split, ring type, head ratio and mask; on (1, 2) and (2, 1) two data parallel ranks
+    beside each other.
+    """
+    cases = list(
+        itertools.product(SHAPES, (True, False), RING_TYPES, ((4, 4), (8, 2)), (True, False))
+    )
 
     def body() -> list[float]:
         errors = []
@@ -144,7 +170,11 @@ def test_matches_one_process() -> None:
             errors.append(worst_error(attention, kind, shape, heads, low=low, causal=causal))
         return errors
 
-    failed = [(case, errors) for case, *errors in zip(cases, *run_ranks(body, 4)) if not max(errors) <= TOLERANCE]
+    failed = [
+        (case, errors)
+        for case, *errors in zip(cases, *run_ranks(body, 4))
+        if not max(errors) <= TOLERANCE
+    ]
     assert not failed
 
 
@@ -159,19 +189,27 @@ def test_packed_windowed_and_ring_only_match_one_process() -> None:
             )
             errors[f"packed {shape} {kind}"] = worst_error(packed, kind, shape, (4, 4), packed=True)
             for window in (1, 5):
-                errors[f"window {window} {shape} {kind}"] = worst_error(plain, kind, shape, (4, 2), window=window)
+                errors[f"window {window} {shape} {kind}"] = worst_error(
+                    plain, kind, shape, (4, 2), window=window
+                )
             if shape[0] == 1:
                 group = PROCESS_GROUP.RING_PG
                 ring, both = RING_IMPL_DICT[kind], RING_IMPL_QKVPACKED_DICT[kind]
                 errors[f"ring {shape} {kind}"] = worst_error(ring, kind, shape, (4, 2), group=group)
-                errors[f"ring packed {shape} {kind}"] = worst_error(both, kind, shape, (4, 4), group=group, packed=True)
+                errors[f"ring packed {shape} {kind}"] = worst_error(
+                    both, kind, shape, (4, 4), group=group, packed=True
+                )
         # Without a group the ring is of all ranks.
         set_seq_parallel_pg(1, 4, dist.get_rank(), 4)
         errors["world"] = worst_error(RING_IMPL_DICT["basic_pytorch"], "basic", (1, 4), (4, 2))
         return errors
 
     results = run_ranks(body, 4)
-    assert not {name: worst for name in results[0] if not (worst := max(r[name] for r in results)) <= TOLERANCE}
+    assert not {
+        name: worst
+        for name in results[0]
+        if not (worst := max(r[name] for r in results)) <= TOLERANCE
+    }
 
 
 def seen(causal: bool, window_size: tuple[int, int]) -> Tensor:
@@ -189,28 +227,51 @@ def capped_error(
     rank, mask = dist.get_rank(), seen(causal, window_size)[None].expand(2, -1, -1)
     torch.manual_seed(0)
     whole = [torch.randn(2, LENGTH, n, 4, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
-    expected = dense_attention(*(t.transpose(1, 2) for t in whole), mask, softcap or None).transpose(1, 2)
+    expected = dense_attention(
+        *(t.transpose(1, 2) for t in whole), mask, softcap or None
+    ).transpose(1, 2)
     expected.square().sum().backward()
     extract = EXTRACT_FUNC_DICT[kind]
     set_seq_parallel_pg(*shape, rank, 4)
-    local = [extract(t.detach(), rank, 4, rd=shape[1], ud=shape[0]).clone().requires_grad_() for t in whole]
-    out = LongContextAttention(ring_impl_type=kind)(*local, causal=causal, window_size=window_size, softcap=softcap)
+    local = [
+        extract(t.detach(), rank, 4, rd=shape[1], ud=shape[0]).clone().requires_grad_()
+        for t in whole
+    ]
+    out = LongContextAttention(ring_impl_type=kind)(
+        *local, causal=causal, window_size=window_size, softcap=softcap
+    )
     out.square().sum().backward()
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(local, whole))]
     own = extract(torch.arange(LENGTH)[None], rank, 4, rd=shape[1], ud=shape[0])[0]
-    return max(float((a - b[:, own]).detach().abs().max() / b.detach().abs().max().clamp(min=1)) for a, b in pairs)
+    return max(
+        float((a - b[:, own]).detach().abs().max() / b.detach().abs().max().clamp(min=1))
+        for a, b in pairs
+    )
 
 
 def test_soft_caps_and_windows_match_one_process() -> None:
-    """A ring computes the window on one side, on both and none, with and without a soft cap, as Ulysses alone does."""
-    masks = [(True, (-1, -1)), (True, (4, 4)), (False, (4, 0)), (False, (-1, 0)), (False, (3, 3)), (False, (-1, -1))]
+    """A ring computes the window on one side, on both and none, with and without a soft cap, as
+    Ulysses alone does.
+    """
+    masks = [
+        (True, (-1, -1)),
+        (True, (4, 4)),
+        (False, (4, 0)),
+        (False, (-1, 0)),
+        (False, (3, 3)),
+        (False, (-1, -1)),
+    ]
     shapes = list(zip([(1, 4), (2, 2), (4, 1)], RING_TYPES))
     cases = list(itertools.product(shapes, masks, (0.0, 2.0)))
 
     def body() -> list[float]:
         return [capped_error(kind, shape, *mask, softcap) for (shape, kind), mask, softcap in cases]
 
-    failed = [(case, errors) for case, *errors in zip(cases, *run_ranks(body, 4)) if not max(errors) <= TOLERANCE]
+    failed = [
+        (case, errors)
+        for case, *errors in zip(cases, *run_ranks(body, 4))
+        if not max(errors) <= TOLERANCE
+    ]
     assert not failed
 
 
@@ -228,7 +289,9 @@ def y2_y3() -> float:
     set_seq_parallel_pg(1, 4, dist.get_rank(), 4)
     exact = [kind for kind in AttnType if kind.is_exact]
     assert {AttnType.TORCH_MATH, AttnType.TORCH_CUDNN, AttnType.FA3} <= set(exact)
-    return max(worst_error(LongContextAttention(attn_type=kind), "basic", (1, 4), (4, 2)) for kind in exact)
+    return max(
+        worst_error(LongContextAttention(attn_type=kind), "basic", (1, 4), (4, 2)) for kind in exact
+    )
 
 
 def y4() -> float:
@@ -257,7 +320,9 @@ def y5() -> float:
 
 
 def y6_y7() -> float:
-    """float32 gradients are float32's: no rounding on the way, no aliased accumulators, any ring size, 1 included."""
+    """float32 gradients are float32's: no rounding on the way, no aliased accumulators, any ring
+    size, 1 included.
+    """
     worst = 0.0
     for shape in SHAPES:
         set_seq_parallel_pg(*shape, dist.get_rank(), 4)
@@ -280,12 +345,19 @@ def y8() -> float:
 
 
 def y9() -> float:
-    """With data parallelism, and with neighbours in the ring, `basic` and `strip` parts are where attention looks."""
+    """With data parallelism, and with neighbours in the ring, `basic` and `strip` parts are where
+    attention looks.
+    """
     worst = 0.0
     for shape, low in (((1, 2), True), ((2, 1), True), ((2, 2), False)):
         set_seq_parallel_pg(*shape, dist.get_rank(), 4, low)
         for kind in ("basic", "strip"):
-            worst = max(worst, worst_error(LongContextAttention(ring_impl_type=kind), kind, shape, (4, 4), low=low))
+            worst = max(
+                worst,
+                worst_error(
+                    LongContextAttention(ring_impl_type=kind), kind, shape, (4, 4), low=low
+                ),
+            )
     return worst
 
 
@@ -293,7 +365,10 @@ def y10() -> float:
     """Key/value heads fewer than the Ulysses degree, and heads that it does not divide."""
     set_seq_parallel_pg(4, 1, dist.get_rank(), 4)
     module = UlyssesAttention(PROCESS_GROUP.ULYSSES_PG)
-    return max(worst_error(module, "basic", (4, 1), heads) for heads in ((4, 1), (8, 2), (6, 2), (7, 7), (5, 1)))
+    return max(
+        worst_error(module, "basic", (4, 1), heads)
+        for heads in ((4, 1), (8, 2), (6, 2), (7, 7), (5, 1))
+    )
 
 
 def test_yunchangs_bugs_are_absent() -> None:

@@ -22,7 +22,10 @@ TWO = BatchLayout(2)
 
 def whole(layout: BatchLayout = TWO, **batch: Any) -> dict[str, Any]:
     done = complete(batch, layout)
-    return {**{key: value.tolist() for key, value in done.tensors.items()}, "rows": done.description.rows}
+    return {
+        **{key: value.tolist() for key, value in done.tensors.items()},
+        "rows": done.description.rows,
+    }
 
 
 def test_a_plain_batch_is_padded_shifted_and_described() -> None:
@@ -36,7 +39,9 @@ def test_a_plain_batch_is_padded_shifted_and_described() -> None:
 
 
 def test_shards_put_together_are_the_whole_batch() -> None:
-    done = complete({"input_ids": IDS, "labels": IDS, "name": "a", "weight": torch.tensor(2.0)}, TWO)
+    done = complete(
+        {"input_ids": IDS, "labels": IDS, "name": "a", "weight": torch.tensor(2.0)}, TWO
+    )
     left, right = done.local_batch(0), done.local_batch(1)
     for key in ("input_ids", "position_ids", "shift_labels"):
         assert torch.equal(torch.cat([left[key], right[key]], 1), done.tensors[key])
@@ -62,11 +67,18 @@ def test_any_mapping_will_do(kind: Any) -> None:
 def test_a_batch_encoding_will_do() -> None:
     from transformers import BatchEncoding
 
-    assert complete(BatchEncoding({"input_ids": IDS, "attention_mask": IDS > 0}), TWO).description.batch_size == 1
+    assert (
+        complete(
+            BatchEncoding({"input_ids": IDS, "attention_mask": IDS > 0}), TWO
+        ).description.batch_size
+        == 1
+    )
 
 
 def test_embeddings_instead_of_ids() -> None:
-    done = complete({"inputs_embeds": torch.ones(2, 3, 4), "labels": torch.ones(2, 3, dtype=torch.long)}, TWO)
+    done = complete(
+        {"inputs_embeds": torch.ones(2, 3, 4), "labels": torch.ones(2, 3, dtype=torch.long)}, TWO
+    )
     assert done.tensors["inputs_embeds"].shape == (2, 4, 4)
     assert done.tensors["inputs_embeds"][:, 3].abs().sum() == 0
     assert done.local_batch(1)["inputs_embeds"].shape == (2, 2, 4)
@@ -92,7 +104,10 @@ def test_positions_that_start_over_are_documents() -> None:
 def test_positions_of_one_row_serve_all_rows() -> None:
     done = whole(input_ids=IDS.repeat(2, 1), position_ids=torch.arange(5))
     assert done["position_ids"] == [[0, 1, 2, 3, 4, 4]] * 2
-    assert whole(input_ids=IDS.repeat(2, 1), position_ids=torch.arange(5)[None])["rows"] == (((0, 5),), ((0, 5),))
+    assert whole(input_ids=IDS.repeat(2, 1), position_ids=torch.arange(5)[None])["rows"] == (
+        ((0, 5),),
+        ((0, 5),),
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +119,9 @@ def test_positions_of_one_row_serve_all_rows() -> None:
         ([1, 1, 2, 2, 2], ((0, 2), (2, 5)), [6, -100, 8, 9, -100, -100]),
     ],
 )
-def test_the_attention_mask_takes_padding_out(mask: list[int], rows: Any, labels: list[int]) -> None:
+def test_the_attention_mask_takes_padding_out(
+    mask: list[int], rows: Any, labels: list[int]
+) -> None:
     done = whole(input_ids=IDS, labels=IDS, attention_mask=torch.tensor([mask]))
     assert done["rows"] == (rows,)
     assert done["shift_labels"] == [labels]
@@ -112,15 +129,26 @@ def test_the_attention_mask_takes_padding_out(mask: list[int], rows: Any, labels
 
 
 def test_float_and_bool_masks() -> None:
-    assert whole(input_ids=IDS, attention_mask=torch.tensor([[1.0, 1, 1, 0, 0]]))["rows"] == (((0, 3),),)
-    assert whole(input_ids=IDS, attention_mask=torch.tensor([[True] * 3 + [False] * 2]))["rows"] == (((0, 3),),)
+    assert whole(input_ids=IDS, attention_mask=torch.tensor([[1.0, 1, 1, 0, 0]]))["rows"] == (
+        ((0, 3),),
+    )
+    assert whole(input_ids=IDS, attention_mask=torch.tensor([[True] * 3 + [False] * 2]))[
+        "rows"
+    ] == (((0, 3),),)
     with pytest.raises(BatchError, match="values other than 0 and 1"):
         whole(input_ids=IDS, attention_mask=torch.tensor([[0.0, 0, 0, -1e9, -1e9]]))
 
 
 def test_cumulative_lengths_are_consumed() -> None:
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    done = whole(input_ids=IDS, labels=IDS, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=3, max_length_k=3)
+    done = whole(
+        input_ids=IDS,
+        labels=IDS,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=3,
+        max_length_k=3,
+    )
     assert sorted(done) == ["input_ids", "position_ids", "rows", "shift_labels"]
     assert done["rows"] == (((0, 2), (2, 5)),)
     assert done["position_ids"] == [[0, 1, 0, 1, 2, 2]]
@@ -128,7 +156,9 @@ def test_cumulative_lengths_are_consumed() -> None:
 
 
 def test_cumulative_lengths_with_a_mask() -> None:
-    done = whole(input_ids=IDS, cu_seq_lens_q=[0, 2, 5], attention_mask=torch.tensor([[1, 1, 1, 1, 0]]))
+    done = whole(
+        input_ids=IDS, cu_seq_lens_q=[0, 2, 5], attention_mask=torch.tensor([[1, 1, 1, 1, 0]])
+    )
     assert done["rows"] == (((0, 2), (2, 4)),)
 
 
@@ -152,19 +182,27 @@ def test_three_position_planes_with_an_image_are_one_document() -> None:
     done = complete({"input_ids": IDS, "position_ids": planes}, TWO)
     assert done.description.rows == (((0, 5),),)
     assert done.local_batch(1)["position_ids"].tolist() == [[[1, 4, 4]], [[3, 4, 4]], [[3, 4, 4]]]
-    two = complete({"input_ids": IDS, "position_ids": torch.tensor([0, 1, 1, 0, 1]).expand(3, 1, 5)}, TWO)
+    two = complete(
+        {"input_ids": IDS, "position_ids": torch.tensor([0, 1, 1, 0, 1]).expand(3, 1, 5)}, TWO
+    )
     assert two.description.rows == (((0, 3), (3, 5)),)
 
 
 def test_four_position_planes_have_text_positions_first() -> None:
-    planes = torch.stack([torch.tensor([0, 1, 2, 0, 1])] + [torch.zeros(5, dtype=torch.long)] * 3)[:, None]
-    assert complete({"input_ids": IDS, "position_ids": planes}, TWO).description.rows == (((0, 3), (3, 5)),)
+    planes = torch.stack([torch.tensor([0, 1, 2, 0, 1])] + [torch.zeros(5, dtype=torch.long)] * 3)[
+        :, None
+    ]
+    assert complete({"input_ids": IDS, "position_ids": planes}, TWO).description.rows == (
+        ((0, 3), (3, 5)),
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("multiple", [None, 3, 4])
 def test_padding_to_multiples(parts: int, multiple: int | None) -> None:
-    length = complete({"input_ids": IDS}, BatchLayout(parts, pad_multiple=multiple)).description.sequence_length
+    length = complete(
+        {"input_ids": IDS}, BatchLayout(parts, pad_multiple=multiple)
+    ).description.sequence_length
     assert length % parts == 0
     assert length % (multiple or 1) == 0
     assert 5 <= length < 5 + parts * (multiple or 1)
@@ -173,7 +211,9 @@ def test_padding_to_multiples(parts: int, multiple: int | None) -> None:
 def test_a_fixed_length() -> None:
     layout = BatchLayout(2, sequence_length=8, pad_token_id=3)
     assert whole(layout, input_ids=IDS)["input_ids"] == [[5, 6, 7, 8, 9, 3, 3, 3]]
-    with pytest.raises(BatchError, match="the batch has 9 tokens in a row, but sequence_length=8 is fixed"):
+    with pytest.raises(
+        BatchError, match="the batch has 9 tokens in a row, but sequence_length=8 is fixed"
+    ):
         whole(layout, input_ids=torch.ones(1, 9, dtype=torch.long))
 
 
@@ -219,13 +259,25 @@ def test_unknown_tensors_follow_their_shape(shape: tuple[int, ...], dim: Any) ->
 
 
 def test_a_batch_as_long_as_it_is_wide_is_no_riddle() -> None:
-    batch = {"input_ids": torch.ones(5, 5, dtype=torch.long), "mine": torch.ones(5, 5), "each": torch.ones(5)}
+    batch = {
+        "input_ids": torch.ones(5, 5, dtype=torch.long),
+        "mine": torch.ones(5, 5),
+        "each": torch.ones(5),
+    }
     dims = complete(batch, TWO).dims
     assert (dims["mine"], dims["each"]) == (1, None)
 
 
 @pytest.mark.parametrize(
-    "name", ["pixel_values", "pixel_mask", "image_grid_thw", "input_features", "input_features_mask", "input_values"]
+    "name",
+    [
+        "pixel_values",
+        "pixel_mask",
+        "image_grid_thw",
+        "input_features",
+        "input_features_mask",
+        "input_values",
+    ],
 )
 def test_known_keys_of_whole_samples_are_replicated(name: str) -> None:
     for shape in ((1, 5), (5, 3, 5), (1, 3)):  # some of them look like a sequence
@@ -234,11 +286,18 @@ def test_known_keys_of_whole_samples_are_replicated(name: str) -> None:
 
 def test_key_rules_decide() -> None:
     rules = {"bias": 2, "table": "replicate", "extra": "shard"}
-    batch = {"input_ids": IDS, "bias": torch.ones(1, 3, 5), "table": torch.ones(1, 5), "extra": torch.ones(1, 5)}
+    batch = {
+        "input_ids": IDS,
+        "bias": torch.ones(1, 3, 5),
+        "table": torch.ones(1, 5),
+        "extra": torch.ones(1, 5),
+    }
     done = complete(batch, BatchLayout(2, key_rules=rules))
     assert {key: done.dims[key] for key in rules} == {"bias": 2, "table": None, "extra": 1}
     assert done.local_batch(1)["bias"].shape == (1, 3, 3)
-    with pytest.raises(BatchError, match=r"'bias' has shape \[1, 3, 5\], where dim 1 should be the 5 tokens"):
+    with pytest.raises(
+        BatchError, match=r"'bias' has shape \[1, 3, 5\], where dim 1 should be the 5 tokens"
+    ):
         complete(batch, BatchLayout(2, key_rules={**rules, "bias": "shard"}))
     with pytest.raises(BatchError, match="where dim 7 should be"):
         complete(batch, BatchLayout(2, key_rules={**rules, "bias": 7}))
@@ -264,10 +323,19 @@ def test_labels_of_whole_samples_need_a_rule() -> None:
         ({"input_ids": IDS, "inputs_embeds": torch.ones(1, 4, 2)}, "differ in batch or sequence"),
         ({"input_ids": IDS[:, :0]}, "the batch is empty: 1 rows of 0 tokens"),
         ({"input_ids": IDS[:0]}, "the batch is empty: 0 rows of 5 tokens"),
-        ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 5, 5)}, "4-D 'attention_mask' has values that change"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(1, 1, 5, 5)},
+            "4-D 'attention_mask' has values that change",
+        ),
         ({"input_ids": IDS, "attention_mask": {"full": IDS}}, "attention_mask that is a dict"),
-        ({"input_ids": IDS, "position_ids": torch.ones(1, 4)}, r"'position_ids' has shape \[1, 4\]"),
-        ({"input_ids": IDS, "position_ids": torch.ones(3, 5)}, r"'position_ids' has shape \[3, 5\]"),
+        (
+            {"input_ids": IDS, "position_ids": torch.ones(1, 4)},
+            r"'position_ids' has shape \[1, 4\]",
+        ),
+        (
+            {"input_ids": IDS, "position_ids": torch.ones(3, 5)},
+            r"'position_ids' has shape \[3, 5\]",
+        ),
         ({"input_ids": IDS, "position_ids": torch.tensor(3)}, r"'position_ids' has shape \[\]"),
         ({"input_ids": IDS, "position_ids": IDS > 5}, "'position_ids' is torch.bool"),
         ({"input_ids": IDS, "labels": IDS > 5}, "'labels' is torch.bool"),
@@ -294,10 +362,17 @@ def test_a_checksum_tells_batches_apart() -> None:
 
 
 def test_plain_values_travel_and_others_are_named() -> None:
-    done = complete({"input_ids": IDS, "name": ["a", "ö"], "meta": {"x": [1, 2.5, None, True]}}, TWO)
+    done = complete(
+        {"input_ids": IDS, "name": ["a", "ö"], "meta": {"x": [1, 2.5, None, True]}}, TWO
+    )
     assert b'"meta":{"x":[1,2.5,null,true]}' in encode_side(done)
     assert len(entries_of(done)) == 2
-    for value, kind in (({1: 2}, "dict"), (object(), "object"), ([{"a": IDS}], "Tensor"), (1j, "complex")):
+    for value, kind in (
+        ({1: 2}, "dict"),
+        (object(), "object"),
+        ([{"a": IDS}], "Tensor"),
+        (1j, "complex"),
+    ):
         with pytest.raises(BatchError, match=f"'extra' holds a {kind}"):
             encode_side(complete({"input_ids": IDS, "extra": value}, TWO))
 
@@ -311,12 +386,17 @@ def test_the_sharding_collate_function_owns_its_tensors() -> None:
 
 nested = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.just(torch.ones(1, 5)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 tensors = st.builds(
     torch.zeros,
-    st.sampled_from([(1, 5), (5,), (), (1, 1, 5), (3, 1, 5), (1, 5, 2), (2, 5), (0,), (1, 0), (4,)]),
+    st.sampled_from(
+        [(1, 5), (5,), (), (1, 1, 5), (3, 1, 5), (1, 5, 2), (2, 5), (0,), (1, 0), (4,)]
+    ),
     dtype=st.sampled_from([torch.int64, torch.float32, torch.bool, torch.bfloat16]),
 )
 keys = st.sampled_from(
@@ -337,7 +417,9 @@ keys = st.sampled_from(
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.dictionaries(keys, tensors | nested, max_size=4) | nested, st.integers(1, 4), st.booleans())
+@given(
+    st.dictionaries(keys, tensors | nested, max_size=4) | nested, st.integers(1, 4), st.booleans()
+)
 def test_anything_becomes_a_batch_or_a_typed_error(batch: Any, parts: int, with_ids: bool) -> None:
     if isinstance(batch, dict) and with_ids:
         batch["input_ids"] = IDS

@@ -60,7 +60,11 @@ def test_each_sequence_has_its_own_length() -> None:
 def test_both_are_described() -> None:
     batch = {**pair(), "attention_mask": torch.tensor([[0, 1, 0, 1, 1]])}
     description = complete(batch, TWO, PAIR).description
-    assert (description.sequence_length, description.rows, description.holes) == (4, (((0, 3),),), ())
+    assert (description.sequence_length, description.rows, description.holes) == (
+        4,
+        (((0, 3),),),
+        (),
+    )
     assert (description.longest_position, description.num_shards) == (2, 2)
     encoder = description.encoder
     assert encoder is not None
@@ -71,13 +75,20 @@ def test_both_are_described() -> None:
 def test_given_decoder_tokens_are_kept() -> None:
     tokens, mask = torch.tensor([[7, 8, 9]]), torch.tensor([[1, 1, 0]])
     labels = torch.tensor([[8, 9, -100]])
-    batch = {**pair(), "labels": labels, "decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    batch = {
+        **pair(),
+        "labels": labels,
+        "decoder_input_ids": tokens,
+        "decoder_attention_mask": mask,
+    }
     done = complete({**batch, "decoder_position_ids": torch.tensor([[4, 5, 6]])}, TWO, PAIR)
     assert done.tensors["decoder_input_ids"].tolist() == [[7, 8, 9, 0]]
     assert done.tensors["decoder_attention_mask"].tolist() == [[1, 1, 0, 0]]
     assert done.tensors["decoder_position_ids"].tolist() == [[4, 5, 6, 6]]
     assert done.description.rows == (((0, 2),),)
-    without_labels = complete({"input_ids": batch["input_ids"], "decoder_input_ids": tokens}, TWO, PAIR)
+    without_labels = complete(
+        {"input_ids": batch["input_ids"], "decoder_input_ids": tokens}, TWO, PAIR
+    )
     assert without_labels.tensors["decoder_input_ids"].tolist() == [[7, 8, 9, 0]]
 
 
@@ -86,13 +97,19 @@ def test_embeddings_of_either_sequence() -> None:
     done = complete({**batch, "labels": torch.ones(1, 3, dtype=torch.long)}, TWO, PAIR)
     assert "decoder_input_ids" not in done.tensors
     assert [list(done.shard(1)[name].shape) for name in batch] == [[1, 3, 4], [1, 2, 4]]
-    sums = [complete({**batch, "decoder_inputs_embeds": torch.rand(1, 3, 4)}, TWO, PAIR).checksum() for _ in range(2)]
+    sums = [
+        complete({**batch, "decoder_inputs_embeds": torch.rand(1, 3, 4)}, TWO, PAIR).checksum()
+        for _ in range(2)
+    ]
     assert sums[0] != sums[1]
 
 
 def test_positions_of_both_follow_the_models_rule() -> None:
     rules = BatchRules(labels="same_token", padding_idx=PAD, decoder_inputs=shift_right)
-    batch = {"input_ids": torch.tensor([[5, 6, 7, PAD]]), "labels": torch.tensor([[8, 9, -100, -100]])}
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, PAD]]),
+        "labels": torch.tensor([[8, 9, -100, -100]]),
+    }
     done = complete(batch, BatchLayout(3), rules)
     assert done.tensors["position_ids"].tolist() == [[2, 3, 4, 1, 1, 1]]
     assert done.tensors["decoder_input_ids"][:, :4].tolist() == [[START, 8, 9, PAD]]
@@ -100,10 +117,18 @@ def test_positions_of_both_follow_the_models_rule() -> None:
 
 
 def test_an_encoder_that_reads_no_tokens_is_whole() -> None:
-    batch = {"input_features": torch.rand(1, 80, 6), "labels": torch.tensor([[7, 8, 9]]), "extra": torch.ones(1, 3)}
+    batch = {
+        "input_features": torch.rand(1, 80, 6),
+        "labels": torch.tensor([[7, 8, 9]]),
+        "extra": torch.ones(1, 3),
+    }
     done = complete({**batch, "attention_mask": torch.ones(1, 6)}, TWO, PAIR)
     assert done.description.encoder is None
-    assert {name: done.dims[name] for name in batch} == {"input_features": None, "labels": 1, "extra": 1}
+    assert {name: done.dims[name] for name in batch} == {
+        "input_features": None,
+        "labels": 1,
+        "extra": 1,
+    }
     assert done.dims["attention_mask"] is None
     assert done.local_batch(1)["input_features"] is batch["input_features"]
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
@@ -112,15 +137,24 @@ def test_an_encoder_that_reads_no_tokens_is_whole() -> None:
     assert torch.equal(padded.local_batch(1)["attention_mask"], mask)
 
 
-@pytest.mark.parametrize(("name", "length", "padded"), [("mine", 5, 6), ("mine", 3, 4), ("loss_weights", 3, 4)])
-def test_further_tensors_follow_the_sequence_of_their_length(name: str, length: int, padded: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "length", "padded"), [("mine", 5, 6), ("mine", 3, 4), ("loss_weights", 3, 4)]
+)
+def test_further_tensors_follow_the_sequence_of_their_length(
+    name: str, length: int, padded: int
+) -> None:
     done = complete({**pair(), name: torch.ones(1, length)}, TWO, PAIR)
     assert (done.dims[name], done.tensors[name].shape[1]) == (1, padded)
 
 
 def test_key_rules_hold_in_both_sequences() -> None:
     rules: dict[str, str | int] = {"bias": 2, "table": "replicate", "late": 2}
-    batch = {**pair(), "bias": torch.ones(1, 9, 5), "late": torch.ones(1, 9, 3), "table": torch.ones(1, 3)}
+    batch = {
+        **pair(),
+        "bias": torch.ones(1, 9, 5),
+        "late": torch.ones(1, 9, 3),
+        "table": torch.ones(1, 3),
+    }
     done = complete(batch, BatchLayout(2, key_rules=rules), PAIR)
     assert {name: list(done.shard(0)[name].shape) for name in rules} == {
         "bias": [1, 9, 3],
@@ -148,15 +182,33 @@ def test_a_fixed_length_holds_for_both() -> None:
     [
         ({"labels": None}, "has no 'decoder_input_ids', and no 'labels' to make them of"),
         ({"labels": torch.tensor([1])}, r"and 'labels' of shape \[1\] to make them of"),
-        ({"decoder_input_ids": torch.ones(1, 4)}, r"'labels' has shape \[1, 3\], but one for each of \[1, 4\]"),
-        ({"labels": torch.ones(2, 3, dtype=torch.long)}, "the encoder has 1 rows and the decoder 2"),
+        (
+            {"decoder_input_ids": torch.ones(1, 4)},
+            r"'labels' has shape \[1, 3\], but one for each of \[1, 4\]",
+        ),
+        (
+            {"labels": torch.ones(2, 3, dtype=torch.long)},
+            "the encoder has 1 rows and the decoder 2",
+        ),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, "'cu_seq_lens_q' marks packed documents"),
         ({"seq_idx": torch.zeros(1, 5)}, "'seq_idx' marks packed documents"),
-        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, "the encoder's positions or mask mark packed documents"),
-        ({"decoder_attention_mask": torch.tensor([[1, 1, 2]])}, "the decoder's positions or mask mark packed"),
-        ({"decoder_attention_mask": torch.ones(1, 5)}, r"a decoder_attention_mask of shape \[1, 5\]"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 0, 1, 2]])},
+            "the encoder's positions or mask mark packed documents",
+        ),
+        (
+            {"decoder_attention_mask": torch.tensor([[1, 1, 2]])},
+            "the decoder's positions or mask mark packed",
+        ),
+        (
+            {"decoder_attention_mask": torch.ones(1, 5)},
+            r"a decoder_attention_mask of shape \[1, 5\]",
+        ),
         ({"attention_mask": [1, 1]}, "an attention_mask that is a list"),
-        ({"decoder_position_ids": torch.ones(1, 2, dtype=torch.long)}, "'decoder_position_ids' has shape"),
+        (
+            {"decoder_position_ids": torch.ones(1, 2, dtype=torch.long)},
+            "'decoder_position_ids' has shape",
+        ),
         ({"input_ids": torch.ones(1, 0)}, "the batch is empty"),
     ],
 )
@@ -179,7 +231,10 @@ def test_shards_put_together_are_both_sequences(
 ) -> None:
     ring_size, parts = sizes[0], sizes[0] * sizes[1]
     layout = BatchLayout(parts, ring_size=ring_size, ring_layout=ring_layout)
-    batch = {**pair(encoder, decoder, rows), "attention_mask": torch.ones(rows, encoder, dtype=torch.long)}
+    batch = {
+        **pair(encoder, decoder, rows),
+        "attention_mask": torch.ones(rows, encoder, dtype=torch.long),
+    }
     done = complete(batch, layout, PAIR)
     expected = {**batch, "decoder_input_ids": shift_right(batch["labels"])}
     for name, tensor in expected.items():

@@ -1,4 +1,6 @@
-"""Padding inside of a document is a hole in it; between documents and at the ends it belongs to none."""
+"""Padding inside of a document is a hole in it; between documents and at the ends it belongs to
+none.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def test_marked_documents_have_holes(batch: Any) -> None:
 
 
 def test_documents_that_only_padding_parts_are_not_joined() -> None:
-    batch: dict[str, Any] = {"seq_idx": [[0, 0, 0, 0, 1, 1, 1, 1]], "attention_mask": [[1, 1, 0, 0, 0, 0, 1, 1]]}
+    batch: dict[str, Any] = {
+        "seq_idx": [[0, 0, 0, 0, 1, 1, 1, 1]],
+        "attention_mask": [[1, 1, 0, 0, 0, 0, 1, 1]],
+    }
     assert found(**batch) == (((0, 2), (6, 8)), ())
 
 
@@ -64,17 +69,23 @@ def test_a_hole_counts_no_label_and_neither_does_the_token_before_it() -> None:
 
 def test_rows_without_holes_beside_one_with() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])
-    assert find_rows({"attention_mask": mask}, 2, 4) == Documents((((0, 4),), ((0, 4),)), ((), ((1, 2),)), False)
+    assert find_rows({"attention_mask": mask}, 2, 4) == Documents(
+        (((0, 4),), ((0, 4),)), ((), ((1, 2),)), False
+    )
     assert find_rows({"attention_mask": mask[:1]}, 1, 4).holes == ()
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.integers(1, 16))
 def test_who_sees_whom_is_as_token_by_token(data: st.DataObject, length: int) -> None:
-    """Two tokens are in one document if no token of another one lies between them; padding is in none."""
+    """Two tokens are in one document if no token of another one lies between them; padding is in
+    none.
+    """
     ids = sorted(data.draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)))
     mask = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
-    documents = find_rows({"seq_idx": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}, 1, length)
+    documents = find_rows(
+        {"seq_idx": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}, 1, length
+    )
     tokens = documents.token_mask(length)[0].tolist()
     assert tokens == [bool(one) for one in mask]
     together = {
@@ -85,5 +96,7 @@ def test_who_sees_whom_is_as_token_by_token(data: st.DataObject, length: int) ->
         if tokens[a] and tokens[b]
     }
     every = range(length)
-    assert together == {(a, b) for a in every for b in every if mask[a] and mask[b] and ids[a] == ids[b]}
+    assert together == {
+        (a, b) for a in every for b in every if mask[a] and mask[b] and ids[a] == ids[b]
+    }
     assert all(tokens[start] and tokens[stop - 1] for start, stop in documents.rows[0])

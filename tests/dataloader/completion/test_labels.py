@@ -24,25 +24,38 @@ def test_a_tokens_own_labels_are_only_cut() -> None:
     done = complete({"input_ids": IDS, "labels": MASKED}, BatchLayout(2), OWN)
     assert "shift_labels" not in done.tensors
     assert done.tensors["labels"].tolist() == [[-100, 6, -100, 8, 9, -100]]
-    assert [done.local_batch(rank)["labels"].tolist() for rank in (0, 1)] == [[[-100, 6, -100]], [[8, 9, -100]]]
+    assert [done.local_batch(rank)["labels"].tolist() for rank in (0, 1)] == [
+        [[-100, 6, -100]],
+        [[8, 9, -100]],
+    ]
 
 
 def test_a_tokens_own_labels_are_dealt_like_the_tokens() -> None:
     layout = BatchLayout(2, ring_size=2, ring_layout="zigzag")
-    done = complete({"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}, layout, OWN)
-    assert done.tensors["labels"].tolist() == done.tensors["input_ids"].tolist() == [[0, 1, 6, 7, 2, 3, 4, 5]]
+    done = complete(
+        {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}, layout, OWN
+    )
+    assert (
+        done.tensors["labels"].tolist()
+        == done.tensors["input_ids"].tolist()
+        == [[0, 1, 6, 7, 2, 3, 4, 5]]
+    )
 
 
 @pytest.mark.parametrize("mask", [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]])
 def test_own_labels_on_padding_are_refused(mask: list[int]) -> None:
     batch = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.tensor([mask])}
-    with pytest.raises(BatchError, match=f"1 labels count on padding, the first in row 0 at token {mask.index(0)}"):
+    with pytest.raises(
+        BatchError, match=f"1 labels count on padding, the first in row 0 at token {mask.index(0)}"
+    ):
         complete(batch, BatchLayout(2), OWN)
     batch["labels"] = torch.where(batch["attention_mask"] == 1, IDS, -100)
     assert complete(batch, BatchLayout(2), OWN).dims["labels"] == 1
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([3]), torch.tensor([[0.5, 1.0]]), torch.ones(1, 5), torch.tensor(1)])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([3]), torch.tensor([[0.5, 1.0]]), torch.ones(1, 5), torch.tensor(1)]
+)
 def test_labels_of_a_sample_stay_whole(labels: torch.Tensor) -> None:
     done = complete({"input_ids": IDS, "labels": labels}, BatchLayout(2), WHOLE)
     assert done.dims["labels"] is None
@@ -50,7 +63,9 @@ def test_labels_of_a_sample_stay_whole(labels: torch.Tensor) -> None:
 
 
 def test_own_labels_need_one_for_each_token() -> None:
-    with pytest.raises(BatchError, match=r"'labels' has shape \[1\], but one for each of \[1, 5\] tokens"):
+    with pytest.raises(
+        BatchError, match=r"'labels' has shape \[1\], but one for each of \[1, 5\] tokens"
+    ):
         complete({"input_ids": IDS, "labels": torch.tensor([3])}, BatchLayout(2), OWN)
 
 
@@ -63,7 +78,9 @@ def test_missing_batches_are_filled_with_own_labels_that_do_not_count() -> None:
     import torch.distributed as dist
 
     def body(rules: BatchRules) -> Any:
-        adapter = adapt(from_list(shorter_on_rank_one(dist.get_rank())), on_uneven="pad", rules=rules)
+        adapter = adapt(
+            from_list(shorter_on_rank_one(dist.get_rank())), on_uneven="pad", rules=rules
+        )
         return [plain(batch) for batch in adapter]
 
     for steps in run_ranks(body, 2, OWN):
@@ -75,7 +92,9 @@ def test_missing_batches_can_not_be_filled_with_labels_of_samples() -> None:
     import torch.distributed as dist
 
     def body() -> str:
-        adapter = adapt(from_list(shorter_on_rank_one(dist.get_rank())), on_uneven="pad", rules=WHOLE)
+        adapter = adapt(
+            from_list(shorter_on_rank_one(dist.get_rank())), on_uneven="pad", rules=WHOLE
+        )
         with pytest.raises(BatchError, match="these batches have no labels of tokens") as caught:
             list(adapter)
         return str(caught.value)

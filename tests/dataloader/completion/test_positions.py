@@ -1,4 +1,6 @@
-"""Positions that the batch does not give are those that the model would have made of the whole sequence."""
+"""Positions that the batch does not give are those that the model would have made of the whole
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def positions(batch: dict[str, Any], rules: BatchRules, layout: BatchLayout = TW
 def test_positions_counted_by_the_mask() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1]])
     assert positions({"input_ids": IDS, "attention_mask": mask}, COUNTS) == [[-1, -1, 0, 1, 2, -1]]
-    assert positions({"input_ids": IDS, "attention_mask": 1 - mask}, COUNTS) == [[0, 1, -1, -1, -1, -1]]
+    assert positions({"input_ids": IDS, "attention_mask": 1 - mask}, COUNTS) == [
+        [0, 1, -1, -1, -1, -1]
+    ]
     assert positions({"input_ids": IDS}, COUNTS) == [[0, 1, 2, 3, 4, -1]]
     hole = torch.tensor([[1, 0, 1, 1, 1]])
     assert positions({"input_ids": IDS, "attention_mask": hole}, COUNTS) == [[0, -1, 1, 2, 3, -1]]
@@ -48,7 +52,10 @@ def test_positions_behind_the_padding_token() -> None:
 
 def test_marked_documents_count_anew() -> None:
     bounds = {"cu_seq_lens_q": torch.tensor([0, 2, 5])}
-    marked = {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 1]])}
+    marked = {
+        "seq_idx": torch.tensor([[0, 0, 1, 1, 1]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0, 1]]),
+    }
     assert positions({"input_ids": IDS, **bounds}, OFFSET) == [[2, 3, 2, 3, 4, 1]]
     assert positions({"input_ids": IDS, **bounds}, COUNTS) == [[0, 1, 0, 1, 2, -1]]
     assert positions({"input_ids": IDS, **marked}, COUNTS) == [[0, 1, 0, -1, 1, -1]]
@@ -99,9 +106,12 @@ def test_positions_are_those_of_the_models_themselves(
     batch = {"input_ids": tokens, "attention_mask": mask}
 
     theirs = RobertaEmbeddings.create_position_ids_from_input_ids(tokens, padding_idx)
-    assert torch.equal(cut(complete(batch, BatchLayout(1), BatchRules(padding_idx=padding_idx))), theirs)
+    assert torch.equal(
+        cut(complete(batch, BatchLayout(1), BatchRules(padding_idx=padding_idx))), theirs
+    )
 
-    # Each row of the table is its own number, so that the embedding says which position it looked up.
+    # Each row of the table is its own number, so that the embedding says which position it looked
+    # up.
     table = OPTLearnedPositionalEmbedding(length, 1)
     with torch.no_grad():
         table.weight.copy_(torch.arange(length + 2.0)[:, None])

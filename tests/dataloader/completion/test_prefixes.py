@@ -25,7 +25,9 @@ def prefixes(given: Any, **batch: Any) -> Any:
     return done.description.prefixes
 
 
-@pytest.mark.parametrize("given", [torch.tensor([2, 0]), [2, 0], torch.tensor([[2], [0]]), [[2], [0]]])
+@pytest.mark.parametrize(
+    "given", [torch.tensor([2, 0]), [2, 0], torch.tensor([[2], [0]]), [[2], [0]]]
+)
 def test_one_number_for_each_row(given: Any) -> None:
     assert prefixes(given) == ((2,), (0,))
 

@@ -25,7 +25,9 @@ class OwnLoader(Recorder):
     """Makes its evaluation loader by itself, as users' classes do."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        loader: DataLoader[Any] = self.accelerator.prepare(DataLoader(DATA, batch_size=2, collate_fn=pad))  # type: ignore[arg-type]
+        loader: DataLoader[Any] = self.accelerator.prepare(
+            DataLoader(DATA, batch_size=2, collate_fn=pad)
+        )  # type: ignore[arg-type]
         return loader
 
 
@@ -36,12 +38,17 @@ def unlabelled(batch: Any) -> dict[str, Tensor]:
 def counts(prediction: Any) -> dict[str, float]:
     """Returns sums that tell whether inputs, labels and guesses are whole and in order."""
     places = range(1, prediction.inputs.shape[1] + 1)
-    found = {"inputs": prediction.inputs, "labels": prediction.label_ids, "guesses": prediction.predictions}
+    found = {
+        "inputs": prediction.inputs,
+        "labels": prediction.label_ids,
+        "guesses": prediction.predictions,
+    }
     return {name: float((values.clip(0) * list(places)).sum()) for name, values in found.items()}
 
 
 def guess(logits: Tensor, labels: Tensor) -> Tensor:
-    # Padding is not what one process computes there: only tokens before a labelled one are looked at.
+    # Padding is not what one process computes there: only tokens before a labelled one are looked
+    # at.
     return torch.where(labels == -100, 0, logits.argmax(-1))
 
 
@@ -57,9 +64,13 @@ def evaluations(mode: Mode, folder: str) -> dict[str, Any]:
         preprocess_logits_for_metrics=guess,
     ).evaluate()
     plain = make(mode.arguments(folder, 2), unlabelled).predict(DATA)  # type: ignore[arg-type]
-    own = OwnLoader(build("llama"), mode.arguments(folder, 2), pad, compute_metrics=lambda _: {"own": 1.0}).evaluate()
+    own = OwnLoader(
+        build("llama"), mode.arguments(folder, 2), pad, compute_metrics=lambda _: {"own": 1.0}
+    ).evaluate()
     return {
-        "metrics": {name: float(metrics[f"eval_{name}"]) for name in ("loss", "inputs", "labels", "guesses")},
+        "metrics": {
+            name: float(metrics[f"eval_{name}"]) for name in ("loss", "inputs", "labels", "guesses")
+        },
         "logits": torch.from_numpy(plain.predictions),
         "loss only": float(make(mode.arguments(folder, 2), pad).evaluate(DATA)["eval_loss"]),  # type: ignore[arg-type]
         "own loader": float(own["eval_loss"]),
@@ -73,7 +84,9 @@ def test_other_evaluations(tmp_path: Path, support: Any) -> None:
             assert rank[name] == pytest.approx(alone[name], rel=1e-6), name
         for row, sample in enumerate(DATA):
             length = len(sample["input_ids"])
-            torch.testing.assert_close(rank["logits"][row, :length], alone["logits"][row, :length], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                rank["logits"][row, :length], alone["logits"][row, :length], rtol=0, atol=1e-12
+            )
     code = "Trainer(model, args, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1), ...)"
     support("trainer", "Trainer, preprocess_logits_for_metrics", "cp", code=code)
 
@@ -83,7 +96,11 @@ def attachments(folder: str) -> dict[str, Any]:
     arguments = Mode(sp=2).arguments(folder, 2)
     trainer = Trainer(build("llama"), arguments, pad, DATA)  # type: ignore[arg-type]
     found: dict[str, Any] = {"same": attach_trainer(trainer) is trainer.sequence_parallel}
-    wrapped = {name for name, value in vars(trainer).items() if hasattr(type(trainer), name) and callable(value)}
+    wrapped = {
+        name
+        for name, value in vars(trainer).items()
+        if hasattr(type(trainer), name) and callable(value)
+    }
     step = partial(trainer.evaluate, DATA)
     trainer.compute_metrics = lambda _: {}
     trainer.preprocess_logits_for_metrics = lambda logits, _: logits.mean(1)
@@ -120,11 +137,16 @@ def test_only_the_instance_is_changed_and_that_is_undone(tmp_path: Path, support
     assert not found["micro_steps"]
     assert not found["other"]
     assert found["class"]
-    assert "what preprocess_logits_for_metrics returns: a tensor of shape [2, 64]" in found["no tokens"]
+    assert (
+        "what preprocess_logits_for_metrics returns: a tensor of shape [2, 64]"
+        in found["no tokens"]
+    )
     assert "eval_use_gather_object=True" in found["pickles"]
     assert "predict_with_generate=True" in found["generate"]
     assert "something other than tensors" in found["objects"]
-    support.refused("trainer", "Seq2SeqTrainer, predict_with_generate", "sp", "a rank has a part of the prompt")
+    support.refused(
+        "trainer", "Seq2SeqTrainer, predict_with_generate", "sp", "a rank has a part of the prompt"
+    )
 
 
 def test_one_process_is_left_alone() -> None:

@@ -1,4 +1,6 @@
-"""Batches and options that a Trainer takes: packing collators, samplers, datasets without a length, checkpointing."""
+"""Batches and options that a Trainer takes: packing collators, samplers, datasets without a length,
+checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -35,27 +37,41 @@ def lists(data: Samples) -> list[dict[str, list[int]]]:
     return [{name: values.tolist() for name, values in sample.items()} for sample in data]
 
 
-def trained(mode: Mode, folder: str, collate: Callable[..., Any] = pad, data: Any = TRAIN, **options: Any) -> Any:
+def trained(
+    mode: Mode, folder: str, collate: Callable[..., Any] = pad, data: Any = TRAIN, **options: Any
+) -> Any:
     arguments = mode.arguments(folder, options.pop("batch_size", BATCH), **{**OPTIONS, **options})
     trainer = Recorder(build("llama"), arguments, collate, data, samples(4, seed=1))
     trainer.train()
     state, installed = trainer.state, getattr(trainer.accelerator, "memory", None)
     found = {"best": state.best_global_step, "seen": state.num_input_tokens_seen}
-    found["features"] = trainer.model.is_gradient_checkpointing + len(installed.installed if installed else ())
+    found["features"] = trainer.model.is_gradient_checkpointing + len(
+        installed.installed if installed else ()
+    )
     return {**run_of(trainer), **found}
 
 
 def job(mode: Mode, folder: str) -> dict[str, Any]:
     """Trains with each kind of batch; one process is given the plain form of it."""
-    flat = {"return_flash_attn_kwargs": mode != ONE, "return_position_ids": mode == ONE, "return_seq_idx": mode != ONE}
+    flat = {
+        "return_flash_attn_kwargs": mode != ONE,
+        "return_position_ids": mode == ONE,
+        "return_seq_idx": mode != ONE,
+    }
     best = {"eval_strategy": "steps", "save_strategy": "best", "load_best_model_at_end": True}
     best.update(eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=True)
     memory = MemoryConfig(tiled_loss=True, tiled_loss_tokens=4)
     return {
         "packed": trained(mode, folder, DataCollatorWithFlattening(), lists(TRAIN)),
-        "packed, cu_seq_lens": trained(mode, folder, DataCollatorWithFlattening(**flat), lists(TRAIN)),
-        "no length": trained(mode, folder, data=Endless(), include_num_input_tokens_seen="non_padding"),
-        "checkpointing": trained(mode, folder, gradient_checkpointing=mode != ONE, memory_config=memory),
+        "packed, cu_seq_lens": trained(
+            mode, folder, DataCollatorWithFlattening(**flat), lists(TRAIN)
+        ),
+        "no length": trained(
+            mode, folder, data=Endless(), include_num_input_tokens_seen="non_padding"
+        ),
+        "checkpointing": trained(
+            mode, folder, gradient_checkpointing=mode != ONE, memory_config=memory
+        ),
         "best": trained(mode, folder, **best),
     }
 
@@ -63,12 +79,18 @@ def job(mode: Mode, folder: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process's results."""
-    found: dict[str, Any] = run_ranks(job, 1, ONE, str(tmp_path_factory.mktemp("alone")), init=False)[0]
+    found: dict[str, Any] = run_ranks(
+        job, 1, ONE, str(tmp_path_factory.mktemp("alone")), init=False
+    )[0]
     return found
 
 
 CODES = {
-    "packed": ("batch", "DataCollatorWithFlattening()", "Trainer(model, args, DataCollatorWithFlattening(), data)"),
+    "packed": (
+        "batch",
+        "DataCollatorWithFlattening()",
+        "Trainer(model, args, DataCollatorWithFlattening(), data)",
+    ),
     "packed, cu_seq_lens": (
         "batch",
         "DataCollatorWithFlattening(return_flash_attn_kwargs=True)",
@@ -80,7 +102,11 @@ CODES = {
         "Trainer, gradient_checkpointing and tiled loss",
         "ParallelismConfig(sp_size=2, memory_config=MemoryConfig(tiled_loss=True))",
     ),
-    "best": ("trainer", "Trainer, load_best_model_at_end", "TrainingArguments(load_best_model_at_end=True, ...)"),
+    "best": (
+        "trainer",
+        "Trainer, load_best_model_at_end",
+        "TrainingArguments(load_best_model_at_end=True, ...)",
+    ),
 }
 
 
@@ -97,30 +123,41 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mode], list[d
     return result
 
 
-@pytest.mark.parametrize(("mode", "name"), [(Mode(sp=2), "sp"), (Mode(cp=2), "cp")], ids=["sp", "cp"])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(Mode(sp=2), "sp"), (Mode(cp=2), "cp")], ids=["sp", "cp"]
+)
 def test_batches(mode: Mode, name: str, alone: dict[str, Any], results: Any, support: Any) -> None:
     ranks = results(mode)
-    assert alone["packed"]["losses"] == pytest.approx(alone["packed, cu_seq_lens"]["losses"], rel=1e-12)
-    # The "best" loss here is the largest, so that its step is not the last one and its parameters are taken back.
+    assert alone["packed"]["losses"] == pytest.approx(
+        alone["packed, cu_seq_lens"]["losses"], rel=1e-12
+    )
+    # The "best" loss here is the largest, so that its step is not the last one and its parameters
+    # are taken back.
     assert alone["best"]["best"] < alone["best"]["steps"]
     for case, expected in alone.items():
         for rank in ranks:
             found = rank[case]
             # Each rank has its half of the longest row, padded to what the layout asks for.
-            assert max(found["tokens"]) in range(max(expected["tokens"]) // 2, max(expected["tokens"]) // 2 + 3), case
+            assert max(found["tokens"]) in range(
+                max(expected["tokens"]) // 2, max(expected["tokens"]) // 2 + 3
+            ), case
             assert found["losses"] == pytest.approx(expected["losses"], rel=1e-11), case
             assert found["best"] == expected["best"]
             assert found["features"] == (2 if case == "checkpointing" else 0)
             assert case != "no length" or found["seen"] == expected["seen"] > 0
             for parameter, value in expected["parameters"].items():
-                torch.testing.assert_close(found["parameters"][parameter], value, rtol=0, atol=1e-11, msg=case)
+                torch.testing.assert_close(
+                    found["parameters"][parameter], value, rtol=0, atol=1e-11, msg=case
+                )
         area, subject, code = CODES[case]
         support(area, subject, name, code=code)
 
 
 def test_b10_packing_does_not_crash(alone: dict[str, Any], results: Any) -> None:
     for rank in results(Mode(sp=2)):
-        assert rank["packed, cu_seq_lens"]["losses"] == pytest.approx(alone["packed"]["losses"], rel=1e-11)
+        assert rank["packed, cu_seq_lens"]["losses"] == pytest.approx(
+            alone["packed"]["losses"], rel=1e-11
+        )
 
 
 def grouped(folder: str) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Liger's patched forward on sharded sequences, without its kernels, which need a GPU.
 
-What counts is the contract of the forward that Liger binds to a model: it takes `shift_labels`, makes the loss of
-hidden states and the head's weight, and returns no logits in training. Here it computes the same with torch.
+What counts is the contract of the forward that Liger binds to a model: it takes `shift_labels`,
+makes the loss of hidden states and the head's weight, and returns no logits in training. Here it
+computes the same with torch.
 """
 
 from __future__ import annotations
@@ -45,15 +46,23 @@ def fused_forward(
 ) -> CausalLMOutputWithPast:
     """Computes what Liger's forward of a Llama does, in its order of arguments."""
     shifted, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
-    hidden = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)[0]
+    hidden = self.model(
+        input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+    )[0]
     skip = (self.training and labels is not None) if skip_logits is None else skip_logits
     logits = hidden @ self.lm_head.weight.T
-    loss = cross_entropy(logits, labels, logits.shape[-1], num_items, shifted) if labels is not None else None
+    loss = (
+        cross_entropy(logits, labels, logits.shape[-1], num_items, shifted)
+        if labels is not None
+        else None
+    )
     return CausalLMOutputWithPast(loss=loss, logits=None if skip else logits)
 
 
 def patched() -> Any:
-    """Returns a model with the forward bound to the instance, as `apply_liger_kernel(model=model)` leaves it."""
+    """Returns a model with the forward bound to the instance, as `apply_liger_kernel(model=model)`
+    leaves it.
+    """
     model = build("llama")
     model.forward = MethodType(fused_forward, model)
     return model
@@ -70,7 +79,9 @@ def steps(expected: dict[str, Any]) -> Report:
         assert output.logits is None
         accelerator.backward(output.loss)
         losses, grads = expected[kind]
-        found[kind] = report(compare(float(output.loss.detach()), full_gradients(model), losses[0], grads))
+        found[kind] = report(
+            compare(float(output.loss.detach()), full_gradients(model), losses[0], grads)
+        )
     return found
 
 
@@ -84,5 +95,7 @@ def test_it_is_not_tiled_a_second_time() -> None:
     model = patched()
     apply_memory(model, ulysses_accel.MemoryConfig(tiled_loss=True))
     ids = torch.arange(3, 19)[None]
-    with pytest.raises(UnsupportedModelError, match="computed its loss without its output layer's forward"):
+    with pytest.raises(
+        UnsupportedModelError, match="computed its loss without its output layer's forward"
+    ):
         model(input_ids=ids, labels=ids)

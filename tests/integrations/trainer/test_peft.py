@@ -1,4 +1,6 @@
-"""Adapters of PEFT on sharded sequences: loss and adapter gradients, alone and with everything that saves memory."""
+"""Adapters of PEFT on sharded sequences: loss and adapter gradients, alone and with everything that
+saves memory.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +48,23 @@ EVERYTHING = {
 def adapted(**options: Any) -> Any:
     """Returns a model with an adapter that is far from zero; the same on every rank."""
     torch.manual_seed(5)
-    return get_peft_model(build("llama"), LoraConfig(**{**LORA, **options}, init_lora_weights=False)).train()
+    return get_peft_model(
+        build("llama"), LoraConfig(**{**LORA, **options}, init_lora_weights=False)
+    ).train()
 
 
 def adapter_gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Returns whole gradients of what is trained, by the plain model's names; every rank must call it."""
+    """Returns whole gradients of what is trained, by the plain model's names; every rank must call
+    it.
+    """
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            grad = safe_get_full_grad(parameter) if hasattr(model, "zero_optimization") else parameter.grad
+            grad = (
+                safe_get_full_grad(parameter)
+                if hasattr(model, "zero_optimization")
+                else parameter.grad
+            )
             assert grad is not None, name
             whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
             found[name.removeprefix("module.")] = whole.clone()
@@ -73,7 +83,9 @@ def references() -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
     return found
 
 
-def steps(engine: Engine, sizes: dict[str, int], expected: Any, memory: dict[str, Any] | None) -> Report:
+def steps(
+    engine: Engine, sizes: dict[str, int], expected: Any, memory: dict[str, Any] | None
+) -> Report:
     """Runs every kind of batch through one prepared model."""
     accelerator = engine.accelerator(**sizes)
     samples: list[Sample] = [CASES[kind](0) for kind in KINDS]
@@ -124,7 +136,10 @@ def test_adapters_train_as_on_one_process(support: Support) -> None:
     found = run_ranks(all_steps, 2, references(), init=False)
     assert all(len(cases) == len(ON_TWO_RANKS) * len(KINDS) for cases in found)
     for name, tolerance in (("ZeRO", FLOAT32), ("", EXACT)):
-        chosen = [{case: d for case, d in cases.items() if ("ZeRO" in case) == bool(name)} for cases in found]
+        chosen = [
+            {case: d for case, d in cases.items() if ("ZeRO" in case) == bool(name)}
+            for cases in found
+        ]
         assert_parity(chosen, tolerance)
     for name, (engine, _, _) in ON_TWO_RANKS.items():
         support(
@@ -136,8 +151,12 @@ def test_adapters_train_as_on_one_process(support: Support) -> None:
         )
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_an_adapter_on_the_output_layer_is_named_where_the_loss_is_tiled(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_an_adapter_on_the_output_layer_is_named_where_the_loss_is_tiled(
+    options: dict[str, Any],
+) -> None:
     model = adapted(**options)
     with pytest.raises(UnsupportedModelError, match=r"output layer \(found: peft\..*\)"):
         apply_memory(model, ulysses_accel.MemoryConfig(tiled_loss=True))
@@ -150,7 +169,10 @@ def virtual_tokens() -> list[str]:
         "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     }
     accelerator = Engine().accelerator(2)
-    return [error_of(accelerator.prepare, get_peft_model(build("llama"), config)) for config in kinds.values()]
+    return [
+        error_of(accelerator.prepare, get_peft_model(build("llama"), config))
+        for config in kinds.values()
+    ]
 
 
 def test_virtual_tokens_are_refused(support: Support) -> None:
@@ -159,4 +181,9 @@ def test_virtual_tokens_are_refused(support: Support) -> None:
             assert error.startswith("UnsupportedModelError")
             assert name in error
             assert "LoRA" in error
-    support.refused("system", "PEFT prompt and prefix tuning", "sp", "its tokens would be put before every shard")
+    support.refused(
+        "system",
+        "PEFT prompt and prefix tuning",
+        "sp",
+        "its tokens would be put before every shard",
+    )

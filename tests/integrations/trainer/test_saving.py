@@ -1,4 +1,6 @@
-"""Checkpoints of a Trainer whose weights lie on several ranks without an engine, and what a Trainer is refused."""
+"""Checkpoints of a Trainer whose weights lie on several ranks without an engine, and what a Trainer
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def arguments(folder: str, config: ParallelismConfig | None, **options: Any) -> 
 
 
 def trained(model: Any, make: Any) -> Saved:
-    """Returns a run, and what is in its checkpoint: weights, and the optimizer's first moments in order."""
+    """Returns a run, and what is in its checkpoint: weights, and the optimizer's first moments in
+    order.
+    """
     trainer = Recorder(model, make(), pad, DATA)
     trainer.train()
     trainer.accelerator.wait_for_everyone()
@@ -76,28 +80,36 @@ def cut_job(folder: str, config: ParallelismConfig | None) -> Saved:
     found = trained(build("llama"), partial(make, save_only_model=True))
     found["optimizer"] = error_of(lambda: Recorder(build("llama"), make(), pad, DATA))
     found["noise"] = error_of(
-        lambda: Recorder(build("llama"), make(neftune_noise_alpha=5.0, save_strategy="no"), pad, DATA)
+        lambda: Recorder(
+            build("llama"), make(neftune_noise_alpha=5.0, save_strategy="no"), pad, DATA
+        )
     )
     return found
 
 
-def test_cut_weights_are_saved_whole_and_their_optimizer_is_refused(tmp_path: Path, support: Any) -> None:
+def test_cut_weights_are_saved_whole_and_their_optimizer_is_refused(
+    tmp_path: Path, support: Any
+) -> None:
     (alone,) = run_ranks(cut_job, 1, str(tmp_path / "one"), None, init=False)
-    for rank in run_ranks(cut_job, 2, str(tmp_path / "two"), ParallelismConfig(tp_size=2), init=False):
+    for rank in run_ranks(
+        cut_job, 2, str(tmp_path / "two"), ParallelismConfig(tp_size=2), init=False
+    ):
         for name in ("parameters", "weights"):
             torch.testing.assert_close(rank[name], alone[name], rtol=0, atol=1e-12, msg=name)
         assert "save_only_model=True" in rank["optimizer"]
         assert "neftune_noise_alpha=5.0" in rank["noise"]
-    code = (
-        "Trainer(model, TrainingArguments(parallelism_config=ParallelismConfig(tp_size=2), save_only_model=True), ...)"
-    )
+    code = "Trainer(model, TrainingArguments(parallelism_config=ParallelismConfig(tp_size=2), save_only_model=True), ...)"
     support("trainer", "Trainer, tensor parallelism, saved model", "tp", code=code)
-    support.refused("trainer", "Trainer, NEFTune", "tp", "its noise follows from the sequence's length")
+    support.refused(
+        "trainer", "Trainer, NEFTune", "tp", "its noise follows from the sequence's length"
+    )
 
 
 def tiled_job(mode: Mode, folder: str) -> Saved:
     memory = MemoryConfig(tiled_loss=True) if mode.world_size > 1 else None
-    trainer = Recorder(build("llama"), mode.arguments(folder, 4, memory_config=memory), pad, DATA, DATA)
+    trainer = Recorder(
+        build("llama"), mode.arguments(folder, 4, memory_config=memory), pad, DATA, DATA
+    )
     return {"predictions": torch.from_numpy(trainer.predict(DATA[:4:2]).predictions)}  # type: ignore[arg-type]
 
 

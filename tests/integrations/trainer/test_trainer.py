@@ -1,7 +1,9 @@
-"""A stock Trainer with our config, on every engine, does step by step what a stock Trainer on one process does.
+"""A stock Trainer with our config, on every engine, does step by step what a stock Trainer on one
+process does.
 
-Each mode runs one job: twenty steps over ten epochs with accumulation, evaluations on the way and at the start, a
-checkpoint in the middle of an epoch, predictions; then another Trainer with other weights resumes from the checkpoint.
+Each mode runs one job: twenty steps over ten epochs with accumulation, evaluations on the way and
+at the start, a checkpoint in the middle of an epoch, predictions; then another Trainer with other
+weights resumes from the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from tests.helpers.trainer_jobs import ONE, Mode, Recorder, pad, run_of, samples
 STEPS, SAVED = 20, 11
 BATCH, BATCHES, WINDOW = 4, 3, 2
 TRAIN = samples(BATCH * BATCHES, (16, 12, 14, 9))
-# Two batches, of which the last is cut: one process has 3 samples in it, and data parallel ranks repeat one.
+# Two batches, of which the last is cut: one process has 3 samples in it, and data parallel ranks
+# repeat one.
 EVAL = samples(7, (16,), seed=1)
 MODES = [
     Mode(sp=2),
@@ -40,13 +43,22 @@ def accuracy(prediction: Any) -> dict[str, float]:
     """Counts next tokens that were guessed, and what it was given."""
     logits, labels = prediction.predictions, prediction.label_ids
     right = (logits.argmax(-1)[:, :-1] == labels[:, 1:]) & (labels[:, 1:] != -100)
-    return {"right": float(right.sum()), "counted": float((labels[:, 1:] != -100).sum()), "rows": float(len(logits))}
+    return {
+        "right": float(right.sum()),
+        "counted": float((labels[:, 1:] != -100).sum()),
+        "rows": float(len(logits)),
+    }
 
 
 def job(mode: Mode, folder: str) -> Result:
     dtype = torch.float32 if mode.engine.startswith("ZeRO") else torch.float64
     options: dict[str, Any] = {
-        **{"max_steps": STEPS, "gradient_accumulation_steps": WINDOW, "learning_rate": 1e-2, "warmup_steps": 3},
+        **{
+            "max_steps": STEPS,
+            "gradient_accumulation_steps": WINDOW,
+            "learning_rate": 1e-2,
+            "warmup_steps": 3,
+        },
         **{"eval_strategy": "steps", "eval_steps": 10, "eval_on_start": True},
         **{"save_strategy": "steps", "save_steps": SAVED, "max_grad_norm": 0.5},
         **{"include_num_input_tokens_seen": "non_padding"},
@@ -54,13 +66,17 @@ def job(mode: Mode, folder: str) -> Result:
 
     def trainer(seed: int) -> Recorder:
         arguments = mode.arguments(folder, BATCH, **options)
-        return Recorder(build("llama", dtype, seed=seed), arguments, pad, TRAIN, EVAL, compute_metrics=accuracy)
+        return Recorder(
+            build("llama", dtype, seed=seed), arguments, pad, TRAIN, EVAL, compute_metrics=accuracy
+        )
 
     first = trainer(seed=0)
     first.train()
     found = {"run": run_of(first), "total": first.get_total_train_batch_size(first.args)}
     found["seen"] = first.state.num_input_tokens_seen
-    found["evaluations"] = [_numbers(entry) for entry in first.state.log_history if "eval_loss" in entry]
+    found["evaluations"] = [
+        _numbers(entry) for entry in first.state.log_history if "eval_loss" in entry
+    ]
     predicted = first.predict(EVAL)
     found["predictions"] = torch.from_numpy(predicted.predictions).double()
     found["label_ids"] = torch.from_numpy(predicted.label_ids)
@@ -72,7 +88,11 @@ def job(mode: Mode, folder: str) -> Result:
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if "second" not in name and "time" not in name}
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if "second" not in name and "time" not in name
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +109,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mode], list[R
 
     def result(mode: Mode) -> list[Result]:
         if mode not in found:
-            found[mode] = run_ranks(job, mode.world_size, mode, str(tmp_path_factory.mktemp("ranks")), init=False)
+            found[mode] = run_ranks(
+                job, mode.world_size, mode, str(tmp_path_factory.mktemp("ranks")), init=False
+            )
         return found[mode]
 
     return result
@@ -97,7 +119,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mode], list[R
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_twenty_steps(mode: Mode, alone: Result, results: Any, support: Any) -> None:
-    # ZeRO keeps its gradients and Adam's state in float32, whose rounding twenty steps of Adam make larger.
+    # ZeRO keeps its gradients and Adam's state in float32, whose rounding twenty steps of Adam make
+    # larger.
     exact = mode.engine in ("DDP", "FSDP2")
     tolerance = 1e-12 if exact else 2e-4
     expected = alone["run"]
@@ -107,7 +130,9 @@ def test_twenty_steps(mode: Mode, alone: Result, results: Any, support: Any) -> 
         torch.testing.assert_close(run["losses"], expected["losses"], rtol=tolerance, atol=0)
         assert run["parameters"].keys() == expected["parameters"].keys()
         for name, value in expected["parameters"].items():
-            torch.testing.assert_close(run["parameters"][name].double(), value, rtol=0, atol=tolerance, msg=name)
+            torch.testing.assert_close(
+                run["parameters"][name].double(), value, rtol=0, atol=tolerance, msg=name
+            )
         # The Trainer adds up the losses that it logs in float32.
         log_tolerance = {"loss": 1e-6 if exact else tolerance, "grad_norm": tolerance}
         assert len(run["logs"]) == STEPS
@@ -125,15 +150,25 @@ def test_evaluation_and_predictions(mode: Mode, alone: Result, results: Any, sup
     tolerance = 1e-6 if mode.engine in ("DDP", "FSDP2") else 2e-4
     for rank in results(mode):
         assert len(rank["evaluations"]) == 3
-        for found, right in zip([*rank["evaluations"], rank["test"]], [*alone["evaluations"], alone["test"]]):
+        for found, right in zip(
+            [*rank["evaluations"], rank["test"]], [*alone["evaluations"], alone["test"]]
+        ):
             assert found.keys() == right.keys()
             for name, value in right.items():
                 assert found[name] == pytest.approx(value, rel=tolerance), name
-        torch.testing.assert_close(rank["predictions"], alone["predictions"], rtol=0, atol=5 * tolerance)
+        torch.testing.assert_close(
+            rank["predictions"], alone["predictions"], rtol=0, atol=5 * tolerance
+        )
         assert torch.equal(rank["label_ids"], alone["label_ids"])
         assert rank["seen"] == alone["seen"]
     name = NAMES[mode.sp, mode.cp, mode.dp]
-    support("trainer", "Trainer, evaluate and predict", name, code="trainer.predict(data)", engine=mode.engine)
+    support(
+        "trainer",
+        "Trainer, evaluate and predict",
+        name,
+        code="trainer.predict(data)",
+        engine=mode.engine,
+    )
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -169,7 +204,9 @@ def test_b9_resuming_in_an_epoch_does_not_crash(results: Any) -> None:
 
 def test_b11_the_last_batches_of_an_epoch_are_one_step(alone: Result, results: Any) -> None:
     # Three batches, two to a step: the epoch's last step has one.
-    expected = [epoch + part for epoch in range(STEPS // WINDOW) for part in (WINDOW / BATCHES, 1.0)]
+    expected = [
+        epoch + part for epoch in range(STEPS // WINDOW) for part in (WINDOW / BATCHES, 1.0)
+    ]
     assert [entry["epoch"] for entry in alone["run"]["logs"]] == pytest.approx(expected)
     for rank in results(MODES[0]):
         assert [entry["epoch"] for entry in rank["run"]["logs"]] == pytest.approx(expected)
@@ -181,20 +218,28 @@ def test_b12_the_schedule_keeps_its_pace(alone: Result, results: Any) -> None:
     assert rates[-1] < 1e-3
     for mode in (MODES[0], MODES[2]):
         for rank in results(mode):
-            assert [entry["learning_rate"] for entry in rank["run"]["logs"]] == pytest.approx(rates, rel=1e-12)
+            assert [entry["learning_rate"] for entry in rank["run"]["logs"]] == pytest.approx(
+                rates, rel=1e-12
+            )
 
 
 def uneven_windows(mode: Mode, folder: str) -> list[float]:
-    """Trains steps over two micro-batches, of very different counts of labels; returns their losses."""
+    """Trains steps over two micro-batches, of very different counts of labels; returns their
+    losses.
+    """
     data = samples(6, (16, 4))
-    found: list[float] = train(mode, folder, 1, data, max_steps=3, gradient_accumulation_steps=2)["losses"]
+    found: list[float] = train(mode, folder, 1, data, max_steps=3, gradient_accumulation_steps=2)[
+        "losses"
+    ]
     return found
 
 
 def test_b13_accumulated_losses_are_weighted_by_tokens(tmp_path: Path, support: Any) -> None:
     (alone,) = run_ranks(uneven_windows, 1, ONE, str(tmp_path), init=False)
     shares = [sum(alone[step : step + 2]) for step in range(0, len(alone), 2)]
-    assert any(abs(first - step / 2) > 0.25 * step for first, step in zip(alone[::2], shares)), "shares are far apart"
+    assert any(abs(first - step / 2) > 0.25 * step for first, step in zip(alone[::2], shares)), (
+        "shares are far apart"
+    )
     for mode in (Mode(sp=2), Mode(sp=2, cp=2)):
         for rank in run_ranks(uneven_windows, mode.world_size, mode, str(tmp_path), init=False):
             assert rank == pytest.approx(alone, rel=1e-12)

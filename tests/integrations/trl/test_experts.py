@@ -1,4 +1,6 @@
-"""TRL's trainers add the router loss of the whole sequence to theirs, and give it back in their metrics."""
+"""TRL's trainers add the router loss of the whole sequence to theirs, and give it back in their
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.helpers.trl_jobs import Case, differences, pairs, plain_texts, run_al
 # TRL's reference sums the experts' shares of choices in float32.
 FLOAT32 = 1e-6
 CASES = {
-    "SFTTrainer": Case("SFTTrainer", plain_texts, {"gradient_accumulation_steps": 2}, steps=2, evaluate=4),
+    "SFTTrainer": Case(
+        "SFTTrainer", plain_texts, {"gradient_accumulation_steps": 2}, steps=2, evaluate=4
+    ),
     "DPOTrainer": Case("DPOTrainer", pairs, steps=2),
 }
 
@@ -27,7 +31,9 @@ def _experts(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_float64(monkeypatch.setattr)
     for name in CASES:
         trainer, config, _ = trl_jobs._TRAINERS[name]
-        monkeypatch.setitem(trl_jobs._TRAINERS, name, (trainer, config, lambda: build_experts("Qwen3-MoE")))
+        monkeypatch.setitem(
+            trl_jobs._TRAINERS, name, (trainer, config, lambda: build_experts("Qwen3-MoE"))
+        )
 
 
 def test_router_loss_is_that_of_one_process(tmp_path: Path, support: Support) -> None:
@@ -39,4 +45,6 @@ def test_router_loss_is_that_of_one_process(tmp_path: Path, support: Support) ->
             assert max(found["tokens"]) == -(-max(expected[name]["tokens"]) // 2)
     code: dict[str, Any] = {name: f"{name}(moe_model, ...)" for name in CASES}
     for name in CASES:
-        support("trainer", f"TRL {name}, mixture of experts with its router loss", "sp", code=code[name])
+        support(
+            "trainer", f"TRL {name}, mixture of experts with its router loss", "sp", code=code[name]
+        )

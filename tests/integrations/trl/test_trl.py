@@ -1,4 +1,6 @@
-"""TRL's trainers on sharded sequences: losses, metrics and weights are those of one process, step by step."""
+"""TRL's trainers on sharded sequences: losses, metrics and weights are those of one process, step
+by step.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,22 @@ from ulysses_accel.sequence.sharding import next_multiple
 # DeepSpeed computes in float32, and Adam makes a step of full size of the smallest gradient.
 FLOAT32 = 1e-4
 
-SAVING = MemoryConfig(tiled_mlp=True, tiled_mlp_bytes=4096, tiled_norm=True, tiled_loss=True, checkpoint=True)
+SAVING = MemoryConfig(
+    tiled_mlp=True, tiled_mlp_bytes=4096, tiled_norm=True, tiled_loss=True, checkpoint=True
+)
 COUNTED = {"include_num_input_tokens_seen": "non_padding"}
 SFT = {
-    "SFTTrainer": Case("SFTTrainer", plain_texts, {"gradient_accumulation_steps": 2, **COUNTED}, evaluate=8),
-    "packed": Case("SFTTrainer", plain_texts, {"packing": True, "max_length": 25}, steps=20, evaluate=6),
-    "wrapped": Case("SFTTrainer", plain_texts, {"packing": True, "packing_strategy": "wrapped", "max_length": 25}),
+    "SFTTrainer": Case(
+        "SFTTrainer", plain_texts, {"gradient_accumulation_steps": 2, **COUNTED}, evaluate=8
+    ),
+    "packed": Case(
+        "SFTTrainer", plain_texts, {"packing": True, "max_length": 25}, steps=20, evaluate=6
+    ),
+    "wrapped": Case(
+        "SFTTrainer",
+        plain_texts,
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 25},
+    ),
     "padding free": Case("SFTTrainer", plain_texts, {"padding_free": True, "max_length": None}),
     "completions": Case("SFTTrainer", completions, {"completion_only_loss": True}),
     "assistant": Case("SFTTrainer", chats, {"assistant_only_loss": True}),
@@ -47,11 +59,19 @@ SFT = {
 }
 PREFERENCES = {
     "DPOTrainer": Case("DPOTrainer", pairs, COUNTED, steps=5, evaluate=8),
-    "several losses": Case("DPOTrainer", pairs, {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [1, 0.5, 2]}),
-    "weighting": Case("DPOTrainer", pairs, {"use_weighting": True, "ld_alpha": 0.5, "gradient_accumulation_steps": 2}),
+    "several losses": Case(
+        "DPOTrainer", pairs, {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [1, 0.5, 2]}
+    ),
+    "weighting": Case(
+        "DPOTrainer",
+        pairs,
+        {"use_weighting": True, "ld_alpha": 0.5, "gradient_accumulation_steps": 2},
+    ),
     "adapter": Case("DPOTrainer", pairs, {}, lora=True),
     "KTOTrainer": Case("KTOTrainer", judged, evaluate=6),
-    "RewardTrainer": Case("RewardTrainer", margins, {"center_rewards_coefficient": 0.01}, evaluate=6),
+    "RewardTrainer": Case(
+        "RewardTrainer", margins, {"center_rewards_coefficient": 0.01}, evaluate=6
+    ),
 }
 CASES = {**SFT, **PREFERENCES}
 
@@ -71,13 +91,31 @@ ROWS = {
         "SFTTrainer, LoRA",
         "SFTTrainer(model, SFTConfig(parallelism_config=config), peft_config=LoraConfig(...))",
     ),
-    "saving": ("SFTTrainer, saving memory", "ParallelismConfig(sp_size=2, memory_config=MemoryConfig(...))"),
-    "DPOTrainer": ("DPOTrainer", "DPOTrainer(model, ref_model, DPOConfig(parallelism_config=config))"),
-    "several losses": ("DPOTrainer, several losses", _DPO.format("loss_type=['sigmoid', 'ipo', 'sft']")),
+    "saving": (
+        "SFTTrainer, saving memory",
+        "ParallelismConfig(sp_size=2, memory_config=MemoryConfig(...))",
+    ),
+    "DPOTrainer": (
+        "DPOTrainer",
+        "DPOTrainer(model, ref_model, DPOConfig(parallelism_config=config))",
+    ),
+    "several losses": (
+        "DPOTrainer, several losses",
+        _DPO.format("loss_type=['sigmoid', 'ipo', 'sft']"),
+    ),
     "weighting": ("DPOTrainer, WPO and LD-DPO", _DPO.format("use_weighting=True, ld_alpha=0.5")),
-    "adapter": ("DPOTrainer, LoRA as policy", "DPOTrainer(model, args=..., peft_config=LoraConfig(...))"),
-    "KTOTrainer": ("KTOTrainer", "KTOTrainer(model, ref_model, KTOConfig(parallelism_config=config))"),
-    "RewardTrainer": ("RewardTrainer", "RewardTrainer(model, RewardConfig(parallelism_config=config))"),
+    "adapter": (
+        "DPOTrainer, LoRA as policy",
+        "DPOTrainer(model, args=..., peft_config=LoraConfig(...))",
+    ),
+    "KTOTrainer": (
+        "KTOTrainer",
+        "KTOTrainer(model, ref_model, KTOConfig(parallelism_config=config))",
+    ),
+    "RewardTrainer": (
+        "RewardTrainer",
+        "RewardTrainer(model, RewardConfig(parallelism_config=config))",
+    ),
 }
 ON_RING = ("packed", "lora", "DPOTrainer", "RewardTrainer")
 ENGINES = {
@@ -105,15 +143,24 @@ def assert_same(found: list[dict[str, Any]], mode: Mode, expected: dict[str, Any
         assert ours
         for name, own in ours.items():
             # Each data parallel rank has the loss of its own samples.
-            losses = [sum(ranks) / len(found) for ranks in zip(*(run[name]["losses"] for run in found), strict=True)]
+            losses = [
+                sum(ranks) / len(found)
+                for ranks in zip(*(run[name]["losses"] for run in found), strict=True)
+            ]
             wrong = differences({**own, "losses": losses}, expected[name], tolerance)
             if mode.dp > 1:
                 # TRL's own: the mean over batches of each one's mean, and there are twice as many.
-                wrong = {what: values for what, values in wrong.items() if not what.startswith("eval_loss")}
+                wrong = {
+                    what: values
+                    for what, values in wrong.items()
+                    if not what.startswith("eval_loss")
+                }
             assert wrong == {}, name
             whole = expected[name]["tokens"]
             shares = {next_multiple(tokens, multiple) // parts for tokens in whole}
-            assert set(own["tokens"]) == shares if mode.dp == 1 else max(own["tokens"]) <= max(shares), name
+            assert (
+                set(own["tokens"]) == shares if mode.dp == 1 else max(own["tokens"]) <= max(shares)
+            ), name
 
 
 def claim(support: Support, names: Iterable[str], mode: str, engine: str = "DDP") -> None:
@@ -139,12 +186,21 @@ def test_ring(expected, tmp_path, support) -> None:
 def test_engines(name, expected, tmp_path, support) -> None:
     mode, cases = ENGINES[name]
     chosen = {case: CASES[case] for case in cases}
-    assert_same(run_ranks(run_all, mode.world_size, chosen, mode, str(tmp_path), init=False), mode, expected)
-    claim(support, cases, "dp × sp" if mode.dp > 1 else "cp × sp" if mode.cp > 1 else "sp", mode.engine)
+    assert_same(
+        run_ranks(run_all, mode.world_size, chosen, mode, str(tmp_path), init=False), mode, expected
+    )
+    claim(
+        support,
+        cases,
+        "dp × sp" if mode.dp > 1 else "cp × sp" if mode.cp > 1 else "sp",
+        mode.engine,
+    )
 
 
 def resumed(folder: str) -> dict[str, Any]:
-    """Returns the losses of a job, those behind its checkpoint once more, and what is left after uninstalling."""
+    """Returns the losses of a job, those behind its checkpoint once more, and what is left after
+    uninstalling.
+    """
     gc.freeze()
     case = Case("SFTTrainer", plain_texts, {"save_strategy": "steps", "save_steps": 2}, steps=4)
     first = make_trainer(case, Mode(sp=2), folder)
@@ -155,7 +211,11 @@ def resumed(folder: str) -> dict[str, Any]:
     assert names <= set(vars(second))
     second.sequence_parallel.uninstall()
     left = sorted(names & set(vars(second)))
-    hooks = [hook for hook in second.model._forward_pre_hooks.values() if "WholeForward" in hook.__qualname__]
+    hooks = [
+        hook
+        for hook in second.model._forward_pre_hooks.values()
+        if "WholeForward" in hook.__qualname__
+    ]
     return {"first": first.losses, "second": second.losses, "left": left, "hooks": len(hooks)}
 
 
@@ -164,4 +224,9 @@ def test_a_resumed_job_goes_on_with_the_same_losses(tmp_path: Any, support: Supp
         assert found["second"] == found["first"][2:]
         assert found["left"] == []
         assert found["hooks"] == 0
-    support("trainer", "TRL SFTTrainer, resumed", "sp", code="trainer.train(resume_from_checkpoint=folder)")
+    support(
+        "trainer",
+        "TRL SFTTrainer, resumed",
+        "sp",
+        code="trainer.train(resume_from_checkpoint=folder)",
+    )

@@ -1,7 +1,8 @@
 """Saved attention is never computed again, and with `save_exchange` no collective is repeated.
 
-Counted by the block kernels' and the collectives' own calls; gradients are compared with the plain model's on the same
-ranks, where the same kernels run in the same order: to 1e-13 in float64, since attention that is kept runs by blocks.
+Counted by the block kernels' and the collectives' own calls; gradients are compared with the plain
+model's on the same ranks, where the same kernels run in the same order: to 1e-13 in float64, since
+attention that is kept runs by blocks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ class Calls(TorchDispatchMode):
 
 def llama(dropout: float) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": 64}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": 64,
+    }
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "attention_dropout": dropout}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False)).double().train()
 
@@ -53,13 +59,19 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens.clone(), "position_ids": positions}
 
 
-def sharded_steps(sizes: dict[str, int], ways: list[dict[str, Any]], dropout: float) -> list[dict[str, Any]]:
-    """Returns for the plain model and for each way the counts and the distance from the plain model."""
+def sharded_steps(
+    sizes: dict[str, int], ways: list[dict[str, Any]], dropout: float
+) -> list[dict[str, Any]]:
+    """Returns for the plain model and for each way the counts and the distance from the plain
+    model.
+    """
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, parallelism_config=ulysses_accel.ParallelismConfig(**sizes))
     model = accelerator.prepare(llama(dropout))
-    loader = accelerator.prepare_data_loader(torch.utils.data.DataLoader([0], collate_fn=lambda _: batch()))
+    loader = accelerator.prepare_data_loader(
+        torch.utils.data.DataLoader([0], collate_fn=lambda _: batch())
+    )
     (local,) = list(loader)
     inner = accelerator.unwrap_model(model)
     plain: dict[str, Tensor] = {}
@@ -88,7 +100,10 @@ def one_step(accelerator: Any, model: nn.Module, local: dict[str, Any]) -> dict[
         loss = model(**local).loss
     with Calls() as backward:
         accelerator.backward(loss)
-    counts = {name: getattr(calls, name) for name, calls in (("attention", backward), ("exchanges", backward))}
+    counts = {
+        name: getattr(calls, name)
+        for name, calls in (("attention", backward), ("exchanges", backward))
+    }
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"forward": forward.attention, **counts, "grads": grads}
 
@@ -104,7 +119,9 @@ WAYS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("sizes", [{"sp_size": 2}, {"cp_size": 2}])
 def test_attention_runs_once(sizes: dict[str, int]) -> None:
-    for plain, again, device, host, exchange, both in run_ranks(sharded_steps, 2, sizes, WAYS, 0.0, init=False):
+    for plain, again, device, host, exchange, both in run_ranks(
+        sharded_steps, 2, sizes, WAYS, 0.0, init=False
+    ):
         assert again["attention"] >= LAYERS
         assert all(way["attention"] == 0 for way in (device, host, exchange, both))
         assert all(way["error"] <= CLOSE for way in (again, device, host, exchange, both))
@@ -118,17 +135,27 @@ def test_attention_runs_once(sizes: dict[str, int]) -> None:
 
 
 def test_dropout_is_replayed() -> None:
-    for _, _, device, host, *_ in run_ranks(sharded_steps, 2, {"cp_size": 2}, WAYS, 0.3, init=False):
-        # Kernels with dropout are plain operations, which are not counted here; a mask drawn anew would be far off.
+    for _, _, device, host, *_ in run_ranks(
+        sharded_steps, 2, {"cp_size": 2}, WAYS, 0.3, init=False
+    ):
+        # Kernels with dropout are plain operations, which are not counted here; a mask drawn anew
+        # would be far off.
         assert max(device["error"], host["error"]) <= CLOSE
 
 
 def test_budget_keeps_whole_layers_from_the_last() -> None:
     each = 2 * TOKENS // 2 * (HIDDEN * 8 + 4 * HEADS)
-    ways = [{"save_attention": "device", "save_attention_bytes": int(layers * each)} for layers in (0.9, 2.5, 99)]
+    ways = [
+        {"save_attention": "device", "save_attention_bytes": int(layers * each)}
+        for layers in (0.9, 2.5, 99)
+    ]
     for _, none, two, every in run_ranks(sharded_steps, 2, {"cp_size": 2}, ways, 0.0, init=False):
         per_layer = none["attention"] // LAYERS
-        assert [none["attention"], two["attention"], every["attention"]] == [LAYERS * per_layer, per_layer, 0]
+        assert [none["attention"], two["attention"], every["attention"]] == [
+            LAYERS * per_layer,
+            per_layer,
+            0,
+        ]
 
 
 def test_refusal() -> None:
@@ -156,6 +183,9 @@ def test_attention_runs_once_on_one_process() -> None:
     saving = apply_memory(model, MemoryConfig(checkpoint=True, save_attention="device"))
     calls, grads = counted()
     assert calls == 0
-    assert max(float((grads[name] - grad).norm() / grad.norm()) for name, grad in plain.items()) <= CLOSE
+    assert (
+        max(float((grads[name] - grad).norm() / grad.norm()) for name, grad in plain.items())
+        <= CLOSE
+    )
     saving.uninstall()
     assert model.config._attn_implementation == "sdpa"

@@ -1,4 +1,5 @@
-"""A checkpointed model's gradients are the plain model's to the bit: every layer runs the same operations twice.
+"""A checkpointed model's gradients are the plain model's to the bit: every layer runs the same
+operations twice.
 
 Bit equality is asked for, not a tolerance: nothing is summed in another order.
 """
@@ -64,12 +65,15 @@ def assert_same(found: Result, expected: Result) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every_n_layers", "offload", "keep_last"), [*itertools.product((1, 2, 3, 5), (False, True), (0, 1)), (2, True, 9)]
+    ("every_n_layers", "offload", "keep_last"),
+    [*itertools.product((1, 2, 3, 5), (False, True), (0, 1)), (2, True, 9)],
 )
 def test_gradients_and_random_numbers(every_n_layers: int, offload: bool, keep_last: int) -> None:
     model = llama()
     expected = step(model)
-    engine = checkpoint_layers(model, every_n_layers=every_n_layers, offload=offload, keep_last=keep_last)
+    engine = checkpoint_layers(
+        model, every_n_layers=every_n_layers, offload=offload, keep_last=keep_last
+    )
     for _ in range(2):
         assert_same(step(model), expected)
     assert engine.num_recomputed == 2 * LAYERS
@@ -112,7 +116,11 @@ def test_autocast_is_that_of_the_forward() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=tokens(), labels=tokens()).loss
         loss.backward()
-        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+        return (
+            loss.detach(),
+            {n: p.grad.clone() for n, p in model.named_parameters()},
+            torch.get_rng_state(),
+        )
 
     expected = amp_step()
     checkpoint_layers(model, every_n_layers=2, offload=True)
@@ -125,7 +133,8 @@ def test_only_one_input_of_each_kept_layer_is_held() -> None:
         engine = checkpoint_layers(model, every_n_layers=every)
         before = live_bytes((ROWS, TOKENS, HIDDEN))
         loss = model(input_ids=tokens(), labels=tokens()).loss
-        # The embedding's output is the first input; what the last norm and the head hold comes on top.
+        # The embedding's output is the first input; what the last norm and the head hold comes on
+        # top.
         assert live_bytes((ROWS, TOKENS, HIDDEN)) - before <= (expected + 3) * INPUT_BYTES
         loss.backward()
         engine.uninstall()
@@ -146,7 +155,9 @@ def test_nested_checkpointing() -> None:
     expected = step(model)
     for layer in model.model.layers:
         inner = layer.mlp.forward
-        layer.mlp.forward = lambda hidden, inner=inner: checkpoint(inner, hidden, use_reentrant=False)
+        layer.mlp.forward = lambda hidden, inner=inner: checkpoint(
+            inner, hidden, use_reentrant=False
+        )
     checkpoint_layers(model, offload=True, every_n_layers=2)
     assert_same(step(model), expected)
 
@@ -236,7 +247,12 @@ def test_transformers_own_checkpointing_before_or_after(before: bool) -> None:
 
 def test_an_encoder_that_takes_its_mask_by_name() -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     model = BertForMaskedLM(BertConfig(vocab_size=90, **sizes)).double().train()
     expected = step(model)
     engine = checkpoint_layers(model, every_n_layers=2, offload=True)
@@ -245,7 +261,9 @@ def test_an_encoder_that_takes_its_mask_by_name() -> None:
 
 
 class _Twice(torch.autograd.Function):
-    """As a tiled block does it: computes an output, or leaves it out, and then saves what its backward needs."""
+    """As a tiled block does it: computes an output, or leaves it out, and then saves what its
+    backward needs.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, left_out: list[bool]) -> Tensor:
@@ -284,7 +302,8 @@ def test_outputs_are_left_out_only_where_nobody_reads_them(norm_behind: bool) ->
     for _ in range(3):
         assert_same(step(model), expected)
     blocks = [module for module in model.modules() if isinstance(module, Elided)]
-    # The first recompute is a probe and a proper one; where the probe finds a reader, it stays the only one.
+    # The first recompute is a probe and a proper one; where the probe finds a reader, it stays the
+    # only one.
     expected_runs = [False, True, False, not norm_behind, *[False, not norm_behind] * 2]
     assert [block.left_out[1:] for block in blocks] == [expected_runs] * LAYERS
 

@@ -1,7 +1,8 @@
-"""Checkpointing on every engine, with the sequence shared by two ranks, against one process without it.
+"""Checkpointing on every engine, with the sequence shared by two ranks, against one process without
+it.
 
-Tolerances are those of `tests.parity.test_engines`: exact in float64, a few float32 roundings under DeepSpeed, which
-keeps gradients in float32.
+Tolerances are those of `tests.parity.test_engines`: exact in float64, a few float32 roundings under
+DeepSpeed, which keeps gradients in float32.
 """
 
 from __future__ import annotations
@@ -13,15 +14,29 @@ import torch
 
 from tests.helpers.batches import loader
 from tests.helpers.models import build
-from tests.helpers.parity_jobs import EXACT, Engine, Report, assert_parity, compare, data_rank, report, zero_gradients
+from tests.helpers.parity_jobs import (
+    EXACT,
+    Engine,
+    Report,
+    assert_parity,
+    compare,
+    data_rank,
+    report,
+    zero_gradients,
+)
 from tests.helpers.ranks import run_ranks
 from tests.parity.test_engines import FLOAT32, Step, expected_steps, keep_gradients
 from ulysses_accel.memory.checkpoint.layers import checkpoint_layers
 
-WAYS: tuple[dict[str, Any], ...] = ({"offload": True}, {"every_n_layers": 2, "offload": True, "keep_last": 0})
+WAYS: tuple[dict[str, Any], ...] = (
+    {"offload": True},
+    {"every_n_layers": 2, "offload": True, "keep_last": 0},
+)
 
 
-def checkpointed_steps(engines: list[Engine], steps: list[Step], sp_size: int, cp_size: int) -> Report:
+def checkpointed_steps(
+    engines: list[Engine], steps: list[Step], sp_size: int, cp_size: int
+) -> Report:
     results: Report = {}
     for engine in engines:
         for way in WAYS:
@@ -29,7 +44,9 @@ def checkpointed_steps(engines: list[Engine], steps: list[Step], sp_size: int, c
     return results
 
 
-def one_way(engine: Engine, steps: list[Step], sp_size: int, cp_size: int, way: dict[str, Any]) -> Report:
+def one_way(
+    engine: Engine, steps: list[Step], sp_size: int, cp_size: int, way: dict[str, Any]
+) -> Report:
     accelerator = engine.accelerator(sp_size, cp_size=cp_size)
     model = build("llama", torch.float32 if engine.name == "deepspeed" else torch.float64)
     layers = checkpoint_layers(model, **way)
@@ -42,7 +59,9 @@ def one_way(engine: Engine, steps: list[Step], sp_size: int, cp_size: int, way: 
         loss = model(**batch).loss
         accelerator.backward(loss)
         own = losses[data_rank(accelerator)]
-        results[f"{engine} {way}: {case}"] = report(compare(float(loss.detach()), gradients(), own, grads))
+        results[f"{engine} {way}: {case}"] = report(
+            compare(float(loss.detach()), gradients(), own, grads)
+        )
         zero_gradients(model)
     assert layers.num_recomputed == len(steps) * len(layers.layers)
     assert layers.slab.num_bytes_used == 0
@@ -50,7 +69,11 @@ def one_way(engine: Engine, steps: list[Step], sp_size: int, cp_size: int, way: 
 
 
 def chosen_steps() -> list[Step]:
-    return [step for step in expected_steps(1) if step[0] in ("packed", "odd length", "last ranks masked")]
+    return [
+        step
+        for step in expected_steps(1)
+        if step[0] in ("packed", "odd length", "last ranks masked")
+    ]
 
 
 @pytest.mark.parametrize(("sp_size", "cp_size"), [(2, 1), (1, 2)])

@@ -1,4 +1,6 @@
-"""The slab is exactly as large as what it holds, and tensors come back as they left, however late the copies run."""
+"""The slab is exactly as large as what it holds, and tensors come back as they left, however late
+the copies run.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ulysses_accel.memory.checkpoint.host_slab import Arrival, HostMover, HostSlab, Slot, TensorShape
+from ulysses_accel.memory.checkpoint.host_slab import (
+    Arrival,
+    HostMover,
+    HostSlab,
+    Slot,
+    TensorShape,
+)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -19,7 +27,9 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 @dataclass
 class LateMover:
-    """Copies as a side stream does, as late as it may: in order, and none before somebody waits for it."""
+    """Copies as a side stream does, as late as it may: in order, and none before somebody waits for
+    it.
+    """
 
     queue: deque[Callable[[], None]] = field(default_factory=deque)
 
@@ -51,7 +61,10 @@ def test_tensors_come_back_to_the_bit(dtype: torch.dtype, mover: HostMover | Lat
     slots = [slab.take(tensor.nbytes) for tensor in tensors]
     for tensor, slot in zip(tensors, slots, strict=True):
         mover.to_host(tensor, slot)
-    arrivals = [mover.to_device(slot, TensorShape.of(tensor)) for tensor, slot in zip(tensors, slots, strict=True)]
+    arrivals = [
+        mover.to_device(slot, TensorShape.of(tensor))
+        for tensor, slot in zip(tensors, slots, strict=True)
+    ]
     for tensor, arrival in zip(reversed(tensors), reversed(arrivals), strict=True):
         assert torch.equal(arrival.wait(), tensor)
 

@@ -1,6 +1,8 @@
-"""The tiled loss under every engine, with sequences sharded over two ranks, against one process without it.
+"""The tiled loss under every engine, with sequences sharded over two ranks, against one process
+without it.
 
-Tolerances are those of tests/parity/test_engines.py: exact in float64; DeepSpeed computes in float32.
+Tolerances are those of tests/parity/test_engines.py: exact in float64; DeepSpeed computes in
+float32.
 """
 
 from __future__ import annotations
@@ -48,13 +50,17 @@ def expected_steps(name: str) -> list[Step]:
     return steps
 
 
-def engine_steps(engine: Engine, name: str, steps: list[Step], before_prepare: bool, options: dict[str, Any]) -> Report:
+def engine_steps(
+    engine: Engine, name: str, steps: list[Step], before_prepare: bool, options: dict[str, Any]
+) -> Report:
     accelerator = engine.accelerator(sp_size=2)
     model = build(name, torch.float32 if engine.name == "deepspeed" else torch.float64)
     if before_prepare:
         tile_loss(model, tile_tokens=3, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader([sample for _, sample, _, _ in steps]))
+    model, optimizer, batches = accelerator.prepare(
+        model, optimizer, loader([sample for _, sample, _, _ in steps])
+    )
     if not before_prepare:
         tile_loss(model, tile_tokens=3, **options)
     gradients = keep_gradients(model)
@@ -63,7 +69,9 @@ def engine_steps(engine: Engine, name: str, steps: list[Step], before_prepare: b
         output = model(**sharded)
         assert output.logits is None
         accelerator.backward(output.loss)
-        results[case] = report(compare(float(output.loss.detach()), gradients(), expected_loss, expected))
+        results[case] = report(
+            compare(float(output.loss.detach()), gradients(), expected_loss, expected)
+        )
         model.zero_grad() if engine.name == "deepspeed" else optimizer.zero_grad()
     return results
 
@@ -76,7 +84,9 @@ def all_engines(engines: tuple[Engine, ...], name: str, steps: list[Step]) -> li
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sharded_sequences_exactly(name: str) -> None:
-    for reports in run_ranks(all_engines, 2, (Engine(), Engine("fsdp2")), name, expected_steps(name), init=False):
+    for reports in run_ranks(
+        all_engines, 2, (Engine(), Engine("fsdp2")), name, expected_steps(name), init=False
+    ):
         assert_parity(reports, EXACT, len(KINDS))
 
 
@@ -109,7 +119,9 @@ def test_a_head_that_is_resharded_after_its_forward(recompute: bool, with_norm: 
     model = build("llama")
     model(**batch()).loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for grads in [step for steps in run_ranks(_own_group, 2, recompute, with_norm) for step in steps]:
+    for grads in [
+        step for steps in run_ranks(_own_group, 2, recompute, with_norm) for step in steps
+    ]:
         assert grads.keys() == expected.keys()
         for name, grad in expected.items():
             assert (grads[name] - grad).norm() <= EXACT * grad.norm(), name

@@ -1,4 +1,6 @@
-"""Per-token log-probabilities against log_softmax of all logits; tolerances as in test_tiled_loss."""
+"""Per-token log-probabilities against log_softmax of all logits; tolerances as in
+test_tiled_loss.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from ulysses_accel.memory import token_log_probs, track_allocations
 
 
 def plain(
-    x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, scale: float, heat: float
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    heat: float,
 ) -> tuple[Tensor, Tensor]:
     """The definition, written with all logits: log-probabilities and entropies."""
     logits = scale * F.linear(x, weight, bias)
@@ -98,8 +106,11 @@ def test_bf16_gives_float32_and_grows_with_one_number_per_token() -> None:
         peaks.append(tracked.peak_bytes)
         assert found.dtype == torch.float32
         assert none is None
-        exact, _ = plain(x.detach().double(), weight.detach().double(), labels, None, None, 1.0, 1.0)
-        # A label's logit and the largest one, both below 32, are rounded to bf16: by 2^-9 of that at most.
+        exact, _ = plain(
+            x.detach().double(), weight.detach().double(), labels, None, None, 1.0, 1.0
+        )
+        # A label's logit and the largest one, both below 32, are rounded to bf16: by 2^-9 of that
+        # at most.
         assert (found - exact).abs().max() <= 2 * 32 * 2**-9
     assert peaks[1] - peaks[0] <= 3 * 1024 * (4 + 17)
 

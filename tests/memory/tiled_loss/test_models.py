@@ -26,7 +26,13 @@ _SIZES: dict[str, Any] = {
 _GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
 _QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _BART: dict[str, Any] = {
-    **{"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4},
+    **{
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+    },
     **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
 }
@@ -36,22 +42,36 @@ _T5: dict[str, Any] = {
 }
 Model = tuple[str, Callable[[], Any]]
 
-# What lies between the head and the loss: nothing, a bound, a factor, a divisor, a tied weight, a bias, a buffer.
+# What lies between the head and the loss: nothing, a bound, a factor, a divisor, a tied weight, a
+# bias, a buffer.
 CASES: dict[str, Model] = {
     "llama": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**_GROUPED)),
-    "gemma2": ("Gemma2ForCausalLM", lambda: transformers.Gemma2Config(**_GROUPED, final_logit_softcapping=2.0)),
-    "cohere": ("CohereForCausalLM", lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.25)),
-    "granite": ("GraniteForCausalLM", lambda: transformers.GraniteConfig(**_GROUPED, logits_scaling=4.0)),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(**_GROUPED, final_logit_softcapping=2.0),
+    ),
+    "cohere": (
+        "CohereForCausalLM",
+        lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.25),
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        lambda: transformers.GraniteConfig(**_GROUPED, logits_scaling=4.0),
+    ),
     "nanochat": ("NanoChatForCausalLM", lambda: transformers.NanoChatConfig(**_GROUPED)),
     "mixtral": (
         "MixtralForCausalLM",
-        lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4, output_router_logits=True),
+        lambda: transformers.MixtralConfig(
+            **_GROUPED, num_local_experts=4, output_router_logits=True
+        ),
     ),
     "gpt2": ("GPT2LMHeadModel", lambda: build("gpt2").config),
     "phi": ("PhiForCausalLM", lambda: transformers.PhiConfig(**_SIZES)),
     "xlnet": (
         "XLNetLMHeadModel",
-        lambda: transformers.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48, dropout=0.0),
+        lambda: transformers.XLNetConfig(
+            vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48, dropout=0.0
+        ),
     ),
     "bert": ("BertForMaskedLM", lambda: transformers.BertConfig(**_SIZES, **_QUIET)),
     "roberta": ("RobertaForMaskedLM", lambda: transformers.RobertaConfig(**_SIZES, **_QUIET)),
@@ -77,12 +97,18 @@ def batch(ignored: slice = slice(3, 6)) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def step(model: nn.Module, loss_of: Callable[[Any], Tensor] = lambda output: output.loss, **kwargs: Any) -> Any:
+def step(
+    model: nn.Module, loss_of: Callable[[Any], Tensor] = lambda output: output.loss, **kwargs: Any
+) -> Any:
     model.zero_grad()
     output = model(**{**batch(), **kwargs})
     loss = loss_of(output)
     loss.backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    grads = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return loss.detach(), copy.deepcopy(grads), output
 
 
@@ -123,7 +149,9 @@ def test_exact_in_float64(name: str, recompute: bool, num_items: Any) -> None:
         expected = step(model, num_items_in_batch=num_items, **kwargs)
         installed = tile_loss(model, tile_tokens=5, recompute=recompute)
         assert_same(step(model, num_items_in_batch=num_items, **kwargs), expected, EXACT)
-        scaled = step(model, lambda output: output.loss / 32, num_items_in_batch=num_items, **kwargs)
+        scaled = step(
+            model, lambda output: output.loss / 32, num_items_in_batch=num_items, **kwargs
+        )
         assert_same(scaled, (expected[0] / 32, {k: v / 32 for k, v in expected[1].items()}), EXACT)
         installed.uninstall()
 
@@ -190,7 +218,9 @@ def test_options_and_the_loss_functions_own() -> None:
     model = build("llama")
     hidden = model.model(batch()["input_ids"]).last_hidden_state
     shifted = F.pad(batch()["labels"], (0, 1), value=-100)[:, 1:]
-    expected, count = tiled_cross_entropy(hidden, model.lm_head.weight, shifted, label_smoothing=0.1, z_loss=0.01)
+    expected, count = tiled_cross_entropy(
+        hidden, model.lm_head.weight, shifted, label_smoothing=0.1, z_loss=0.01
+    )
     tile_loss(model, label_smoothing=0.1, z_loss=0.01)
     found = model(**batch()).loss
     assert (found - expected / count).abs() <= EXACT * found
@@ -207,7 +237,9 @@ def test_a_loss_per_token() -> None:
     model = build("llama")
 
     def weighted(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-        losses = F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1), reduction="none")
+        losses = F.cross_entropy(
+            logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1), reduction="none"
+        )
         return (losses * torch.linspace(0, 1, len(losses), dtype=losses.dtype)).sum()
 
     model.loss_function = weighted
@@ -231,10 +263,17 @@ def test_a_loss_per_token() -> None:
         ("adds", lambda logits: (logits * 2 + torch.ones(VOCAB)).sum()),
         ("reshapes", lambda logits: logits.view(-1).sum()),
         ("casts", lambda logits: logits.to(torch.float16).sum()),
-        ("class weights", lambda logits: F.cross_entropy(logits[0], batch()["labels"][0], weight=torch.ones(VOCAB))),
+        (
+            "class weights",
+            lambda logits: F.cross_entropy(
+                logits[0], batch()["labels"][0], weight=torch.ones(VOCAB)
+            ),
+        ),
     ],
 )
-def test_unknown_uses_of_logits_are_refused_by_name(action: str, loss: Callable[[Any], Tensor]) -> None:
+def test_unknown_uses_of_logits_are_refused_by_name(
+    action: str, loss: Callable[[Any], Tensor]
+) -> None:
     model = build("llama")
     model.loss_function = lambda logits, labels, vocab_size: loss(logits)
     installed = tile_loss(model)
@@ -284,7 +323,9 @@ def test_liger_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stand_in(rows: Tensor, weight: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
         calls.append(kwargs)
-        return F.cross_entropy(F.linear(rows, weight, kwargs["bias"]), labels, reduction=kwargs["reduction"])
+        return F.cross_entropy(
+            F.linear(rows, weight, kwargs["bias"]), labels, reduction=kwargs["reduction"]
+        )
 
     module = types.ModuleType("liger_kernel.transformers.functional")
     module.liger_fused_linear_cross_entropy = stand_in  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """The tiled loss against plain autograd.
 
-Tolerance in float64: 1e-12 of the gradient's norm. The sums are those of the plain loss in another order, over at most
-some hundred terms, which costs about 1e-15; a missing token or a wrong factor costs 1e-3 at least.
+Tolerance in float64: 1e-12 of the gradient's norm. The sums are those of the plain loss in another
+order, over at most some hundred terms, which costs about 1e-15; a missing token or a wrong factor
+costs 1e-3 at least.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ MODES = pytest.mark.parametrize("recompute", [False, True])
 
 
 def inputs(
-    shape: tuple[int, ...] = (2, 7), hidden: int = 6, vocab: int = 11, dtype: torch.dtype = torch.float64, seed: int = 0
+    shape: tuple[int, ...] = (2, 7),
+    hidden: int = 6,
+    vocab: int = 11,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns hidden states, weight, bias and labels, about a third of them ignored."""
     made = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, hidden, generator=made, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, hidden, generator=made, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = (
+        torch.randn(vocab, hidden, generator=made, dtype=torch.float64).to(dtype).requires_grad_()
+    )
     bias = torch.randn(vocab, generator=made, dtype=torch.float64).to(dtype).requires_grad_()
     labels = torch.randint(vocab, shape, generator=made)
     return x, weight, bias, labels.masked_fill(torch.rand(shape, generator=made) < 0.3, -100)
@@ -101,7 +108,9 @@ def test_every_option_against_plain_autograd(
         labels = labels.clamp(min=0) if ignored == "none" else torch.full_like(labels, -100)
     options["bias"] = bias if with_bias else None
     options["token_weights"] = torch.rand(shape, dtype=torch.float64) if weighted else None
-    loss, count = tiled_cross_entropy(x, weight, labels, tile_tokens=tile_tokens, recompute=recompute, **options)
+    loss, count = tiled_cross_entropy(
+        x, weight, labels, tile_tokens=tile_tokens, recompute=recompute, **options
+    )
     expected = plain_loss(x, weight, labels, **options)
     assert count == (labels != -100).sum()
     assert_close([loss], [expected])
@@ -112,7 +121,9 @@ def test_every_option_against_plain_autograd(
 @MODES
 def test_no_counted_token_gives_zero_and_zero_gradients(recompute: bool) -> None:
     x, weight, bias, labels = inputs()
-    loss, count = tiled_cross_entropy(x, weight, torch.full_like(labels, -100), bias=bias, recompute=recompute)
+    loss, count = tiled_cross_entropy(
+        x, weight, torch.full_like(labels, -100), bias=bias, recompute=recompute
+    )
     assert (loss.item(), count.item()) == (0.0, 0)
     # The mean of them is 0 / 0; torch's cross_entropy has zero gradients for it too.
     assert all((grad == 0).all() for grad in gradients(loss / count, x, weight, bias))
@@ -127,11 +138,15 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(frozen: str, recompu
     for name in parts:
         named[name].requires_grad_(False)
     with track_allocations() as tracked:
-        loss, _ = tiled_cross_entropy(x, weight, labels, bias=bias, tile_tokens=100, recompute=recompute)
+        loss, _ = tiled_cross_entropy(
+            x, weight, labels, bias=bias, tile_tokens=100, recompute=recompute
+        )
         found = gradients(loss, x, weight, bias) if frozen != "all" else []
     products = 1 + x.requires_grad + weight.requires_grad + (recompute and frozen != "all")
     assert tracked.matmul_calls == products
-    assert_close(found, gradients(plain_loss(x, weight, labels, bias=bias), x, weight, bias) if found else [])
+    assert_close(
+        found, gradients(plain_loss(x, weight, labels, bias=bias), x, weight, bias) if found else []
+    )
 
 
 @MODES
@@ -144,7 +159,9 @@ def test_scaled_weighted_and_accumulated_afterwards(recompute: bool) -> None:
         return (first / 32 + 3 * second) * torch.tensor(0.3, dtype=torch.float64) - first.square()
 
     def ours(hidden: Tensor, target: Tensor) -> Tensor:
-        return tiled_cross_entropy(hidden, weight, target, bias=bias, tile_tokens=4, recompute=recompute)[0]
+        return tiled_cross_entropy(
+            hidden, weight, target, bias=bias, tile_tokens=4, recompute=recompute
+        )[0]
 
     tensors = (x, x2, weight, bias)
     expected = gradients(total(lambda h, y: plain_loss(h, weight, y, bias=bias)), *tensors)
@@ -153,7 +170,9 @@ def test_scaled_weighted_and_accumulated_afterwards(recompute: bool) -> None:
         tensor.grad = None
     for hidden, target in ((x, labels), (x2, labels2)):
         (ours(hidden, target) / 7).backward()
-    whole = (plain_loss(x, weight, labels, bias=bias) + plain_loss(x2, weight, labels2, bias=bias)) / 7
+    whole = (
+        plain_loss(x, weight, labels, bias=bias) + plain_loss(x2, weight, labels2, bias=bias)
+    ) / 7
     assert_close([tensor.grad for tensor in tensors], gradients(whole, *tensors))
 
 
@@ -182,7 +201,9 @@ def test_a_tied_weight_gets_both_gradients() -> None:
         return function(torch.tanh(F.embedding(tokens, weight))) / 5
 
     ours = total(lambda x: tiled_cross_entropy(x, weight, labels, tile_tokens=4)[0])
-    assert_close(gradients(ours, weight), gradients(total(lambda x: plain_loss(x, weight, labels)), weight))
+    assert_close(
+        gradients(ours, weight), gradients(total(lambda x: plain_loss(x, weight, labels)), weight)
+    )
 
 
 def test_backward_twice_is_refused_unless_recomputed() -> None:
@@ -201,7 +222,9 @@ def test_inside_of_a_checkpoint(recompute: bool) -> None:
     x, weight, _, labels = inputs()
     for reentrant in (False, True):
         loss = torch.utils.checkpoint.checkpoint(
-            lambda h: tiled_cross_entropy(h, weight, labels, recompute=recompute)[0], x, use_reentrant=reentrant
+            lambda h: tiled_cross_entropy(h, weight, labels, recompute=recompute)[0],
+            x,
+            use_reentrant=reentrant,
         )
         x.grad = weight.grad = None
         (loss / 3).backward()
@@ -236,10 +259,13 @@ def test_bf16_weight_gradient_is_as_good_as_untiled_and_the_loss_is_exact(recomp
     logits = F.linear(x, weight).float()
     untiled = gradients(F.cross_entropy(logits[0], labels[0], reduction="sum") / 1000, x, weight)
     errors = [relative_error(grad, right) for grad, right in zip(found, exact_grads, strict=True)]
-    untiled_errors = [relative_error(grad, right) for grad, right in zip(untiled, exact_grads, strict=True)]
+    untiled_errors = [
+        relative_error(grad, right) for grad, right in zip(untiled, exact_grads, strict=True)
+    ]
     assert errors[1] <= untiled_errors[1] * 1.001
     assert errors[1] < 7.3e-3
-    # The hidden states' gradient is rounded once more when it is scaled: at most half as much again.
+    # The hidden states' gradient is rounded once more when it is scaled: at most half as much
+    # again.
     assert errors[0] <= untiled_errors[0] * (1.01 if recompute else 1.5)
     assert loss.dtype == torch.float32
     assert relative_error(loss, exact) < 2e-5
@@ -255,14 +281,18 @@ def test_weight_gradient_error_is_below_deepspeeds() -> None:
     def loss_of_shard(module: nn.Linear, rows: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(module(rows).float(), target, reduction="sum")
 
-    TiledFusedLogitsLoss.apply(loss_of_shard, head, x, labels, None, 32, [head.weight], "sum").backward()
+    TiledFusedLogitsLoss.apply(
+        loss_of_shard, head, x, labels, None, 32, [head.weight], "sum"
+    ).backward()
     ours = gradients(tiled_cross_entropy(x, weight, labels, tile_tokens=256)[0], weight)[0]
     assert relative_error(ours, exact) < relative_error(head.weight.grad, exact)
 
 
 def test_loss_does_not_drift_as_torchs_chunked_one_does() -> None:
     x, weight, _, labels = inputs(**LARGE)
-    exact = plain_loss(x.detach().double(), weight.detach().double(), labels) / (labels != -100).sum()
+    exact = (
+        plain_loss(x.detach().double(), weight.detach().double(), labels) / (labels != -100).sum()
+    )
     loss, count = tiled_cross_entropy(x, weight, labels)
     options = nn.LinearCrossEntropyOptions()
     theirs = F.linear_cross_entropy(x[0], weight, labels[0], options=options)
@@ -274,11 +304,14 @@ def test_loss_does_not_drift_as_torchs_chunked_one_does() -> None:
 def test_autocast_multiplies_in_its_dtype_and_keeps_sums_in_float32(recompute: bool) -> None:
     x, weight, bias, labels = inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _ = tiled_cross_entropy(x, weight, labels, bias=bias, tile_tokens=4, recompute=recompute)
+        loss, _ = tiled_cross_entropy(
+            x, weight, labels, bias=bias, tile_tokens=4, recompute=recompute
+        )
         logits = F.linear(x, weight, bias).float().reshape(-1, 11)
         expected = F.cross_entropy(logits, labels.reshape(-1), reduction="sum")
     assert logits.dtype == torch.float32 == loss.dtype
-    # bf16 products are off by 2^-8 each; these are the same products, but for the bias that is added unrounded.
+    # bf16 products are off by 2^-8 each; these are the same products, but for the bias that is
+    # added unrounded.
     assert_close([loss], [expected], 1e-2)
     assert_close(gradients(loss, x, weight, bias), gradients(expected, x, weight, bias), 2e-2)
     exact = plain_loss(x, weight, labels, bias=bias)
@@ -299,7 +332,8 @@ def peak_over_inputs(tokens: int, recompute: bool = False) -> tuple[int, int, in
 def test_peak_grows_with_one_hidden_tensor_only(recompute: bool) -> None:
     few, many = peak_over_inputs(1024, recompute), peak_over_inputs(4096, recompute)
     u = 3 * 1024 * 32 * 2
-    # Beside it: one mask and the places of the counted tokens, 9 bytes a token of 64 here, and 8 while they are found.
+    # Beside it: one mask and the places of the counted tokens, 9 bytes a token of 64 here, and 8
+    # while they are found.
     per_token = 3 * 1024 * 17
     assert many[0] - few[0] <= (0 if recompute else u) + per_token
     assert many[1] - few[1] <= u + per_token
@@ -314,7 +348,9 @@ def test_peak_of_a_tile_is_its_logits() -> None:
 
 
 @given(st.integers(1, 300_000), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
-def test_default_tile_is_bounded_and_at_least_one_token(vocab_size: int, dtype: torch.dtype) -> None:
+def test_default_tile_is_bounded_and_at_least_one_token(
+    vocab_size: int, dtype: torch.dtype
+) -> None:
     tokens = tokens_per_tile(vocab_size, dtype, None, None)
     assert 1 <= tokens <= MAX_TILE_TOKENS
     assert tokens * vocab_size * max(4, dtype.itemsize) <= TILE_BYTES

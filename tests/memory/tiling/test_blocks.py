@@ -36,7 +36,8 @@ from ulysses_accel.memory import find_tileable, tile_mlp, tile_mlps
 from ulysses_accel.memory.tiling.probe import small_copy
 from ulysses_accel.memory.tiling.structure import make_plan
 
-# The same products in the same order but for sums over tiles, of some hundred float64 terms: some 1e-15 of a gradient.
+# The same products in the same order but for sums over tiles, of some hundred float64 terms: some
+# 1e-15 of a gradient.
 EXACT = 1e-12
 
 _SIZES: dict[str, Any] = {
@@ -49,10 +50,23 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_GPT: dict[str, Any] = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+_GPT: dict[str, Any] = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 4,
+    "n_positions": 64,
+}
 _EXPERTS = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
 _FINE = {**_GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_T5: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+_T5: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+}
 
 # Model, and what is tiled in it: by its formula, or rerun row by row.
 MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
@@ -60,11 +74,19 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
     "gemma": (AutoModelForCausalLM, GemmaConfig(**_GROUPED, head_dim=8), {"mlp": "formula"}),
     "phi": (AutoModelForCausalLM, PhiConfig(**_GROUPED), {"mlp": "formula"}),
     "phi3": (AutoModelForCausalLM, Phi3Config(**_GROUPED), {"mlp": "formula"}),
-    "lfm2": (AutoModelForCausalLM, Lfm2Config(**_GROUPED, layer_types=["full_attention"]), {"feed_forward": "formula"}),
+    "lfm2": (
+        AutoModelForCausalLM,
+        Lfm2Config(**_GROUPED, layer_types=["full_attention"]),
+        {"feed_forward": "formula"},
+    ),
     "falcon": (AutoModelForCausalLM, FalconConfig(**_SIZES), {"mlp": "formula"}),
     "gpt2": (AutoModelForCausalLM, GPT2Config(**_GPT, resid_pdrop=0.0), {"mlp": "formula"}),
     "gpt2 dropout": (AutoModelForCausalLM, GPT2Config(**_GPT, resid_pdrop=0.1), {"mlp": "rows"}),
-    "bloom": (AutoModelForCausalLM, BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4), {"mlp": "rows"}),
+    "bloom": (
+        AutoModelForCausalLM,
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4),
+        {"mlp": "rows"},
+    ),
     "bert": (AutoModelForMaskedLM, BertConfig(**_SIZES), {"0": "rows"}),
     "distilbert": (
         AutoModelForMaskedLM,
@@ -78,7 +100,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
     ),
     "mixtral": (AutoModelForCausalLM, MixtralConfig(**_EXPERTS), {"experts": "rows"}),
     "gpt_oss": (AutoModelForCausalLM, GptOssConfig(**_EXPERTS, head_dim=8), {"experts": "rows"}),
-    "qwen3_moe": (AutoModelForCausalLM, Qwen3MoeConfig(**_FINE, num_experts=8, head_dim=8), {"experts": "rows"}),
+    "qwen3_moe": (
+        AutoModelForCausalLM,
+        Qwen3MoeConfig(**_FINE, num_experts=8, head_dim=8),
+        {"experts": "rows"},
+    ),
     "qwen2_moe": (
         AutoModelForCausalLM,
         Qwen2MoeConfig(**_FINE, num_experts=4, shared_expert_intermediate_size=24),
@@ -111,20 +137,36 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def gradients(function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients of a sum with fixed weights; inputs by their number, parameters by their name."""
+def gradients(
+    function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of a sum with fixed weights; inputs by their number, parameters by their
+    name.
+    """
     for parameter in module.parameters():
         parameter.grad = None
-    inputs = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
+    inputs = tuple(
+        tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs
+    )
     output = function(*inputs)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = torch.randn(
+        output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     output.backward(weights.to(output))
-    grads = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
-    grads.update({str(i): tensor.grad for i, tensor in enumerate(inputs) if tensor.grad is not None})
+    grads = {
+        name: parameter.grad
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    grads.update(
+        {str(i): tensor.grad for i, tensor in enumerate(inputs) if tensor.grad is not None}
+    )
     return output.detach(), grads
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT
+) -> None:
     assert found.keys() == expected.keys()
     assert expected
     for name, grad in expected.items():
@@ -134,10 +176,19 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 def ways(model: nn.Module) -> dict[str, str]:
     tileable, _ = find_tileable(model)
-    chunked = {name: "feed_forward_chunk" for name in tileable if hasattr(tileable[name], "feed_forward_chunk")}
+    chunked = {
+        name: "feed_forward_chunk"
+        for name in tileable
+        if hasattr(tileable[name], "feed_forward_chunk")
+    }
     chunked.update({name: "ff_chunk" for name in tileable if hasattr(tileable[name], "ff_chunk")})
-    plans = {name: make_plan(module, chunked.get(name, "forward")) for name, module in tileable.items()}
-    return {name.rpartition(".")[2]: "formula" if plan.formula else "rows" for name, plan in plans.items()}
+    plans = {
+        name: make_plan(module, chunked.get(name, "forward")) for name, module in tileable.items()
+    }
+    return {
+        name.rpartition(".")[2]: "formula" if plan.formula else "rows"
+        for name, plan in plans.items()
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -166,27 +217,38 @@ def test_a_tiled_model_is_the_model(name: str) -> None:
     assert (output - expected_output).norm() <= EXACT * expected_output.norm()
     installed.uninstall()
     installed.uninstall()
-    assert not any({"forward", "ff_chunk", "feed_forward_chunk", "_z3_leaf"} & set(vars(it)) for it in model.modules())
+    assert not any(
+        {"forward", "ff_chunk", "feed_forward_chunk", "_z3_leaf"} & set(vars(it))
+        for it in model.modules()
+    )
     assert_same(gradients(logits, model)[1], expected, tolerance=0.0)
 
 
 def test_what_can_not_be_tiled_is_named() -> None:
     with torch.device("meta"):
-        config = OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
+        config = OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4
+        )
         model = AutoModelForCausalLM.from_config(config)
     tileable, refused = find_tileable(model)
     assert not tileable
     assert "OPTDecoderLayer computes fc1, fc2 inside" in refused["model.decoder.layers.0"]
-    with pytest.raises(UnsupportedModelError, match=r"OPTForCausalLM has no feed-forward block to tile.*fc1, fc2"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"OPTForCausalLM has no feed-forward block to tile.*fc1, fc2"
+    ):
         tile_mlps(model)
     _, refused = find_tileable(build("llama4", "meta"))
-    assert "Llama4TextExperts computes its experts" in refused["model.layers.0.feed_forward.experts"]
+    assert (
+        "Llama4TextExperts computes its experts" in refused["model.layers.0.feed_forward.experts"]
+    )
 
 
 class Block(nn.Module):
     """Looks like Llama's, and does what it is told on the way."""
 
-    def __init__(self, extra: Callable[[Tensor], Any], before: Callable[[Tensor], Any] = lambda x: x) -> None:
+    def __init__(
+        self, extra: Callable[[Tensor], Any], before: Callable[[Tensor], Any] = lambda x: x
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(32, 48, bias=False)
         self.up_proj = nn.Linear(32, 48, bias=False)
@@ -216,7 +278,9 @@ def test_a_look_alike_is_refused(block: Block, reason: str) -> None:
     assert "forward" not in vars(block)
 
 
-@pytest.mark.parametrize("extra", [lambda y: 2 * y, lambda y: y + 1, lambda y: y / y.norm(dim=-1, keepdim=True)])
+@pytest.mark.parametrize(
+    "extra", [lambda y: 2 * y, lambda y: y + 1, lambda y: y / y.norm(dim=-1, keepdim=True)]
+)
 def test_a_look_alike_with_more_to_it_is_rerun(extra: Callable[[Tensor], Tensor]) -> None:
     block = Block(extra).double()
     assert make_plan(block).formula is None

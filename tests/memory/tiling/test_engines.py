@@ -1,4 +1,6 @@
-"""Tiled blocks and norms on two ranks that share sequences, under every engine: one reduction per parameter."""
+"""Tiled blocks and norms on two ranks that share sequences, under every engine: one reduction per
+parameter.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def engine_steps(name: str, engine: Engine, steps: list[Step], *, tile_first: bo
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     if tile_first:
         tile(model)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader([it for step in steps for it in step[1]]))
+    model, optimizer, batches = accelerator.prepare(
+        model, optimizer, loader([it for step in steps for it in step[1]])
+    )
     if not tile_first:
         tile(model)
     gradients = keep_gradients(model)
@@ -128,7 +132,9 @@ def count_and_reduce(sent, bucket):  # type: ignore[no-untyped-def]
 
 
 def reduced_elements() -> tuple[list[int], list[int], float]:
-    """Elements of every all-reduce of DDP's backward, of the plain and of the tiled model, and how gradients differ."""
+    """Elements of every all-reduce of DDP's backward, of the plain and of the tiled model, and how
+    gradients differ.
+    """
     numbers: list[list[int]] = []
     grads: list[Grads] = []
     for tiled in (False, True):
@@ -139,11 +145,15 @@ def reduced_elements() -> tuple[list[int], list[int], float]:
         sent: list[int] = []
 
         parallel.register_comm_hook(sent, count_and_reduce)
-        ids = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
+        ids = torch.randint(
+            3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(dist.get_rank())
+        )
         parallel(input_ids=ids, labels=ids).loss.backward()
         numbers.append(sent)
         grads.append(full_gradients(model))
-    difference = max(float((grads[1][name] - grad).norm() / grad.norm()) for name, grad in grads[0].items())
+    difference = max(
+        float((grads[1][name] - grad).norm() / grad.norm()) for name, grad in grads[0].items()
+    )
     return numbers[0], numbers[1], difference
 
 

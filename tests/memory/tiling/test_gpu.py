@@ -1,4 +1,6 @@
-"""Tiles on a CUDA device: sums in float32 that bfloat16 products are added to, the allocator's own peak, dropout."""
+"""Tiles on a CUDA device: sums in float32 that bfloat16 products are added to, the allocator's own
+peak, dropout.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.gpu
 def test_peak_and_error() -> None:
     tokens, hidden, inner = 32768, 1024, 3584
     torch.manual_seed(0)
-    module: nn.Module = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner)).cuda().bfloat16()
+    module: nn.Module = (
+        LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner)).cuda().bfloat16()
+    )
     exact = copy.deepcopy(module).double()
     rows = torch.randn(1, tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     _, expected = gradients(exact, exact, rows.double())
@@ -57,4 +61,6 @@ def test_norm() -> None:
     tiled_output, found = gradients(module, module, rows)
     assert torch.equal(tiled_output, output)
     for name, grad in expected.items():
-        assert (found[name].double() - grad).norm() <= 1.05 * (plain[name].double() - grad).norm(), name
+        assert (found[name].double() - grad).norm() <= 1.05 * (
+            plain[name].double() - grad
+        ).norm(), name

@@ -1,4 +1,6 @@
-"""What tiles cost and keep: bytes, products, gradients under every circumstance that a block can be called in."""
+"""What tiles cost and keep: bytes, products, gradients under every circumstance that a block can be
+called in.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SHAPES = [(13,), (1, 13), (3, 7), (2, 2, 5), (1, 1)]
 
 def llama(hidden: int = HIDDEN, inner: int = INNER, bias: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    return LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner, mlp_bias=bias)).double()
+    return LlamaMLP(
+        LlamaConfig(hidden_size=hidden, intermediate_size=inner, mlp_bias=bias)
+    ).double()
 
 
 def gpt2(dropout: float) -> nn.Module:
@@ -42,7 +46,9 @@ def gpt2(dropout: float) -> nn.Module:
 
 def rows_of(*shape: int, requires_grad: bool = True) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(*shape, HIDDEN, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
+    return torch.randn(*shape, HIDDEN, generator=generator, dtype=torch.float64).requires_grad_(
+        requires_grad
+    )
 
 
 class LowRank(nn.Module):
@@ -53,8 +59,12 @@ class LowRank(nn.Module):
         self.base_layer = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_dropout = nn.Dropout(dropout)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 8, bias=False).double()})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(8, base.out_features, bias=False).double()})
+        self.lora_A = nn.ModuleDict(
+            {"default": nn.Linear(base.in_features, 8, bias=False).double()}
+        )
+        self.lora_B = nn.ModuleDict(
+            {"default": nn.Linear(8, base.out_features, bias=False).double()}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base_layer(x)
@@ -74,17 +84,23 @@ def with_adapters(module: nn.Module, dropout: float = 0.0) -> nn.Module:
     input_row_bytes=st.integers(1, 10**6),
     tile_bytes=st.none() | st.integers(1, 10**9),
 )
-def test_tiles_cover_the_rows(num_rows: int, row_bytes: int, input_row_bytes: int, tile_bytes: int | None) -> None:
+def test_tiles_cover_the_rows(
+    num_rows: int, row_bytes: int, input_row_bytes: int, tile_bytes: int | None
+) -> None:
     rows = rows_per_tile(num_rows, row_bytes, input_row_bytes, tile_bytes)
     assert rows >= 1
     if tile_bytes is None:
-        assert rows <= max(MIN_TILE_ROWS, min(MAX_TILE_BYTES, num_rows * input_row_bytes // 20) // row_bytes)
+        assert rows <= max(
+            MIN_TILE_ROWS, min(MAX_TILE_BYTES, num_rows * input_row_bytes // 20) // row_bytes
+        )
     else:
         assert rows <= max(1, tile_bytes // row_bytes)
     num_tiles = -(-num_rows // rows)
     assert num_rows - (num_tiles - 1) * rows <= rows or num_rows == 0
     if num_tiles < 1000:
-        assert [row for tile in tiles(num_rows, rows) for row in (tile.start, tile.stop)][-1:] == [num_rows][:num_tiles]
+        assert [row for tile in tiles(num_rows, rows) for row in (tile.start, tile.stop)][-1:] == [
+            num_rows
+        ][:num_tiles]
 
 
 @pytest.mark.parametrize(
@@ -118,10 +134,18 @@ def test_strided_inputs_and_gradients() -> None:
 
 @pytest.mark.parametrize("build", [llama, lambda: with_adapters(llama())])
 @pytest.mark.parametrize(
-    "frozen", [("gate_proj",), ("down_proj",), ("gate_proj", "up_proj"), ("gate_proj", "up_proj", "down_proj")]
+    "frozen",
+    [
+        ("gate_proj",),
+        ("down_proj",),
+        ("gate_proj", "up_proj"),
+        ("gate_proj", "up_proj", "down_proj"),
+    ],
 )
 @pytest.mark.parametrize("input_needs_grad", [True, False])
-def test_frozen_weights(build: Callable[[], nn.Module], frozen: tuple[str, ...], input_needs_grad: bool) -> None:
+def test_frozen_weights(
+    build: Callable[[], nn.Module], frozen: tuple[str, ...], input_needs_grad: bool
+) -> None:
     module, hidden = build(), rows_of(2, 9, requires_grad=input_needs_grad)
     for name in frozen:
         module.get_submodule(name).requires_grad_(False)
@@ -255,7 +279,9 @@ def test_hooks_on_children_still_see_every_token() -> None:
     seen: list[int] = []
     _, expected = gradients(module, module, hidden)
     tile_mlp(module, tile_bytes=TILE)
-    module.up_proj.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[:-1].numel()))
+    module.up_proj.register_forward_hook(
+        lambda _module, args, _output: seen.append(args[0].shape[:-1].numel())
+    )
     _, found = gradients(module, module, hidden)
     assert_same(found, expected)
     # Forward, and backward's rerun.
@@ -316,27 +342,39 @@ def test_a_size_must_be_positive() -> None:
 
 
 def test_peak_and_error_in_bfloat16() -> None:
-    """3.5 times as many features inside, as in Llama, and enough tokens for tiles of more than the least rows."""
+    """3.5 times as many features inside, as in Llama, and enough tokens for tiles of more than the
+    least rows.
+    """
     exact, tokens, hidden, inner = llama(256, 896, bias=False), 10240, 256, 896
     module = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict(module.state_dict())
-    rows = torch.randn(1, tokens, hidden, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    rows = (
+        torch.randn(1, tokens, hidden, generator=torch.Generator().manual_seed(1))
+        .bfloat16()
+        .requires_grad_()
+    )
     unit = rows.nbytes
 
     def peer(x: Tensor) -> Tensor:
-        output: Tensor = TiledMLP.apply(type(module).forward, module, x, 32, list(module.parameters()))
+        output: Tensor = TiledMLP.apply(
+            type(module).forward, module, x, 32, list(module.parameters())
+        )
         return output
 
     def errors(function: Callable[[Tensor], Tensor]) -> dict[str, float]:
         _, found = gradients(function, module, rows)
-        return {name: float((found[name].double() - grad).norm() / grad.norm()) for name, grad in expected.items()}
+        return {
+            name: float((found[name].double() - grad).norm() / grad.norm())
+            for name, grad in expected.items()
+        }
 
     _, expected = gradients(exact, exact, rows.double())
     plain, theirs = errors(module), errors(peer)
     installed = tile_mlp(module)
     tiled = errors(module)
     for name in expected:
-        # Equal but for the last digits: the products' own roundings are the same, the sums' are not larger.
+        # Equal but for the last digits: the products' own roundings are the same, the sums' are not
+        # larger.
         assert tiled[name] <= 1.01 * plain[name], name
         assert name == "0" or tiled[name] < 7.3e-3 < theirs[name], name
     with track_allocations() as tracked:

@@ -1,4 +1,6 @@
-"""Norms in tiles: the module's own numbers, its gradients at least as exact, and no float32 copy of the sequence."""
+"""Norms in tiles: the module's own numbers, its gradients at least as exact, and no float32 copy of
+the sequence.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from tests.helpers.models import ExactNorm
@@ -36,7 +42,8 @@ FORMULAS = {
     "llama": RmsFormula("variance_epsilon", 0, True),
     "gemma": RmsFormula("eps", 1, False),
     "gpt_oss": RmsFormula("variance_epsilon", 0, False),
-    # What T5 gives for a float32 weight is not rounded to its input's dtype; Cohere's subtracts the mean.
+    # What T5 gives for a float32 weight is not rounded to its input's dtype; Cohere's subtracts the
+    # mean.
     "t5": None,
     "cohere": None,
 }
@@ -48,12 +55,16 @@ def norm_of(name: str, dtype: torch.dtype, hidden: int = HIDDEN) -> nn.Module:
     module = NORMS[name](hidden).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            )
     return module
 
 
 def rows_of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -69,7 +80,9 @@ def test_formulas_are_told_apart(name: str) -> None:
         (torch.float64, torch.float64),
     ],
 )
-def test_outputs_are_the_modules_own(name: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_outputs_are_the_modules_own(
+    name: str, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
     module, hidden = norm_of(name, weight_dtype), rows_of(2, 333, HIDDEN, dtype=dtype)
     output, expected = gradients(module, module, hidden)
     tile_norm(module, tile_bytes=TILE)
@@ -77,7 +90,9 @@ def test_outputs_are_the_modules_own(name: str, dtype: torch.dtype, weight_dtype
     assert tiled_output.dtype == output.dtype
     assert torch.equal(tiled_output, output)
     # Each of autograd's intermediates is rounded once; the tiled backward rounds its results only.
-    narrow = max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps, torch.finfo(torch.float32).eps)
+    narrow = max(
+        torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps, torch.finfo(torch.float32).eps
+    )
     assert_same(found, expected, tolerance=4 * narrow)
 
 
@@ -92,7 +107,9 @@ def test_gradients_are_no_less_exact(name: str) -> None:
     for key, grad in expected.items():
         # A norm that autograd reruns rounds each tile's part of the weight gradient once more.
         allowed = 1.01 if FORMULAS[name] else 1.5
-        assert (found[key].double() - grad).norm() <= allowed * (plain[key].double() - grad).norm(), key
+        assert (found[key].double() - grad).norm() <= allowed * (
+            plain[key].double() - grad
+        ).norm(), key
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 5), (2, 3, 4), (0, 4)])
@@ -126,7 +143,10 @@ def test_a_recompute_needs_a_norms_output(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "cohere"])
 def test_bytes(name: str) -> None:
     tokens, hidden = 8192, 256
-    module, rows = norm_of(name, torch.bfloat16, hidden), rows_of(1, tokens, hidden, dtype=torch.bfloat16)
+    module, rows = (
+        norm_of(name, torch.bfloat16, hidden),
+        rows_of(1, tokens, hidden, dtype=torch.bfloat16),
+    )
     unit = rows.nbytes
     with track_allocations() as tracked:
         module(rows)
@@ -143,8 +163,12 @@ def test_bytes(name: str) -> None:
 
 
 def layer_peak(layer: nn.Module, hidden: Tensor, **kwargs: Any) -> float:
-    """Bytes beside the layer's input and parameters in its backward under checkpointing, in hidden tensors."""
-    output = checkpoint(lambda x: layer(x, attention_mask=None, **kwargs), hidden, use_reentrant=True)
+    """Bytes beside the layer's input and parameters in its backward under checkpointing, in hidden
+    tensors.
+    """
+    output = checkpoint(
+        lambda x: layer(x, attention_mask=None, **kwargs), hidden, use_reentrant=True
+    )
     grad = torch.ones_like(output)
     with track_allocations(layer) as tracked:
         output.backward(grad)
@@ -156,7 +180,11 @@ def layer_peak(layer: nn.Module, hidden: Tensor, **kwargs: Any) -> float:
 
 def test_the_working_set_of_a_llama_layer() -> None:
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=224, num_attention_heads=4, num_key_value_heads=1, attn_implementation="sdpa"
+        hidden_size=64,
+        intermediate_size=224,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        attn_implementation="sdpa",
     )
     torch.manual_seed(0)
     # So many tokens that what is as large as the weights is small beside them.

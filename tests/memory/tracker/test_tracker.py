@@ -1,4 +1,6 @@
-"""The allocation tracker against sums by hand: what is live, what was the peak, and whose it was."""
+"""The allocation tracker against sums by hand: what is live, what was the peak, and whose it
+was.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ def test_live_and_peak_follow_what_is_kept() -> None:
         del dropped
         assert tracked.live_bytes == 3 * KIB
         more = kib(4)
-    assert (tracked.live_bytes, tracked.peak_bytes, tracked.allocated_bytes) == (7 * KIB, 8 * KIB, 12 * KIB)
+    assert (tracked.live_bytes, tracked.peak_bytes, tracked.allocated_bytes) == (
+        7 * KIB,
+        8 * KIB,
+        12 * KIB,
+    )
     assert kept.numel() + more.numel() == 7 * KIB
 
 
@@ -162,7 +168,9 @@ def test_backward_is_counted_for_the_module_whose_forward_it_belongs_to() -> Non
     with track_allocations(model) as tracked:
         model(x).sum().backward()
     one_product = 2 * 32 * 16 * 64
-    flops = {name: tally.matmul_flops for name, tally in tracked.by_module.items() if tally.matmul_flops}
+    flops = {
+        name: tally.matmul_flops for name, tally in tracked.by_module.items() if tally.matmul_flops
+    }
     assert flops == dict.fromkeys(("0.up", "0.down", "1.up", "1.down"), 3 * one_product)
     assert tracked.matmul_units(32, 16, 64) == 12
     assert tracked.matmul_calls == 12
@@ -177,7 +185,8 @@ def test_recomputing_counts_for_the_modules_that_recompute(reentrant: bool) -> N
             x = checkpoint(block, x, use_reentrant=reentrant)
         x.sum().backward()
     one_product = 2 * 32 * 16 * 64
-    # torch's non-reentrant checkpoint stops recomputing once it has what it needs: the last product's result is not.
+    # torch's non-reentrant checkpoint stops recomputing once it has what it needs: the last
+    # product's result is not.
     assert tracked.by_module["0.up"].matmul_flops == 4 * one_product
     assert tracked.by_module["1.down"].matmul_flops == (4 if reentrant else 3) * one_product
 
@@ -255,7 +264,9 @@ def test_table_names_kinds_modules_and_the_peak() -> None:
     with track_allocations(model, unit_bytes=2048) as tracked:
         model(torch.randn(32, 16)).sum().backward()
     table = tracked.table()
-    assert all(word in table for word in (*KINDS, "0.up", "0.down", "peak in", "matrix products", "u"))
+    assert all(
+        word in table for word in (*KINDS, "0.up", "0.down", "peak in", "matrix products", "u")
+    )
     with track_allocations() as plain:
         kib(1)
     assert "MiB" in plain.table()
@@ -273,7 +284,11 @@ def _fsdp_rank() -> list[int]:
     x = torch.randn(32, 16)
     with track_allocations(model) as tracked:
         model(x).sum().backward()
-    return [tracked.by_kind["parameters"].peak, tracked.by_kind["gradients"].live, tracked.resident_bytes]
+    return [
+        tracked.by_kind["parameters"].peak,
+        tracked.by_kind["gradients"].live,
+        tracked.resident_bytes,
+    ]
 
 
 def test_gathered_parameters_and_sharded_gradients_under_fsdp2() -> None:

@@ -1,7 +1,8 @@
-"""One attention call of a transformers module: on a sharded batch by its role in the model, else as transformers does.
+"""One attention call of a transformers module: on a sharded batch by its role in the model, else as
+transformers does.
 
-Roles: self-attention of the described sequence; self-attention of an encoder, over its own sequence; cross-attention,
-from the described sequence to the encoder's.
+Roles: self-attention of the described sequence; self-attention of an encoder, over its own
+sequence; cross-attention, from the described sequence to the encoder's.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Roles:
 
     Args:
         encoder: the modules of an encoder-decoder's encoder; None for models of one sequence.
-        masks_decide: whether layers may say something else of causality than the masks that they are always given, as
-            in models that transformers only runs with masks.
+        masks_decide: whether layers may say something else of causality than the masks that they
+            are always given, as in models that transformers only runs with masks.
     """
 
     encoder: frozenset[nn.Module] | None = None
@@ -98,7 +99,9 @@ def attend(
 def _encoder_side(
     attention: SequenceAttention, encoder: SequenceDescription | None, query: Tensor
 ) -> tuple[SequenceAttention, SequenceDescription]:
-    """Returns how an encoder attends, and over what: by itself where every rank has all of its sequence."""
+    """Returns how an encoder attends, and over what: by itself where every rank has all of its
+    sequence.
+    """
     if encoder is not None and encoder.num_shards > 1:
         return attention, encoder
     return replace(attention, ulysses_group=None, ring_group=None), encoder or _whole(query)
@@ -107,22 +110,30 @@ def _encoder_side(
 def _check_tokens(module: nn.Module, heads: Tensor, description: SequenceDescription) -> None:
     if (heads.shape[0], heads.shape[2]) != (description.batch_size, description.shard_length):
         raise BatchError(
-            f"{type(module).__name__} attends over {heads.shape[0]} rows with {heads.shape[2]} tokens on this rank, "
+            f"{type(module).__name__} attends over {heads.shape[0]} rows with {heads.shape[2]} "
+            "tokens on this rank, "
             f"where the batch has {description.batch_size} rows with {description.shard_length}. "
-            f"Its layers must see each token once; use a model that does, or sp_size=1 and cp_size=1."
+            "Its layers must see each token once; use a model that does, or sp_size=1 and "
+            "cp_size=1."
         )
 
 
-def _pattern_of(module: nn.Module, given: MaskPattern | None, extra: dict[str, Any], roles: Roles) -> MaskPattern:
-    """Returns which tokens see each other; models say it by the mask, and most of them to the attention too."""
+def _pattern_of(
+    module: nn.Module, given: MaskPattern | None, extra: dict[str, Any], roles: Roles
+) -> MaskPattern:
+    """Returns which tokens see each other; models say it by the mask, and most of them to the
+    attention too.
+    """
     usual = bool(getattr(module, "is_causal", True))
     told = usual if extra["is_causal"] is None else bool(extra["is_causal"])
     pattern = given or MaskPattern(told)
     # Some layers leave causality to the mask where they are given one.
     if pattern.is_causal not in (told, usual) and not roles.masks_decide:
         raise UnsupportedModelError(
-            f"{type(module).__name__} calls attention with is_causal={told}, but was given a mask for "
-            f"{'causal' if pattern.is_causal else 'bidirectional'} attention. Which of them holds is not clear."
+            f"{type(module).__name__} calls attention with is_causal={told}, but was given a mask "
+            "for "
+            f"{'causal' if pattern.is_causal else 'bidirectional'} attention. Which of them holds "
+            "is not clear."
         )
     window = extra.get("sliding_window")
     # Flash attention's window counts the token itself, on both sides too.
@@ -133,8 +144,10 @@ def _pattern_of(module: nn.Module, given: MaskPattern | None, extra: dict[str, A
     }
     if window is not None and window not in known:
         raise UnsupportedModelError(
-            f"{type(module).__name__} calls attention with sliding_window={window}, but was given a mask for "
-            f"{'full attention' if pattern.window is None else f'a window of {pattern.window}'}. Which of them holds "
+            f"{type(module).__name__} calls attention with sliding_window={window}, but was given "
+            "a mask for "
+            f"{'full attention' if pattern.window is None else f'a window of {pattern.window}'}. "
+            "Which of them holds "
             f"is not clear."
         )
     return pattern
@@ -145,7 +158,8 @@ def _refuse_extras(module: nn.Module, extra: dict[str, Any]) -> None:
     for name in _REFUSED:
         if extra.get(name) is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} calls attention with {name}, which is not computed on a sharded sequence. "
+                f"{type(module).__name__} calls attention with {name}, which is not computed on a "
+                "sharded sequence. "
                 f"Use a model or configuration without it, or sp_size=1 and cp_size=1."
             )
 
@@ -163,16 +177,26 @@ class _CoreView:
 
 
 def ordinary(
-    core: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, extra: dict[str, Any]
+    core: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    extra: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """Runs the core on a batch that is not sharded, as transformers would have run it; shapes as in `attend`."""
+    """Runs the core on a batch that is not sharded, as transformers would have run it; shapes as in
+    `attend`.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     has_alibi = extra.get("alibi_slopes") is not None
     if has_alibi and (mask is not None or query.shape[2] != key.shape[2]):
         raise UnsupportedModelError(
-            f"{type(module).__name__} calls attention with alibi_slopes on a batch that is whole on this rank, with a "
-            f"mask or a cache, which is not computed. Leave them out, or add the biases to the mask."
+            f"{type(module).__name__} calls attention with alibi_slopes on a batch that is whole "
+            "on this rank, with a "
+            "mask or a cache, which is not computed. Leave them out, or add the biases to the "
+            "mask."
         )
     if (has_alibi or is_keeping()) and mask is None and query.shape[2] == key.shape[2]:
         return _ordinary_kept(core, module, query, key, value, extra), None
@@ -180,7 +204,9 @@ def ordinary(
     if core == "eager" or (core == "sdpa" and unknown_to_sdpa):
         return _ordinary_eager(core, module, query, key, value, mask, extra)
     view = module if core == "sdpa" else _CoreView(module, core)
-    result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[core](view, query, key, value, mask, **extra)
+    result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[core](
+        view, query, key, value, mask, **extra
+    )
     return result
 
 
@@ -188,11 +214,17 @@ def _ordinary_kept(
     core: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]
 ) -> Tensor:
     """Runs attention without a mask such that a checkpointed layer can keep it; `[B, S, H, Dv]`."""
-    told = extra["is_causal"] if extra["is_causal"] is not None else bool(getattr(module, "is_causal", True))
+    told = (
+        extra["is_causal"]
+        if extra["is_causal"] is not None
+        else bool(getattr(module, "is_causal", True))
+    )
     sinks = extra.get("s_aux")
     flat_sinks = sinks.flatten() if sinks is not None else None
     slopes = extra.get("alibi_slopes")
-    call = AttentionCall(told, extra["scaling"], extra["dropout"], extra.get("softcap"), flat_sinks, slopes)
+    call = AttentionCall(
+        told, extra["scaling"], extra["dropout"], extra.get("softcap"), flat_sinks, slopes
+    )
     return SequenceAttention(None, core=core)(query, key, value, _whole(query), call).contiguous()
 
 
@@ -202,20 +234,38 @@ def _whole(query: Tensor) -> SequenceDescription:
 
 
 def _ordinary_eager(
-    core: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, extra: dict[str, Any]
+    core: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    extra: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """Runs attention with an additive mask; transformers keeps its eager functions out of the registry."""
-    told = extra["is_causal"] if extra["is_causal"] is not None else bool(getattr(module, "is_causal", True))
+    """Runs attention with an additive mask; transformers keeps its eager functions out of the
+    registry.
+    """
+    told = (
+        extra["is_causal"]
+        if extra["is_causal"] is not None
+        else bool(getattr(module, "is_causal", True))
+    )
     if mask is None and core != "eager" and told and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril()
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
+            ~mask, torch.finfo(query.dtype).min
+        )
     sinks = extra.get("s_aux")
     if sinks is not None:
         # A sink is a key of no value whose score is given: it stands in the mask.
         mask = query.new_zeros(1) if mask is None else mask
         scores = sinks.view(1, -1, 1, 1).to(query.dtype).expand(*query.shape[:3], 1)
-        mask = torch.cat([mask[..., : key.shape[2]].expand(*query.shape[:3], key.shape[2]), scores], dim=-1)
+        mask = torch.cat(
+            [mask[..., : key.shape[2]].expand(*query.shape[:3], key.shape[2]), scores], dim=-1
+        )
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
     call = AttentionCall(False, extra["scaling"], extra["dropout"], extra.get("softcap"))
     return eager(query, key, value, call, mask).transpose(1, 2).contiguous(), None

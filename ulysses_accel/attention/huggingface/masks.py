@@ -1,7 +1,9 @@
-"""Reads from transformers' mask functions which tokens a layer lets see each other, before any mask is made.
+"""Reads from transformers' mask functions which tokens a layer lets see each other, before any mask
+is made.
 
-transformers describes a mask by small functions over token indices, joined by "and". Those that it has names for are
-known here; anything else, or an "or", is a mask of the model's own, which is refused.
+transformers describes a mask by small functions over token indices, joined by "and". Those that it
+has names for are known here; anything else, or an "or", is a mask of the model's own, which is
+refused.
 """
 
 from __future__ import annotations
@@ -50,11 +52,17 @@ class DescribedMask:
     keys: SequenceDescription | None = None
 
     def __getitem__(self, key: Any) -> DescribedMask:
-        """Returns itself for slices that keep all of a mask, as models take that may keep the last tokens only."""
-        if all(part in (slice(None), slice(0, None)) for part in (key if isinstance(key, tuple) else (key,))):
+        """Returns itself for slices that keep all of a mask, as models take that may keep the last
+        tokens only.
+        """
+        if all(
+            part in (slice(None), slice(0, None))
+            for part in (key if isinstance(key, tuple) else (key,))
+        ):
             return self
         raise UnsupportedModelError(
-            f"the model takes a part [{key}] of its mask, which is not computed on a sharded sequence. "
+            f"the model takes a part [{key}] of its mask, which is not computed on a sharded "
+            "sequence. "
             f"Leave logits_to_keep out, or use sp_size=1 and cp_size=1."
         )
 
@@ -64,16 +72,21 @@ class DescribedMask:
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> Any:
         """Refuses operations on the mask, which is no tensor."""
-        raise UnsupportedModelError(_computes_with_mask(getattr(function, "__name__", str(function))))
+        raise UnsupportedModelError(
+            _computes_with_mask(getattr(function, "__name__", str(function)))
+        )
 
 
 class _TensorExpectedError(UnsupportedModelError, AttributeError):
-    """Something was asked of a mask that only a tensor has; `hasattr` takes it as an absent attribute."""
+    """Something was asked of a mask that only a tensor has; `hasattr` takes it as an absent
+    attribute.
+    """
 
 
 def _computes_with_mask(operation: str) -> str:
     return (
-        f"the model computes with its attention mask ({operation}), of which a sharded sequence has none. "
+        f"the model computes with its attention mask ({operation}), of which a sharded sequence "
+        "has none. "
         f"Use a model without it, or sp_size=1 and cp_size=1."
     )
 
@@ -98,14 +111,18 @@ def read_pattern(mask_function: Callable[..., Any]) -> MaskPattern:
             chunks.append(int(values["chunk_size"]))
         elif name not in ("bidirectional_mask_function", *_DESCRIBED):
             raise UnsupportedModelError(
-                f"the model lays a mask function of its own ({part.__module__}.{part.__qualname__}) over its "
-                f"attention, which is not computed on a sharded sequence. Use a model without it, or sp_size=1."
+                "the model lays a mask function of its own "
+                f"({part.__module__}.{part.__qualname__}) over its "
+                "attention, which is not computed on a sharded sequence. Use a model without it, "
+                "or sp_size=1."
             )
     return MaskPattern(is_causal, min(windows, default=None), min(chunks, default=None))
 
 
 def _parts(function: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the functions that a mask function is joined of, each with the name of what makes it."""
+    """Yields the functions that a mask function is joined of, each with the name of what
+    makes it.
+    """
     name = function.__qualname__.partition(".")[0] if function.__module__ == _MASKS else ""
     if name not in _JOINED:
         yield name, function

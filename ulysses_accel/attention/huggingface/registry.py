@@ -1,10 +1,11 @@
-"""Installs an attention strategy into one transformers model, reversibly, through transformers' own registries.
+"""Installs an attention strategy into one transformers model, reversibly, through transformers' own
+registries.
 
-Our functions get names of their own in `AttentionInterface` and `AttentionMaskInterface`; nothing there is overwritten.
-A model is pointed at them by private copies of its configs, so models that shared a config with it stay untouched.
-Our mask function returns the batch's description in place of a mask (`DescribedMask`): it travels with each layer's
-arguments, so that a checkpoint's recompute sees the batch it belongs to. A forward without a description takes the
-ordinary path.
+Our functions get names of their own in `AttentionInterface` and `AttentionMaskInterface`; nothing
+there is overwritten. A model is pointed at them by private copies of its configs, so models that
+shared a config with it stay untouched. Our mask function returns the batch's description in place
+of a mask (`DescribedMask`): it travels with each layer's arguments, so that a checkpoint's
+recompute sees the batch it belongs to. A forward without a description takes the ordinary path.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class InstalledAttention:
         implementation: our name in transformers' registries.
         roles: what its modules attend for.
         num_calls: attention calls on sharded batches so far.
-        relies_on_context: the layers that are not given the mask by their model, and read the running forward's
-            description.
+        relies_on_context: the layers that are not given the mask by their model, and read the
+            running forward's description.
         originals: each module whose config was replaced, with the config it had.
     """
 
@@ -52,7 +53,9 @@ class InstalledAttention:
     originals: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     def uninstall(self) -> None:
-        """Gives the model its own configs back; forwards with a description are refused from then on."""
+        """Gives the model its own configs back; forwards with a description are refused from then
+        on.
+        """
         for module, config in self.originals:
             module.config = config
             _INSTALLED.pop(module, None)
@@ -61,7 +64,9 @@ class InstalledAttention:
 
 
 _INSTALLED: WeakKeyDictionary[nn.Module, InstalledAttention] = WeakKeyDictionary()
-_ACTIVE: ContextVar[SequenceDescription | None] = ContextVar("ulysses_accel_description", default=None)
+_ACTIVE: ContextVar[SequenceDescription | None] = ContextVar(
+    "ulysses_accel_description", default=None
+)
 _NUM_USERS: dict[str, int] = {}
 
 
@@ -72,7 +77,9 @@ def active_description() -> SequenceDescription | None:
 
 @contextmanager
 def describe_forward(description: SequenceDescription | None) -> Iterator[None]:
-    """Makes `description` the one of every attention call inside; None means an ordinary, unsharded batch."""
+    """Makes `description` the one of every attention call inside; None means an ordinary, unsharded
+    batch.
+    """
     token = _ACTIVE.set(description)
     try:
         yield
@@ -81,7 +88,8 @@ def describe_forward(description: SequenceDescription | None) -> Iterator[None]:
 
 
 def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttention:
-    """Installs an attention strategy into a model; forwards outside of `describe_forward` stay what they were.
+    """Installs an attention strategy into a model; forwards outside of `describe_forward` stay what
+    they were.
 
     Args:
         model: a transformers model, or a module that holds one.
@@ -107,7 +115,9 @@ def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttentio
 
 
 def _private_copy(config: Any, implementation: str, copies: dict[int, Any]) -> Any:
-    """Returns this model's copy of a config and of its sub-configs, with our attention; one copy for each original."""
+    """Returns this model's copy of a config and of its sub-configs, with our attention; one copy
+    for each original.
+    """
     if id(config) not in copies:
         private = copies[id(config)] = copy.copy(config)
         for name in getattr(config, "sub_configs", {}):
@@ -118,12 +128,17 @@ def _private_copy(config: Any, implementation: str, copies: dict[int, Any]) -> A
 
 
 def _acquire(core: str) -> str:
-    """Registers our attention around `core` with transformers, once for all models that use it; returns its name."""
+    """Registers our attention around `core` with transformers, once for all models that use it;
+    returns its name.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # Models ask whether "flash" is in the name and then prepare arguments that a sharded batch has not.
-    implementation = PREFIX + core.replace("flash_attention_", "fa").replace("flash", "fa").replace("/", "_")
+    # Models ask whether "flash" is in the name and then prepare arguments that a sharded batch has
+    # not.
+    implementation = PREFIX + core.replace("flash_attention_", "fa").replace("flash", "fa").replace(
+        "/", "_"
+    )
     if _NUM_USERS.get(implementation, 0) == 0:
         ALL_ATTENTION_FUNCTIONS.register(implementation, _attention_function(core))
         ALL_MASK_ATTENTION_FUNCTIONS.register(implementation, _mask_function(core))
@@ -145,18 +160,29 @@ def _mask_function(core: str) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         description = _ACTIVE.get()
         if description is None:
-            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+            from transformers.masking_utils import (
+                ALL_MASK_ATTENTION_FUNCTIONS,
+                flash_attention_mask,
+            )
 
             return ALL_MASK_ATTENTION_FUNCTIONS.get(core, flash_attention_mask)(*args, **kwargs)
-        return DescribedMask(description, read_pattern(kwargs["mask_function"]), _encoder_keys(description, kwargs))
+        return DescribedMask(
+            description, read_pattern(kwargs["mask_function"]), _encoder_keys(description, kwargs)
+        )
 
     return mask
 
 
-def _encoder_keys(description: SequenceDescription, asked: dict[str, Any]) -> SequenceDescription | None:
-    """Returns the encoder's sequence that a decoder's mask is asked for, if every rank has all of it."""
+def _encoder_keys(
+    description: SequenceDescription, asked: dict[str, Any]
+) -> SequenceDescription | None:
+    """Returns the encoder's sequence that a decoder's mask is asked for, if every rank has all of
+    it.
+    """
     given, config = asked.get("attention_mask"), asked.get("config")
-    crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    crosses = getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    )
     if description.encoder is not None or not crosses or not isinstance(given, Tensor):
         return None
     return SequenceDescription.from_document_ids(given.to(torch.long) - 1, 1)
@@ -191,14 +217,17 @@ def _installation_of(module: nn.Module) -> InstalledAttention:
     installed = _INSTALLED.get(module)
     if installed is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} was given a sharded batch, but belongs to a model that was not prepared "
+            f"{type(module).__name__} was given a sharded batch, but belongs to a model that was "
+            "not prepared "
             f"(a copy made after prepare?). Pass the model that computes to accelerator.prepare."
         )
     return installed
 
 
 def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
-    """Returns what is known of the batch that this call belongs to, or None for an ordinary batch."""
+    """Returns what is known of the batch that this call belongs to, or None for an ordinary
+    batch.
+    """
     if isinstance(attention_mask, SequenceDescription):
         return DescribedMask(attention_mask)
     if isinstance(attention_mask, DescribedMask):
@@ -206,15 +235,22 @@ def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
     description, installed = _ACTIVE.get(), _INSTALLED.get(module)
     if description is not None and attention_mask is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with a mask that its model made by itself, which is not computed on a "
+            f"{type(module).__name__} attends with a mask that its model made by itself, which is "
+            "not computed on a "
             f"sharded sequence. Use a model without it, or sp_size=1."
         )
     if description is not None and installed is not None:
         installed.relies_on_context.add(module)
     # The task id is -1 outside of a backward pass; inside one this is a checkpoint's recompute.
-    elif installed is not None and module in installed.relies_on_context and torch._C._current_graph_task_id() != -1:
+    elif (
+        installed is not None
+        and module in installed.relies_on_context
+        and torch._C._current_graph_task_id() != -1
+    ):
         raise UnsupportedModelError(
-            f"{type(module).__name__} is recomputed in the backward pass, but its model does not pass the attention "
-            f"mask down to it, so the batch's documents are not known. Switch activation checkpointing off."
+            f"{type(module).__name__} is recomputed in the backward pass, but its model does not "
+            "pass the attention "
+            "mask down to it, so the batch's documents are not known. Switch activation "
+            "checkpointing off."
         )
     return DescribedMask(description) if description is not None else None

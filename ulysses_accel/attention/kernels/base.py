@@ -1,7 +1,8 @@
-"""Block kernels: attention of some queries to some keys with its log-sum-exp, to be merged with other blocks.
+"""Block kernels: attention of some queries to some keys with its log-sum-exp, to be merged with
+other blocks.
 
-torch brings one for each device, so that `flash-attn` is never required. The backward takes the output and the
-log-sum-exp of the whole softmax, whatever part of the keys the block has.
+torch brings one for each device, so that `flash-attn` is never required. The backward takes the
+output and the log-sum-exp of the whole softmax, whatever part of the keys the block has.
 """
 
 from __future__ import annotations
@@ -36,28 +37,50 @@ class Block:
 class BlockKernel(Protocol):
     """Attention of a block; shapes `[B, H, q, D]`, `[B, K, k, D]`, causal blocks are square."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         """Returns the output `[B, H, q, D]` and its log-sum-exp `[B, H, q]`."""
         ...
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of query, key and value, given output and log-sum-exp over all keys."""
+        """Returns the gradients of query, key and value, given output and log-sum-exp over all
+        keys.
+        """
         ...
 
 
 class CPUKernel:
-    """torch's flash attention for CPU; float32, float64, bfloat16 and float16, grouped heads included."""
+    """torch's flash attention for CPU; float32, float64, bfloat16 and float16, grouped heads
+    included.
+    """
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, block.is_causal, scale=block.scale
         )
         return out, lse
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, block.is_causal, scale=block.scale
@@ -67,17 +90,21 @@ class CPUKernel:
 
 @dataclass(frozen=True)
 class BoundedKernel:
-    """A kernel whose calls stay small enough for 32-bit indices: larger ones are cut by rows, then by heads.
+    """A kernel whose calls stay small enough for 32-bit indices: larger ones are cut by rows, then
+    by heads.
 
     Args:
         kernel: computes the parts.
-        limit: elements of the largest tensor of a call, key/value heads counted as often as they are read.
+        limit: elements of the largest tensor of a call, key/value heads counted as often as they
+            are read.
     """
 
     kernel: BlockKernel
     limit: int = MAX_ELEMENTS
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         """As the kernel's."""
         parts = halves(query, key) if num_elements(query, key) > self.limit else ()
         if not parts:
@@ -85,7 +112,10 @@ class BoundedKernel:
         out, lse = query.new_empty(0), query.new_empty(0)
         for number, (rows, heads, key_heads) in enumerate(parts):
             part = self.forward(
-                query[rows, heads], key[rows, key_heads], value[rows, key_heads], block_part(block, number, heads)
+                query[rows, heads],
+                key[rows, key_heads],
+                value[rows, key_heads],
+                block_part(block, number, heads),
             )
             if number == 0:
                 out, lse = (t.new_empty(*query.shape[:2], *t.shape[2:]) for t in part)
@@ -93,7 +123,14 @@ class BoundedKernel:
         return out, lse
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the kernel's."""
         parts = halves(query, key) if num_elements(query, key) > self.limit else ()
@@ -102,14 +139,24 @@ class BoundedKernel:
         totals = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
         for number, (rows, heads, key_heads) in enumerate(parts):
             q, k = (rows, heads), (rows, key_heads)
-            part = self.backward(grad[q], query[q], key[k], value[k], out[q], lse[q], block_part(block, number, heads))
+            part = self.backward(
+                grad[q],
+                query[q],
+                key[k],
+                value[k],
+                out[q],
+                lse[q],
+                block_part(block, number, heads),
+            )
             for total, place, found in zip(totals, (q, k, k), part):
                 total[place] += found
         return totals[0], totals[1], totals[2]
 
 
 def block_part(block: Block, number: int, heads: slice) -> Block:
-    """Returns what a part of a block is computed with: parts have dropout masks and biases of their own."""
+    """Returns what a part of a block is computed with: parts have dropout masks and biases of their
+    own.
+    """
     alibi = None if block.alibi is None else block.alibi.for_heads(heads)
     return Block(block.is_causal, block.scale, (2 * block.seed + number) % 2**62, alibi)
 

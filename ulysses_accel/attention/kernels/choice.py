@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ulysses_accel.attention.kernels.base import BlockKernel, BoundedKernel, CPUKernel
 from ulysses_accel.attention.kernels.chunked import ChunkedKernel
-from ulysses_accel.attention.kernels.cuda import AtenCudnn, AtenEfficient, AtenFlash, FlashAttn2, FlashAttn3
+from ulysses_accel.attention.kernels.cuda import (
+    AtenCudnn,
+    AtenEfficient,
+    AtenFlash,
+    FlashAttn2,
+    FlashAttn3,
+)
 from ulysses_accel.errors import ConfigError, UnsupportedModelError, closest
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -19,7 +25,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a kernel can compute; `make` takes soft cap and dropout, `capability` is the GPU's least one."""
+    """What a kernel can compute; `make` takes soft cap and dropout, `capability` is the GPU's least
+    one.
+    """
 
     make: Callable[[float | None, float], BlockKernel]
     device: str | None = "cuda"
@@ -32,7 +40,9 @@ class _Kind:
     package: str | None = None
     by_name_only: bool = False
 
-    def misfit(self, query: Tensor, softcap: float | None, dropout: float, alibi: bool) -> str | None:
+    def misfit(
+        self, query: Tensor, softcap: float | None, dropout: float, alibi: bool
+    ) -> str | None:
         """Returns why the kernel does not compute a call; None when it does."""
         device = query.device
         if self.device not in (None, device.type):
@@ -59,7 +69,9 @@ _KINDS = {
     "cpu_flash": _Kind(lambda softcap, dropout: CPUKernel(), "cpu", _ALL, max_head_size=_ANY_SIZE),
     "aten_flash": _Kind(lambda softcap, dropout: AtenFlash()),
     "flash_attn_2": _Kind(
-        lambda softcap, dropout: FlashAttn2(softcap), has_softcap=True, package="flash_attn.flash_attn_interface"
+        lambda softcap, dropout: FlashAttn2(softcap),
+        has_softcap=True,
+        package="flash_attn.flash_attn_interface",
     ),
     "aten_efficient": _Kind(
         lambda softcap, dropout: AtenEfficient(),
@@ -118,10 +130,16 @@ def kernel_for(
     """
     if name is not None and name not in _KINDS:
         raise ConfigError(f"block_kernel={name!r} is not known.{closest(name, _KINDS)}")
-    names = [name] if name is not None else [key for key, kind in _KINDS.items() if not kind.by_name_only]
+    names = (
+        [name]
+        if name is not None
+        else [key for key, kind in _KINDS.items() if not kind.by_name_only]
+    )
     for candidate in names:
         kind = _KINDS[candidate]
         reason = kind.misfit(query, softcap, dropout, alibi)
         if reason is None:
             return BoundedKernel(kind.make(softcap, dropout))
-    raise UnsupportedModelError(f"block_kernel={names[-1]!r} {reason}. Leave block_kernel out to have one chosen.")
+    raise UnsupportedModelError(
+        f"block_kernel={names[-1]!r} {reason}. Leave block_kernel out to have one chosen."
+    )

@@ -1,4 +1,6 @@
-"""The block kernel in plain torch: every dtype and device, soft caps, ALiBi, dropout, with few scores at a time."""
+"""The block kernel in plain torch: every dtype and device, soft caps, ALiBi, dropout, with few
+scores at a time.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ class ChunkedKernel:
     dropout: float = 0.0
     max_scores: int = MAX_SCORES
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-        """Returns output `[B, H, q, D]` and log-sum-exp `[B, H, q]`, both in the accumulation dtype."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
+        """Returns output `[B, H, q, D]` and log-sum-exp `[B, H, q]`, both in the accumulation
+        dtype.
+        """
         dtype = accumulation_dtype(query.dtype)
         key, value = key.to(dtype), value.to(dtype)
         out = query.new_empty(*query.shape[:3], value.shape[3], dtype=dtype)
@@ -45,7 +51,14 @@ class ChunkedKernel:
         return out, lse
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the gradients of query, key and value in the accumulation dtype."""
         dtype = accumulation_dtype(query.dtype)
@@ -77,8 +90,12 @@ class ChunkedKernel:
         for start in range(0, length, rows):
             yield slice(start, min(start + rows, length))
 
-    def _scores(self, query: Tensor, key: Tensor, chunk: slice, block: Block) -> tuple[Tensor, Tensor | None]:
-        """Returns the chunk's scores `[B, H, c, k]`, and the slope of the soft cap at them where there is one."""
+    def _scores(
+        self, query: Tensor, key: Tensor, chunk: slice, block: Block
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the chunk's scores `[B, H, c, k]`, and the slope of the soft cap at them where
+        there is one.
+        """
         scores = _by_group(query, key.transpose(2, 3)).mul_(block.scale)
         slope = None
         if self.softcap is not None:
@@ -97,7 +114,9 @@ class ChunkedKernel:
         return torch.Generator(device).manual_seed(block.seed) if self.dropout else None
 
     def _kept(self, weights: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """Returns the factor on each weight, 0 or 1 / (1 - dropout); forward and backward draw the same ones."""
+        """Returns the factor on each weight, 0 or 1 / (1 - dropout); forward and backward draw the
+        same ones.
+        """
         if generator is None:
             return None
         draws = torch.rand(weights.shape, generator=generator, device=weights.device)
@@ -106,13 +125,19 @@ class ChunkedKernel:
 
 
 def _by_group(left: Tensor, right: Tensor) -> Tensor:
-    """Multiplies `[B, H, c, n]` by the group's own `[B, K, n, m]`, without repeating it: `[B, H, c, m]`."""
+    """Multiplies `[B, H, c, n]` by the group's own `[B, K, n, m]`, without repeating it: `[B, H, c,
+    m]`.
+    """
     batch, heads, rows, _ = left.shape
-    return (left.reshape(batch, right.shape[1], -1, left.shape[3]) @ right).view(batch, heads, rows, right.shape[3])
+    return (left.reshape(batch, right.shape[1], -1, left.shape[3]) @ right).view(
+        batch, heads, rows, right.shape[3]
+    )
 
 
 def _over_group(left: Tensor, right: Tensor, num_key_heads: int) -> Tensor:
-    """Multiplies `[B, H, c, k]`, transposed, by `[B, H, c, D]` and sums over each group's heads: `[B, K, k, D]`."""
+    """Multiplies `[B, H, c, k]`, transposed, by `[B, H, c, D]` and sums over each group's heads:
+    `[B, K, k, D]`.
+    """
     batch = left.shape[0]
     left = left.reshape(batch, num_key_heads, -1, left.shape[3])
     return left.transpose(2, 3) @ right.reshape(batch, num_key_heads, -1, right.shape[3])

@@ -1,6 +1,8 @@
-"""Block kernels for CUDA: torch's flash, memory-efficient and cuDNN attention, and the flash-attn packages'.
+"""Block kernels for CUDA: torch's flash, memory-efficient and cuDNN attention, and the flash-attn
+packages'.
 
-All take the log-sum-exp of the whole softmax in the backward pass. Shapes are those of `BlockKernel`.
+All take the log-sum-exp of the whole softmax in the backward pass. Shapes are those of
+`BlockKernel`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ _LSE_ALIGNMENT = 32
 
 def _repeated(query: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Returns keys or values `[B, K, k, D]` repeated to all heads, `[B, H, k, D]`."""
-    return [tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in tensors]
+    return [
+        tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in tensors
+    ]
 
 
 def _summed(grads: Any, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients with those of repeated keys and values summed over each group, `[B, K, k, D]`."""
+    """Returns the gradients with those of repeated keys and values summed over each group, `[B, K,
+    k, D]`.
+    """
     key, value = (grad.unflatten(1, (num_key_heads, -1)).sum(dim=2) for grad in grads[1:3])
     return grads[0], key, value
 
@@ -35,14 +41,23 @@ def _summed(grads: Any, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 class AtenFlash:
     """torch's flash attention; half precision."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         result = torch.ops.aten._scaled_dot_product_flash_attention(
             query, *_repeated(query, key, value), 0.0, block.is_causal, False, scale=block.scale
         )
         return result[0], result[1][..., : query.shape[2]]
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -67,14 +82,29 @@ class AtenFlash:
 class AtenEfficient:
     """torch's memory-efficient attention; half precision and float32, any head size."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, *_repeated(query, key, value), None, True, 0.0, block.is_causal, scale=block.scale
+            query,
+            *_repeated(query, key, value),
+            None,
+            True,
+            0.0,
+            block.is_causal,
+            scale=block.scale,
         )
         return out, lse[..., : query.shape[2]]
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         lse = F.pad(lse, (0, -lse.shape[2] % _LSE_ALIGNMENT), value=torch.inf)
@@ -98,14 +128,30 @@ class AtenEfficient:
 class AtenCudnn:
     """cuDNN's attention through torch; half precision. Its log-sum-exp has a last dim of one."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, *_repeated(query, key, value), None, True, 0.0, block.is_causal, False, scale=block.scale
+            query,
+            *_repeated(query, key, value),
+            None,
+            True,
+            0.0,
+            block.is_causal,
+            False,
+            scale=block.scale,
         )
         return out, lse.reshape(query.shape[:3])
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -149,20 +195,33 @@ class FlashAttn2:
             "alibi_slopes": None,
         }
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward
 
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out, lse, *_ = _flash_attn_forward(q=q, k=k, v=v, return_softmax=False, **self._options(block))
+        out, lse, *_ = _flash_attn_forward(
+            q=q, k=k, v=v, return_softmax=False, **self._options(block)
+        )
         return out.transpose(1, 2), lse
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
         return _package_backward(
-            _flash_attn_backward, (grad, query, key, value, out, lse), {"deterministic": False, **self._options(block)}
+            _flash_attn_backward,
+            (grad, query, key, value, out, lse),
+            {"deterministic": False, **self._options(block)},
         )
 
 
@@ -176,29 +235,51 @@ class FlashAttn3:
 
     softcap: float | None = None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> tuple[Tensor, Tensor]:
         _flash_attn_forward = import_module("flash_attn_interface")._flash_attn_forward
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         out, lse, *_ = _flash_attn_forward(
-            q=q, k=k, v=v, softmax_scale=block.scale, causal=block.is_causal, softcap=self.softcap or 0.0
+            q=q,
+            k=k,
+            v=v,
+            softmax_scale=block.scale,
+            causal=block.is_causal,
+            softcap=self.softcap or 0.0,
         )
         return out.transpose(1, 2), lse
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: Block
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _flash_attn_backward = import_module("flash_attn_interface")._flash_attn_backward
         # A custom op keeps the function that it was made of; releases differ in this one name.
-        names = inspect.signature(getattr(_flash_attn_backward, "_init_fn", _flash_attn_backward)).parameters
+        names = inspect.signature(
+            getattr(_flash_attn_backward, "_init_fn", _flash_attn_backward)
+        ).parameters
         causal = "is_causal" if "is_causal" in names else "causal"
-        options = {"softmax_scale": block.scale, causal: block.is_causal, "softcap": self.softcap or 0.0}
+        options = {
+            "softmax_scale": block.scale,
+            causal: block.is_causal,
+            "softcap": self.softcap or 0.0,
+        }
         return _package_backward(_flash_attn_backward, (grad, query, key, value, out, lse), options)
 
 
 def _package_backward(
     function: Callable[..., Any], tensors: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a package's backward, which takes `[B, S, H, D]` and fills the gradients that it is given."""
+    """Runs a package's backward, which takes `[B, S, H, D]` and fills the gradients that it is
+    given.
+    """
     grad, query, key, value, out = (tensor.transpose(1, 2).contiguous() for tensor in tensors[:5])
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
     function(

@@ -1,4 +1,5 @@
-"""Blocks of attention in their place: a tile's part of each tensor, and how its result joins the others'.
+"""Blocks of attention in their place: a tile's part of each tensor, and how its result joins the
+others'.
 
 Shapes: B = rows, N = heads, D = head size.
 """
@@ -20,7 +21,9 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Keys and values `[B, K, k, D]` of consecutive tokens of one rank, the first of which is its token `start`."""
+    """Keys and values `[B, K, k, D]` of consecutive tokens of one rank, the first of which is its
+    token `start`.
+    """
 
     start: int
     key: Tensor
@@ -33,10 +36,11 @@ class KeyBlock:
 
 
 def query_views(tile: Tile, *tensors: Tensor) -> Tensors:
-    """Returns the part of each tensor `[B, H, tokens, ...]` that a tile has; anti-causal tiles read backwards.
+    """Returns the part of each tensor `[B, H, tokens, ...]` that a tile has; anti-causal tiles read
+    backwards.
 
-    A square in which query i sees the keys behind i is, without its last query and its first key, causal when both are
-    read backwards.
+    A square in which query i sees the keys behind i is, without its last query and its first key,
+    causal when both are read backwards.
     """
     if tile.shape == "anti_causal":
         return tuple(tensor[:, :, tile.q_start : tile.q_stop - 1].flip(2) for tensor in tensors)
@@ -51,7 +55,9 @@ def key_views(tile: Tile, *tensors: Tensor) -> Tensors:
 
 
 def alibi_of(slopes: Tensor, tile: Tile, places: Tensors) -> Alibi:
-    """Returns a tile's biases, from slopes `[H]` and the places of all queries `[s]` and keys `[s]` at hand."""
+    """Returns a tile's biases, from slopes `[H]` and the places of all queries `[s]` and keys `[s]`
+    at hand.
+    """
     queries, keys = places
     (own,), (others,) = query_views(tile, queries[None, None]), key_views(tile, keys[None, None])
     return Alibi(slopes, own[0, 0], others[0, 0])
@@ -69,7 +75,9 @@ def add_parts(places: Tensors, parts: Tensors) -> None:
 
 
 def merge_softmax(places: Tensors, parts: Tensors) -> None:
-    """Merges output `[B, H, q, D]` and log-sum-exp `[B, H, q]` over some keys into those over others, in place."""
+    """Merges output `[B, H, q, D]` and log-sum-exp `[B, H, q]` over some keys into those over
+    others, in place.
+    """
     (out, lse), (part, part_lse) = places, parts
     part_lse = part_lse.to(lse.dtype)
     weight = (part_lse - lse).sigmoid_()
@@ -80,8 +88,8 @@ def merge_softmax(places: Tensors, parts: Tensors) -> None:
 class Total:
     """What the parts of tiles come to; nothing is written before a part comes.
 
-    A part that has all rows, and more tokens than came before, becomes the total itself. Where tokens have one part
-    only it is copied, and a total that is one part keeps its dtype.
+    A part that has all rows, and more tokens than came before, becomes the total itself. Where
+    tokens have one part only it is copied, and a total that is one part keeps its dtype.
 
     Args:
         likes: for each tensor of the total one `[B, N, tokens, ...]` of its shape.
@@ -100,7 +108,9 @@ class Total:
         empty: tuple[float, ...] = (0.0, 0.0),
     ) -> None:
         self._likes, self._dtype, self._join, self._empty = likes, dtype, join, empty
-        self._written: dict[int, tuple[slice, tuple[Segment, ...]]] = {rows.start: (rows, ()) for rows in groups}
+        self._written: dict[int, tuple[slice, tuple[Segment, ...]]] = {
+            rows.start: (rows, ()) for rows in groups
+        }
         self._start, self._tensors = 0, ()  # type: tuple[int, Tensors]
 
     def add(self, rows: slice, start: int, *parts: Tensor) -> None:
@@ -116,7 +126,10 @@ class Total:
         seen = [(max(a, start), min(b, stop)) for a, b in written if a < stop and start < b]
         fresh = _gaps(seen, start, stop)
         if self._is_outgrown_by(start, parts):
-            (self._start, self._tensors), (start, parts) = (start, parts), (self._start, self._tensors)
+            (self._start, self._tensors), (start, parts) = (
+                (start, parts),
+                (self._start, self._tensors),
+            )
             fresh = []
         elif not self._spans(start, stop):
             self._hold_all()
@@ -164,14 +177,20 @@ class Total:
         return more > length and start <= self._start and self._start + length <= start + more
 
     def _spans(self, start: int, stop: int) -> bool:
-        return bool(self._tensors) and self._start <= start and stop <= self._start + self._tensors[0].shape[2]
+        return (
+            bool(self._tensors)
+            and self._start <= start
+            and stop <= self._start + self._tensors[0].shape[2]
+        )
 
     def _hold_all(self) -> None:
         """Makes room for all tokens."""
         held = [(place, self._views(*place)) for place in self._ranges()] if self._tensors else []
         # Tokens before heads, as the kernels return it.
         shapes = [like.transpose(1, 2).shape for like in self._likes]
-        rooms = [like.new_empty(shape, dtype=self._dtype) for like, shape in zip(self._likes, shapes)]
+        rooms = [
+            like.new_empty(shape, dtype=self._dtype) for like, shape in zip(self._likes, shapes)
+        ]
         self._start, self._tensors = 0, tuple(room.transpose(1, 2) for room in rooms)
         for place, parts in held:
             for tensor, part in zip(self._views(*place), parts):
@@ -181,7 +200,9 @@ class Total:
         self._tensors = tuple(tensor.to(self._dtype) for tensor in self._tensors)
 
     def _views(self, rows: slice, start: int, stop: int) -> Tensors:
-        return tuple(tensor[rows, :, start - self._start : stop - self._start] for tensor in self._tensors)
+        return tuple(
+            tensor[rows, :, start - self._start : stop - self._start] for tensor in self._tensors
+        )
 
     def _ranges(self) -> Iterator[tuple[slice, int, int]]:
         for rows, segments in self._written.values():

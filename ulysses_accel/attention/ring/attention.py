@@ -1,9 +1,11 @@
-"""Ring attention: keys and values travel past every rank's queries, block by block, in O(S / R) memory.
+"""Ring attention: keys and values travel past every rank's queries, block by block, in O(S / R)
+memory.
 
-Two exchanges. `p2p` rotates downwards, the next hop started before the block's compute; causal zigzag drops the half
-that no later rank sees, so 0.75 of the usual bytes travel, and gradients come home in R - 1 hops. `all_gather` sends
-each rank exactly the keys it sees (with a sliding window: the halo) in one collective, one group of heads at a time.
-Only output and log-sum-exp are saved. Merging and gradients accumulate in float32 (float64 for float64).
+Two exchanges. `p2p` rotates downwards, the next hop started before the block's compute; causal
+zigzag drops the half that no later rank sees, so 0.75 of the usual bytes travel, and gradients come
+home in R - 1 hops. `all_gather` sends each rank exactly the keys it sees (with a sliding window:
+the halo) in one collective, one group of heads at a time. Only output and log-sum-exp are saved.
+Merging and gradients accumulate in float32 (float64 for float64).
 
 Shapes: B = rows, H / K = query / key-value heads, R = ranks, s = S / R tokens, D / Dv = head sizes.
 """
@@ -34,7 +36,14 @@ from ulysses_accel.attention.ring.accumulate import (
     merge_softmax,
     query_views,
 )
-from ulysses_accel.attention.ring.exchange import Exchange, GatheredKeys, GradientsHome, Rotation, halves_of, packed
+from ulysses_accel.attention.ring.exchange import (
+    Exchange,
+    GatheredKeys,
+    GradientsHome,
+    Rotation,
+    halves_of,
+    packed,
+)
 from ulysses_accel.attention.ring.plan import RingPlan
 from ulysses_accel.attention.ring.tiles import Tile
 from ulysses_accel.attention.saved_results import kept
@@ -47,7 +56,9 @@ from ulysses_accel.sequence.sharding import next_multiple, pad_sequence_dim
 
 @dataclass(frozen=True)
 class _Ring:
-    """One call's way around the ring: which tiles, with which kernel; the same forward and backward."""
+    """One call's way around the ring: which tiles, with which kernel; the same forward and
+    backward.
+    """
 
     plan: RingPlan
     group: ProcessGroup | None
@@ -72,8 +83,12 @@ class _Ring:
         return [rows for rows, _ in self.plan.row_groups]
 
     def tiles_for(self, source: int) -> Iterator[tuple[slice, Tile, Block]]:
-        """Yields the tiles against one rank's keys, each with its rows and what it is computed with."""
-        tiles = [(rows, tile) for rows, row_tiles in self.plan.tiles_for(source) for tile in row_tiles]
+        """Yields the tiles against one rank's keys, each with its rows and what it is computed
+        with.
+        """
+        tiles = [
+            (rows, tile) for rows, row_tiles in self.plan.tiles_for(source) for tile in row_tiles
+        ]
         slopes = self.slopes
         places = None if slopes is None else self.plan.places(source, slopes.device)
         for number, (rows, tile) in enumerate(tiles):
@@ -115,11 +130,15 @@ class _Ring:
         for rows, tile, block in self.tiles_for(source):
             key_block = next(found for found in blocks if found.has(tile))
             (q,) = query_views(tile, query[rows])
-            k, v = key_views(tile.moved(0, -key_block.start), key_block.key[rows], key_block.value[rows])
+            k, v = key_views(
+                tile.moved(0, -key_block.start), key_block.key[rows], key_block.value[rows]
+            )
             total.add(rows, tile.q_start, *in_order(tile, *self.kernel.forward(q, k, v, block)))
 
     def backward(self, saved: _Saved, keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Adds up the gradient of the queries and returns those of this rank's keys and values, `[B, K, k, D]`."""
+        """Adds up the gradient of the queries and returns those of this rank's keys and values,
+        `[B, K, k, D]`.
+        """
         if self.group is None or self.is_alone:
             return self._gradients(saved, [KeyBlock(0, *keys)], 0)[0].whole()
         if self.exchange == "p2p":
@@ -132,10 +151,14 @@ class _Ring:
         gathered.send_home(gradients, own)
         return own
 
-    def _rotate_backward(self, saved: _Saved, keys: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
-        """A block's gradient follows its keys from their first reader on, and comes home from the last one.
+    def _rotate_backward(
+        self, saved: _Saved, keys: Tensor, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
+        """A block's gradient follows its keys from their first reader on, and comes home from the
+        last one.
 
-        This rank's own keys are last, while the last gradients travel, which are more bytes than the first keys.
+        This rank's own keys are last, while the last gradients travel, which are more bytes than
+        the first keys.
         """
         rotation = Rotation(group, self.plan)
         home = GradientsHome(rotation, keys, saved.dtype)
@@ -144,19 +167,27 @@ class _Ring:
         home.finish(own)
         return own
 
-    def _rotate_others(self, saved: _Saved, keys: Tensor, rotation: Rotation, home: GradientsHome) -> None:
+    def _rotate_others(
+        self, saved: _Saved, keys: Tensor, rotation: Rotation, home: GradientsHome
+    ) -> None:
         for hop, message in rotation.keys(keys):
             if hop > 0:
                 source = (self.plan.rank + hop) % self.plan.size
-                home.pass_on(self._gradients(saved, [KeyBlock(0, *halves_of(message))], source)[0], hop)
+                home.pass_on(
+                    self._gradients(saved, [KeyBlock(0, *halves_of(message))], source)[0], hop
+                )
 
     def _own_gradients(self, saved: _Saved, keys: Tensor) -> tuple[Tensor, ...]:
-        """Returns what this rank's own queries find for its keys and values, ready to be added to."""
+        """Returns what this rank's own queries find for its keys and values, ready to be
+        added to.
+        """
         (total,) = self._gradients(saved, [KeyBlock(0, *halves_of(keys))], self.plan.rank)
         return tuple(tensor.to(saved.dtype) for tensor in total.whole())
 
     def _gradients(self, saved: _Saved, blocks: list[KeyBlock], source: int) -> list[Total]:
-        """Adds to the gradient of the queries, and returns for each block that of its keys and values."""
+        """Adds to the gradient of the queries, and returns for each block that of its keys and
+        values.
+        """
         totals = [self.total(block.key, block.value) for block in blocks]
         for rows, tile, block in self.tiles_for(source):
             index = next(i for i, found in enumerate(blocks) if found.has(tile))
@@ -197,7 +228,9 @@ def _others(plan: RingPlan) -> list[int]:
 
 
 def _mixed(*numbers: int) -> int:
-    """Returns a seed of its own for each tuple of numbers: generators on the host tell the low 32 bits alone."""
+    """Returns a seed of its own for each tuple of numbers: generators on the host tell the low 32
+    bits alone.
+    """
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
@@ -205,7 +238,9 @@ class _RingAttention(torch.autograd.Function):
     """[B, H, s, D], [B, K, k, D], [B, K, k, D], [H] -> [B, H, s, D], exact over all ranks' keys."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, ring: _Ring) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, ring: _Ring
+    ) -> Tensor:
         ctx.ring = ring
         keys = (key, value) if ring.is_alone else (packed(key, value),)
 
@@ -231,7 +266,9 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _dense(grad: Tensor) -> Tensor:
-    """Returns a gradient `[B, H, s, D]` as kernels read it: heads or tokens first, nothing expanded."""
+    """Returns a gradient `[B, H, s, D]` as kernels read it: heads or tokens first, nothing
+    expanded.
+    """
     return grad if grad.transpose(1, 2).is_contiguous() else grad.contiguous()
 
 
@@ -259,27 +296,33 @@ def ring_attention(
     """Computes exact attention over a sequence whose tokens are laid out over the ranks of a ring.
 
     Args:
-        query: `[B, H, S / R, D]`, this rank's tokens in the order of `layout` (`sequence.layout.runs`).
+        query: `[B, H, S / R, D]`, this rank's tokens in the order of `layout`
+            (`sequence.layout.runs`).
         key: `[B, K, S / R, D]`; K divides H.
         value: `[B, K, S / R, Dv]`, Dv at most D.
         group: the R ranks.
         layout: `contiguous`, `zigzag` or `striped`.
-        exchange: `p2p` rotates keys in O(S / R) memory; `all_gather` sends each rank what it sees, in one collective.
+        exchange: `p2p` rotates keys in O(S / R) memory; `all_gather` sends each rank what it sees,
+            in one collective.
         is_causal: whether a token sees only itself and the tokens before it.
-        window: with causal attention, how many tokens one sees, itself included; without, how far away on either side
-            they may be; None for all.
-        document_ids: `[B, S]` of the whole sequence in its own order, equal for the tokens of one document, negative
-            for padding; or a `SequenceDescription`. None: each row is one document.
+        window: with causal attention, how many tokens one sees, itself included; without, how far
+            away on either side they may be; None for all.
+        document_ids: `[B, S]` of the whole sequence in its own order, equal for the tokens of one
+            document, negative for padding; or a `SequenceDescription`. None: each row is one
+            document.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        head_stride: with `all_gather`, how many key/value heads are gathered at a time; all when None.
+        head_stride: with `all_gather`, how many key/value heads are gathered at a time; all when
+            None.
         key_lengths: `[B]` tokens of each row; those behind are padding.
-        prefix_lengths: `[B]` or `[B, documents]` first tokens of a row's first or of each document that all tokens of
-            the document see.
+        prefix_lengths: `[B]` or `[B, documents]` first tokens of a row's first or of each document
+            that all tokens of the document see.
         sinks: `[H]` scores of a key of no value that every token sees.
         softcap: bound of the scores through tanh; None for no bound.
         dropout: probability of dropping an attention weight.
-        block_kernel: name of the kernel that computes the blocks (`kernel_choice`); chosen when None.
-        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the key; constants.
+        block_kernel: name of the kernel that computes the blocks (`kernel_choice`); chosen when
+            None.
+        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the
+            key; constants.
 
     Returns:
         `[B, H, S / R, Dv]`, this rank's tokens; zeros for padding.
@@ -293,7 +336,13 @@ def ring_attention(
     """
     size = group.size()
     description = describe(
-        document_ids, key_lengths, prefix_lengths, (query.shape[0], query.shape[2] * size), size, size, layout
+        document_ids,
+        key_lengths,
+        prefix_lengths,
+        (query.shape[0], query.shape[2] * size),
+        size,
+        size,
+        layout,
     )
     plan = RingPlan(
         query.shape[2] * size,
@@ -308,7 +357,15 @@ def ring_attention(
     )
     call = AttentionCall(is_causal, scale, dropout, softcap, sinks, alibi_slopes)
     return attend_in_ring(
-        query, key, value, group, plan, call=call, exchange=exchange, head_stride=head_stride, block_kernel=block_kernel
+        query,
+        key,
+        value,
+        group,
+        plan,
+        call=call,
+        exchange=exchange,
+        head_stride=head_stride,
+        block_kernel=block_kernel,
     )
 
 
@@ -338,7 +395,8 @@ def attend_in_ring(
         exchange: as for `ring_attention`.
         head_stride: as for `ring_attention`.
         call: scale, soft cap, dropout, and sinks and slopes `[H]` of the heads at hand.
-        seed_offset: number that tells ranks with the same place in different rings apart, for their dropout.
+        seed_offset: number that tells ranks with the same place in different rings apart, for their
+            dropout.
         block_kernel: as for `ring_attention`.
 
     Returns:
@@ -352,16 +410,22 @@ def attend_in_ring(
         check_slopes(call.alibi_slopes, query.shape[1])
     head_dim, value_dim = query.shape[3], value.shape[3]
     given = call.scale if call.scale is not None else scale
-    # The kernels take one head size for all three, on GPUs a multiple of eight; zeros behind change nothing.
+    # The kernels take one head size for all three, on GPUs a multiple of eight; zeros behind change
+    # nothing.
     width = next_multiple(head_dim, 8) if query.is_cuda else head_dim
-    query, key, value = (pad_sequence_dim(tensor, width, 0.0, dim=3) for tensor in (query, key, value))
-    kernel = kernel_for(query, call.softcap, call.dropout, block_kernel, call.alibi_slopes is not None)
+    query, key, value = (
+        pad_sequence_dim(tensor, width, 0.0, dim=3) for tensor in (query, key, value)
+    )
+    kernel = kernel_for(
+        query, call.softcap, call.dropout, block_kernel, call.alibi_slopes is not None
+    )
     scale = given if given is not None else head_dim**-0.5
     stride = head_stride if exchange == "all_gather" and head_stride else key.shape[1]
     groups = query.shape[1] // key.shape[1]
     outs = []
     for first in range(0, key.shape[1], stride):
-        # Drawn on the host, whose generator activation checkpointing rewinds: the recompute gets the same masks.
+        # Drawn on the host, whose generator activation checkpointing rewinds: the recompute gets
+        # the same masks.
         seed = _mixed(int(torch.randint(2**62, ())), seed_offset) if call.dropout else 0
         own = call.for_heads(first * groups, (first + stride) * groups)
         slopes = None if own.alibi_slopes is None else own.alibi_slopes.to(query.device)
@@ -374,22 +438,33 @@ def attend_in_ring(
 
 
 def _heads(tensor: Tensor, first: int, number: int) -> Tensor:
-    """Returns some heads of `[B, N, s, D]`; all of them as they are, for the gradient of a view is a copy."""
+    """Returns some heads of `[B, N, s, D]`; all of them as they are, for the gradient of a view is
+    a copy.
+    """
     return tensor if number >= tensor.shape[1] else tensor[:, first : first + number]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: RingPlan) -> None:
-    if key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3] or value.shape[3] > key.shape[3]:
+    if (
+        key.shape[:3] != value.shape[:3]
+        or query.shape[3] != key.shape[3]
+        or value.shape[3] > key.shape[3]
+    ):
         raise ShapeError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must agree in rows, "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
+            "must agree in rows, "
             f"tokens and head size, and value heads be no wider."
         )
     lengths, expected = (query.shape[2], key.shape[2]), (plan.shard_length, plan.key_shard_length)
     if lengths != expected or not query.shape[0] == key.shape[0] == len(plan.rows):
         raise ShapeError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} must have {expected[0]} and {expected[1]} tokens "
-            f"in {len(plan.rows)} rows, as the batch was described. Describe the whole sequence, each batch anew; with "
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must have {expected[0]} and "
+            f"{expected[1]} tokens "
+            f"in {len(plan.rows)} rows, as the batch was described. Describe the whole sequence, "
+            "each batch anew; with "
             f"cross-attention also the one that is read (key_description)."
         )
     if query.shape[1] % key.shape[1]:
-        raise ShapeError(f"{key.shape[1]} key/value heads do not divide {query.shape[1]} query heads.")
+        raise ShapeError(
+            f"{key.shape[1]} key/value heads do not divide {query.shape[1]} query heads."
+        )

@@ -1,9 +1,9 @@
 """How keys travel around a ring and their gradients come home, by a plan that all ranks share.
 
-`Rotation` passes them on neighbour by neighbour; `GatheredKeys` brings each rank exactly what it sees in one
-collective. A message is key and value together, `[k, 2, B, K, D]`: any run of tokens lies in one piece, so that what
-some rank needs is sent, received and read without a copy.
-Shapes: B = rows, K = key/value heads, R = ranks, k = tokens, D = head size.
+`Rotation` passes them on neighbour by neighbour; `GatheredKeys` brings each rank exactly what it
+sees in one collective. A message is key and value together, `[k, 2, B, K, D]`: any run of tokens
+lies in one piece, so that what some rank needs is sent, received and read without a copy. Shapes: B
+= rows, K = key/value heads, R = ranks, k = tokens, D = head size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Exchange = Literal["p2p", "all_gather"]
 
 
 def packed(key: Tensor, value: Tensor) -> Tensor:
-    """Returns keys and values as one message, `[B, K, k, D]`, `[B, K, k, D]` -> `[k, 2, B, K, D]`."""
+    """Returns keys and values as one message, `[B, K, k, D]`, `[B, K, k, D]` -> `[k, 2, B, K,
+    D]`.
+    """
     message = key.new_empty(key.shape[2], 2, *key.shape[:2], key.shape[3])
     for place, tensor in zip(halves_of(message), (key, value)):
         place.copy_(tensor)
@@ -32,7 +34,9 @@ def packed(key: Tensor, value: Tensor) -> Tensor:
 
 
 def halves_of(message: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the views of a message's keys and values, `[k, 2, B, K, D]` -> `[B, K, k, D]`, `[B, K, k, D]`."""
+    """Returns the views of a message's keys and values, `[k, 2, B, K, D]` -> `[B, K, k, D]`, `[B,
+    K, k, D]`.
+    """
     key, value = message.permute(1, 2, 3, 0, 4).unbind(0)
     return key, value
 
@@ -55,7 +59,9 @@ class _TwoBuffers:
 
 
 class Rotation:
-    """The messages of one pass around the ring; all of a hop's go in one batch, in the same order on every rank."""
+    """The messages of one pass around the ring; all of a hop's go in one batch, in the same order
+    on every rank.
+    """
 
     def __init__(self, group: ProcessGroup, plan: RingPlan) -> None:
         self.group, self.plan = group, plan
@@ -64,14 +70,20 @@ class Rotation:
         self.below = members[(plan.rank - 1) % plan.size]
         self.above = members[(plan.rank + 1) % plan.size]
 
-    def post(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> list[Any]:
+    def post(
+        self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
+    ) -> list[Any]:
         """Starts sends and receives with global ranks; returns what to wait for."""
         operations = [dist.P2POp(dist.isend, tensor, peer, self.group) for tensor, peer in sends]
-        operations += [dist.P2POp(dist.irecv, tensor, peer, self.group) for tensor, peer in receives]
+        operations += [
+            dist.P2POp(dist.irecv, tensor, peer, self.group) for tensor, peer in receives
+        ]
         return dist.batch_isend_irecv(operations) if operations else []
 
     def keys(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields each hop with its keys `[k, 2, B, K, D]`, this rank's own first; the next hop's are under way then."""
+        """Yields each hop with its keys `[k, 2, B, K, D]`, this rank's own first; the next hop's
+        are under way then.
+        """
         plan, buffers = self.plan, _TwoBuffers(own, own.dtype)
         reader, message = (plan.rank - 1) % plan.size, own
         for hop in range(plan.size - 1):
@@ -118,19 +130,31 @@ class GradientsHome:
             total.add_to(halves_of(message))
         below, above = (plan.rank - 1) % plan.size, (plan.rank + 1) % plan.size
         # The last reader's neighbour below is home: it gets all that the last reader was brought.
-        length = plan.carried_length(plan.rank, hop) if last else plan.carried_length(below, hop + 1)
-        self.arriving = self.buffers.take(
-            hop + 1, plan.carried_length(above, hop) if last else plan.carried_length(plan.rank, hop + 1)
+        length = (
+            plan.carried_length(plan.rank, hop) if last else plan.carried_length(below, hop + 1)
         )
-        sends, receives = [(message[:length], self.rotation.below)], [(self.arriving, self.rotation.above)]
+        self.arriving = self.buffers.take(
+            hop + 1,
+            plan.carried_length(above, hop) if last else plan.carried_length(plan.rank, hop + 1),
+        )
+        sends, receives = (
+            [(message[:length], self.rotation.below)],
+            [(self.arriving, self.rotation.above)],
+        )
         if plan.drops_late_half and not last:
             self._late_half(message, hop, sends, receives)
         self.work = self.rotation.post(sends, receives)
 
     def _late_half(
-        self, message: Tensor, hop: int, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
+        self,
+        message: Tensor,
+        hop: int,
+        sends: list[tuple[Tensor, int]],
+        receives: list[tuple[Tensor, int]],
     ) -> None:
-        """Adds the transfer of a late half's gradient, which ends its way at rank 0, straight to its home."""
+        """Adds the transfer of a late half's gradient, which ends its way at rank 0, straight to
+        its home.
+        """
         half = self.plan.shard_length // 2
         if self.plan.rank == 0:
             sends.append((message[half:], self.rotation.members[hop]))
@@ -149,7 +173,8 @@ class GradientsHome:
 
 
 class GatheredKeys:
-    """What each rank sees of the others' keys, brought by one collective, and the way back of its gradients.
+    """What each rank sees of the others' keys, brought by one collective, and the way back of its
+    gradients.
 
     Args:
         own: this rank's keys, `[k, 2, B, K, D]`.
@@ -163,11 +188,15 @@ class GatheredKeys:
         self.received = [total_length(ranges) for ranges in plan.incoming]
         parts = [own[start:stop] for ranges in plan.outgoing for start, stop in ranges]
         # [k, 2, B, K, D] -> [tokens seen elsewhere, 2, B, K, D] -> [tokens seen here, 2, B, K, D]
-        self.keys = all_to_all(torch.cat(parts) if parts else own[:0], group, self.sent, self.received)
+        self.keys = all_to_all(
+            torch.cat(parts) if parts else own[:0], group, self.sent, self.received
+        )
 
     def blocks(self, source: int) -> list[KeyBlock]:
         """Returns what this rank sees of another rank's keys, each run of tokens by itself."""
-        return [KeyBlock(start, *halves_of(message)) for start, message in self._of(self.keys, source)]
+        return [
+            KeyBlock(start, *halves_of(message)) for start, message in self._of(self.keys, source)
+        ]
 
     def room(self, dtype: torch.dtype) -> Tensor:
         """Returns room for the gradients of all keys, `[tokens seen here, 2, B, K, D]`."""
@@ -179,7 +208,9 @@ class GatheredKeys:
             total.copy_to(halves_of(message))
 
     def send_home(self, gradients: Tensor, own: tuple[Tensor, ...]) -> None:
-        """Adds what other ranks found to this rank's gradients `[B, K, k, D]` of keys and values."""
+        """Adds what other ranks found to this rank's gradients `[B, K, k, D]` of keys and
+        values.
+        """
         # [tokens seen here, 2, B, K, D] -> [tokens seen elsewhere, 2, B, K, D]
         found = all_to_all(gradients, self.group, self.received, self.sent)
         offset = 0

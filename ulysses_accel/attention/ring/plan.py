@@ -30,11 +30,13 @@ class RingPlan:
         layout: how tokens are dealt to the ranks.
         rows: each row's documents, in positions of the whole sequence.
         is_causal: whether a query sees only keys up to its own position.
-        window: with causal attention, keys that a query sees, its own included; without, how far away on either side
-            they may be; None for all.
+        window: with causal attention, keys that a query sees, its own included; without, how far
+            away on either side they may be; None for all.
         holes: each row's padding inside of documents; empty where no row has any.
-        prefixes: for each row and document how many of its first tokens all of its tokens see; empty for none.
-        keys: with cross-attention, the sequence that is read, dealt over the same ring; None for self-attention.
+        prefixes: for each row and document how many of its first tokens all of its tokens see;
+            empty for none.
+        keys: with cross-attention, the sequence that is read, dealt over the same ring; None for
+            self-attention.
     """
 
     length: int
@@ -108,7 +110,9 @@ class RingPlan:
 
     @cached_property
     def row_groups(self) -> tuple[tuple[slice, RowRule], ...]:
-        """Neighbouring rows of the batch that see alike and are computed together, with their rule."""
+        """Neighbouring rows of the batch that see alike and are computed together, with their
+        rule.
+        """
         return equal_neighbours(self.row_rules)
 
     def runs_of(self, rank: int) -> tuple[Run, ...]:
@@ -122,9 +126,16 @@ class RingPlan:
         return runs(self.keys.sequence_length, self.size, rank, self.keys.layout)
 
     def places(self, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the places `[S / R]` in the sequence of this rank's tokens and of those of rank `source`."""
+        """Returns the places `[S / R]` in the sequence of this rank's tokens and of those of rank
+        `source`.
+        """
         own, others = (
-            torch.cat([torch.arange(run.start, run.start + run.count * run.step, run.step) for run in found])
+            torch.cat(
+                [
+                    torch.arange(run.start, run.start + run.count * run.step, run.step)
+                    for run in found
+                ]
+            )
             for found in (self.runs_of(self.rank), self.runs_of(source))
         )
         return own.to(device), others.to(device)
@@ -138,50 +149,74 @@ class RingPlan:
         own = self.runs_of(self.rank)
         return tuple(
             tuple(
-                (rows, joined_tiles(tiles(own, self.key_runs_of(source), rule, self.is_causal, self.window)))
+                (
+                    rows,
+                    joined_tiles(
+                        tiles(own, self.key_runs_of(source), rule, self.is_causal, self.window)
+                    ),
+                )
                 for rows, rule in self.row_groups
             )
             for source in range(self.size)
         )
 
     def needed(self, reader: int, source: int) -> tuple[Range, ...]:
-        """Returns the local key ranges of rank `source` that rank `reader` sees, in order and apart from each other.
+        """Returns the local key ranges of rank `source` that rank `reader` sees, in order and apart
+        from each other.
 
-        Every rank computes the same answer for any pair, so that both sides of a transfer know its size.
+        Every rank computes the same answer for any pair, so that both sides of a transfer know its
+        size.
         """
         return joined(
             tile.seen_keys
             for rule in set(self.row_rules)
-            for tile in tiles(self.runs_of(reader), self.key_runs_of(source), rule, self.is_causal, self.window)
+            for tile in tiles(
+                self.runs_of(reader), self.key_runs_of(source), rule, self.is_causal, self.window
+            )
         )
 
     @cached_property
     def incoming(self) -> tuple[tuple[Range, ...], ...]:
         """For each other rank the key ranges that come from it; nothing from this rank itself."""
-        return tuple(() if rank == self.rank else self.needed(self.rank, rank) for rank in range(self.size))
+        return tuple(
+            () if rank == self.rank else self.needed(self.rank, rank) for rank in range(self.size)
+        )
 
     @cached_property
     def outgoing(self) -> tuple[tuple[Range, ...], ...]:
         """For each other rank the key ranges that go to it."""
-        return tuple(() if rank == self.rank else self.needed(rank, self.rank) for rank in range(self.size))
+        return tuple(
+            () if rank == self.rank else self.needed(rank, self.rank) for rank in range(self.size)
+        )
 
     @property
     def drops_late_half(self) -> bool:
-        """Whether the second run of a rank is seen only by ranks below it, as in causal zigzag without prefixes."""
+        """Whether the second run of a rank is seen only by ranks below it, as in causal zigzag
+        without prefixes.
+        """
         has_prefixes = any(any(lengths) for lengths in self.prefixes)
-        return self.layout == "zigzag" and self.is_causal and self.size > 1 and not has_prefixes and self.keys is None
+        return (
+            self.layout == "zigzag"
+            and self.is_causal
+            and self.size > 1
+            and not has_prefixes
+            and self.keys is None
+        )
 
     def carries_late_half(self, reader: int, hop: int) -> bool:
         """Whether the keys that reach rank `reader` at hop 1 to R - 1 still hold their second run.
 
-        Keys rotate downwards. A rank's late tokens are seen only by lower ranks, so they stop at rank 0, and the
-        passage from rank 0 up to the last rank carries the early half alone: 0.75 of the usual bytes.
+        Keys rotate downwards. A rank's late tokens are seen only by lower ranks, so they stop at
+        rank 0, and the passage from rank 0 up to the last rank carries the early half alone: 0.75
+        of the usual bytes.
         """
         return not self.drops_late_half or reader + hop < self.size
 
     def carried_length(self, reader: int, hop: int) -> int:
         """Tokens that reach rank `reader` at a hop."""
-        return self.key_shard_length if self.carries_late_half(reader, hop) else self.shard_length // 2
+        return (
+            self.key_shard_length if self.carries_late_half(reader, hop) else self.shard_length // 2
+        )
 
 
 def total_length(ranges: tuple[Range, ...]) -> int:

@@ -1,11 +1,14 @@
-"""Which rectangles of scores one rank computes against another rank's keys: pure arithmetic, on the host.
+"""Which rectangles of scores one rank computes against another rank's keys: pure arithmetic, on the
+host.
 
-A sequence is laid out over a ring in runs of equally spaced tokens. Between a run of queries and a run of keys,
-attention within documents (causal or not, with or without a window, around holes, with prefixes) and between two
-sequences is a set of tiles without any mask: full rectangles, causal squares and (for a window's far edge) anti-causal
-squares. Every visible pair of tokens is in exactly one tile.
+A sequence is laid out over a ring in runs of equally spaced tokens. Between a run of queries and a
+run of keys, attention within documents (causal or not, with or without a window, around holes, with
+prefixes) and between two sequences is a set of tiles without any mask: full rectangles, causal
+squares and (for a window's far edge) anti-causal squares. Every visible pair of tokens is in
+exactly one tile.
 
-Fewer and larger tiles with the same visible pairs: each kernel call saves the merge of its result with another's.
+Fewer and larger tiles with the same visible pairs: each kernel call saves the merge of its result
+with another's.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class Tile:
     """Queries [q_start, q_stop) against keys [k_start, k_stop), in the ranks' local indices.
 
     Args:
-        shape: `full`; `causal`: query i sees keys 0 to i of the square; `anti_causal`: it sees the keys behind i.
+        shape: `full`; `causal`: query i sees keys 0 to i of the square; `anti_causal`: it sees the
+            keys behind i.
     """
 
     q_start: int
@@ -39,7 +43,9 @@ class Tile:
 
     @property
     def seen_keys(self) -> tuple[int, int]:
-        """The keys that some query of the tile sees; an anti-causal square's first key is seen by none."""
+        """The keys that some query of the tile sees; an anti-causal square's first key is seen by
+        none.
+        """
         return (self.k_start + 1 if self.shape == "anti_causal" else self.k_start), self.k_stop
 
     @property
@@ -52,7 +58,13 @@ class Tile:
 
     def moved(self, queries: int, keys: int) -> Tile:
         """Returns the same tile that many queries and keys further on."""
-        return Tile(self.q_start + queries, self.q_stop + queries, self.k_start + keys, self.k_stop + keys, self.shape)
+        return Tile(
+            self.q_start + queries,
+            self.q_stop + queries,
+            self.k_start + keys,
+            self.k_stop + keys,
+            self.shape,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,13 @@ class RowRule:
     """Which tokens of one row see which.
 
     Args:
-        documents: (start, stop) token positions; pairs from different documents see nothing of each other.
+        documents: (start, stop) token positions; pairs from different documents see nothing of each
+            other.
         holes: padding inside of documents, likewise.
-        prefixes: for each document how many of its first tokens all of its tokens see; empty where none has any.
-        seen: with cross-attention the other sequence's (start, stop) positions, which all tokens see; None without.
+        prefixes: for each document how many of its first tokens all of its tokens see; empty where
+            none has any.
+        seen: with cross-attention the other sequence's (start, stop) positions, which all tokens
+            see; None without.
     """
 
     documents: tuple[Segment, ...]
@@ -83,11 +98,12 @@ def tiles(
 
     Args:
         queries: runs of the rank that computes.
-        keys: runs of the rank that the keys are from; spaced as the queries, but for cross-attention.
+        keys: runs of the rank that the keys are from; spaced as the queries, but for
+            cross-attention.
         rule: which tokens see which; documents alone for a row without more.
         is_causal: whether a query sees only keys up to its own position.
-        window: with causal attention, how many keys a query sees, its own included; without, how far away on either
-            side the keys may be; None for all.
+        window: with causal attention, how many keys a query sees, its own included; without, how
+            far away on either side the keys may be; None for all.
 
     Raises:
         ConfigError: a window that leaves a token nothing to see.
@@ -99,7 +115,13 @@ def tiles(
     if rule.seen is not None:
         visible = joined(piece for document in pieces for piece in document)
         pairs = [(q_piece, k_piece) for q_piece in visible for k_piece in rule.seen]
-        return tuple(_rectangle(q, k, *pair) for q in queries for k in keys for pair in pairs if _meet(q, k, *pair))
+        return tuple(
+            _rectangle(q, k, *pair)
+            for q in queries
+            for k in keys
+            for pair in pairs
+            if _meet(q, k, *pair)
+        )
     prefixes = rule.prefixes if is_causal and rule.prefixes else (0,) * len(pieces)
     return tuple(
         tile
@@ -115,7 +137,8 @@ def check_window(window: int | None, is_causal: bool) -> None:
     """Raises ConfigError where a window leaves a token nothing to see, not even itself."""
     if window is not None and window < int(is_causal):
         raise ConfigError(
-            f"window={window} leaves a token nothing to see. Use {int(is_causal)} or more, or window=None for all."
+            f"window={window} leaves a token nothing to see. Use {int(is_causal)} or more, or "
+            "window=None for all."
         )
 
 
@@ -130,7 +153,9 @@ def _rectangle(q_run: Run, k_run: Run, queries: Segment, keys: Segment) -> Tile:
 
 
 def _edges(q_run: Run, k_run: Run, is_causal: bool, window: int | None) -> Edges:
-    """Returns (newest, oldest): query index i sees key index j from i + oldest to i + newest; None for no edge."""
+    """Returns (newest, oldest): query index i sees key index j from i + oldest to i + newest; None
+    for no edge.
+    """
     distance, step = q_run.start - k_run.start, q_run.step
     if is_causal:
         return distance // step, None if window is None else -(-(distance - window + 1) // step)
@@ -139,8 +164,12 @@ def _edges(q_run: Run, k_run: Run, is_causal: bool, window: int | None) -> Edges
     return (distance + window) // step, -(-(distance - window) // step)
 
 
-def _document_tiles(q_run: Run, k_run: Run, pieces: list[Segment], prefix_stop: int, edges: Edges) -> Iterator[Tile]:
-    """Tiles one document: the keys before `prefix_stop` are seen by all, the rest of them within the edges."""
+def _document_tiles(
+    q_run: Run, k_run: Run, pieces: list[Segment], prefix_stop: int, edges: Edges
+) -> Iterator[Tile]:
+    """Tiles one document: the keys before `prefix_stop` are seen by all, the rest of them within
+    the edges.
+    """
     newest, oldest = edges
     for (q_start, q_stop), (k_start, k_stop) in product(pieces, pieces):
         queries = (q_start, q_stop)
@@ -164,17 +193,21 @@ def _band(qa: int, qb: int, ka: int, kb: int, newest: int, oldest: int | None) -
     width = newest - oldest + 1
     if width <= 0:
         return
-    # Row blocks no taller than the window: below it, a block's old edge and its new edge can't share a key.
+    # Row blocks no taller than the window: below it, a block's old edge and its new edge can't
+    # share a key.
     for start in range(qa, qb, width):
         stop = min(start + width, qb)
         split = start + newest + 1
-        # Keys that the block's first query sees already are cut at the old edge only, later ones at the new edge only.
+        # Keys that the block's first query sees already are cut at the old edge only, later ones at
+        # the new edge only.
         yield from _upper(start, stop, ka, min(kb, split), oldest)
         yield from _lower(start, stop, max(ka, split), kb, newest)
 
 
 def _lower(qa: int, qb: int, ka: int, kb: int, newest: int) -> Iterator[Tile]:
-    """Tiles the pairs with j <= i + newest: a rectangle, a causal square and the rectangle below it."""
+    """Tiles the pairs with j <= i + newest: a rectangle, a causal square and the rectangle below
+    it.
+    """
     first = max(qa, ka - newest)
     last = min(qb, kb - newest)
     if first >= qb or ka >= kb:
@@ -192,7 +225,9 @@ def _lower(qa: int, qb: int, ka: int, kb: int, newest: int) -> Iterator[Tile]:
 
 
 def _upper(qa: int, qb: int, ka: int, kb: int, oldest: int) -> Iterator[Tile]:
-    """Tiles the pairs with j >= i + oldest: a rectangle, an anti-causal square and the rectangle above it."""
+    """Tiles the pairs with j >= i + oldest: a rectangle, an anti-causal square and the rectangle
+    above it.
+    """
     # In terms of j > i + cut: query i of a square sees the keys behind it.
     cut = oldest - 1
     last = min(qb, kb - 1 - cut)
@@ -204,7 +239,8 @@ def _upper(qa: int, qb: int, ka: int, kb: int, oldest: int) -> Iterator[Tile]:
     if first >= last:
         return
     square_stop = last + cut
-    # Row i sees keys from i + cut + 1; the square's last column is excluded from its first row on by shape.
+    # Row i sees keys from i + cut + 1; the square's last column is excluded from its first row on
+    # by shape.
     if last - first > 1:
         yield Tile(first, last, first + cut, square_stop, "anti_causal")
     if square_stop < kb:
@@ -224,7 +260,9 @@ def joined_tiles(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
 
 
 def _joined_squares(tiles: list[Tile]) -> tuple[list[Tile], list[Tile]]:
-    """Returns the causal squares, joined over the rectangle between two where they meet, and the tiles left over."""
+    """Returns the causal squares, joined over the rectangle between two where they meet, and the
+    tiles left over.
+    """
     squares = {(tile.q_start, tile.k_start): tile for tile in tiles if tile.shape == "causal"}
     rest = {tile: None for tile in tiles if tile.shape != "causal"}
     found = []
@@ -259,4 +297,7 @@ def _queries(tile: Tile) -> tuple[int, int]:
 def _joined_columns(tiles: list[Tile]) -> list[Tile]:
     """Joins rectangles of the same keys whose queries follow each other."""
     turned = [Tile(tile.k_start, tile.k_stop, tile.q_start, tile.q_stop, "full") for tile in tiles]
-    return [Tile(tile.k_start, tile.k_stop, tile.q_start, tile.q_stop, "full") for tile in _joined_rows(turned)]
+    return [
+        Tile(tile.k_start, tile.k_stop, tile.q_start, tile.q_stop, "full")
+        for tile in _joined_rows(turned)
+    ]

@@ -1,9 +1,11 @@
-"""Ulysses in head chunks: a rank's heads are exchanged and attended to a few at a time, in less memory.
+"""Ulysses in head chunks: a rank's heads are exchanged and attended to a few at a time, in less
+memory.
 
-The exchange of one chunk runs while the chunk before it is computed, forward and backward. Chunks cut whole groups of
-query heads; where a rank has fewer key/value heads than chunks, a head travels with its first query chunk and stays for
-the others, so that the bytes on the wire are those of the exchange at once.
-Shapes: B = rows, H / K = query / key-value heads, P = ranks, s = S / P tokens, D / Dv = head sizes.
+The exchange of one chunk runs while the chunk before it is computed, forward and backward. Chunks
+cut whole groups of query heads; where a rank has fewer key/value heads than chunks, a head travels
+with its first query chunk and stays for the others, so that the bytes on the wire are those of the
+exchange at once. Shapes: B = rows, H / K = query / key-value heads, P = ranks, s = S / P tokens, D
+/ Dv = head sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from torch.distributed import ProcessGroup
 
 from ulysses_accel.attention.heads import HeadSplit, Range
 from ulysses_accel.attention.kernels.limits import MAX_ELEMENTS
-from ulysses_accel.attention.ulysses.exchange import Counts, CutHeads, Sizes, check_exchange, message_parts
+from ulysses_accel.attention.ulysses.exchange import (
+    Counts,
+    CutHeads,
+    Sizes,
+    check_exchange,
+    message_parts,
+)
 from ulysses_accel.attention.ulysses.overlap import (
     AsyncExchange,
     CutByHeads,
@@ -71,7 +79,8 @@ class HeadChunks:
             legal = ", ".join(str(number) for number in range(1, fewest + 1))
             raise ShapeError(
                 f"sp_head_chunks={self.number} can't cut the {fewest} query heads of a rank "
-                f"(num_attention_heads={self.split.num_heads} on sp_size={self.split.size}). Use one of: {legal}."
+                f"(num_attention_heads={self.split.num_heads} on sp_size={self.split.size}). Use "
+                f"one of: {legal}."
             )
 
     @cached_property
@@ -85,7 +94,9 @@ class HeadChunks:
         return _moved(self._cuts[rank].queries(chunk), self.split.queries(rank)[0])
 
     def keys(self, chunk: int, rank: int) -> Range:
-        """Returns the key/value heads (from, to) that travel with a rank's chunk; none where an earlier one did."""
+        """Returns the key/value heads (from, to) that travel with a rank's chunk; none where an
+        earlier one did.
+        """
         keys = self._cuts[rank].keys(chunk)
         if chunk > 0 and self._cuts[rank].keys(chunk - 1) == keys:
             keys = (keys[1], keys[1])
@@ -97,12 +108,26 @@ class HeadChunks:
         return queries[1] - queries[0], keys[1] - keys[0], keys[1] - keys[0]
 
     def all_queries(self) -> list[Range]:
-        """Returns the query heads of each chunk and rank, rank by rank within a chunk; together all heads once."""
-        return [self.queries(chunk, rank) for chunk in range(self.number) for rank in range(self.split.size)]
+        """Returns the query heads of each chunk and rank, rank by rank within a chunk; together all
+        heads once.
+        """
+        return [
+            self.queries(chunk, rank)
+            for chunk in range(self.number)
+            for rank in range(self.split.size)
+        ]
 
     def keys_in(self, chunk: int) -> list[Range]:
-        """Returns the key/value heads that travel with a chunk, each once; over all chunks all heads once."""
-        return sorted({self.keys(chunk, rank) for rank in range(self.split.size) if self.counts(chunk, rank)[1]})
+        """Returns the key/value heads that travel with a chunk, each once; over all chunks all
+        heads once.
+        """
+        return sorted(
+            {
+                self.keys(chunk, rank)
+                for rank in range(self.split.size)
+                if self.counts(chunk, rank)[1]
+            }
+        )
 
 
 def _moved(heads: Range, first: int) -> Range:
@@ -110,7 +135,9 @@ def _moved(heads: Range, first: int) -> Range:
 
 
 class _Pack(torch.autograd.Function):
-    """A chunk's pieces [B, s, n, D] of query, key and value -> one flat message, [s, B, width] for each rank."""
+    """A chunk's pieces [B, s, n, D] of query, key and value -> one flat message, [s, B, width] for
+    each rank.
+    """
 
     @staticmethod
     def forward(ctx: Any, pipeline: _Pipeline, chunk: int, *pieces: Tensor) -> Tensor:
@@ -137,7 +164,9 @@ class _Pack(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
-    """A chunk's outputs, flat, [s, B, n, Dv] from each rank -> their places [B, s, n, Dv] in the whole output."""
+    """A chunk's outputs, flat, [s, B, n, Dv] from each rank -> their places [B, s, n, Dv] in the
+    whole output.
+    """
 
     @staticmethod
     def forward(ctx: Any, pipeline: _Pipeline, chunk: int, received: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +175,8 @@ class _Place(torch.autograd.Function):
         for rank, part in enumerate(pipeline.outputs(chunk, received)):
             place = pipeline.out.part(pipeline.chunks.queries(chunk, rank), received)
             place.copy_(part.transpose(0, 1))
-            # Without autograd's knowledge of the view: other nodes fill other parts of the same buffer.
+            # Without autograd's knowledge of the view: other nodes fill other parts of the same
+            # buffer.
             places.append(place.data)
         return tuple(places)
 
@@ -159,7 +189,8 @@ class _Place(torch.autograd.Function):
 
 
 class _Pipeline:
-    """The chunks of one attention call on one rank: what is sent, where it lies, and the steps of each chunk.
+    """The chunks of one attention call on one rank: what is sent, where it lies, and the steps of
+    each chunk.
 
     Args:
         query: `[B, s, H, D]`.
@@ -169,7 +200,9 @@ class _Pipeline:
         chunks: which heads are in which chunk.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, chunks: HeadChunks) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, chunks: HeadChunks
+    ) -> None:
         self.group, self.chunks, self.rank, self.size = group, chunks, group.rank(), group.size()
         self.sizes: Sizes = (query.shape[3], key.shape[3], value.shape[3])
         self.batch, self.length = query.shape[:2]
@@ -182,7 +215,10 @@ class _Pipeline:
         cuts = zip(tensors, ranges)
         query, key, value = (iter(CutByHeads.apply(*cut)) for cut in cuts)  # type: ignore[no-untyped-call]
         counts = [len(found) for found in keys]
-        return [[*islice(query, self.size), *islice(key, count), *islice(value, count)] for count in counts]
+        return [
+            [*islice(query, self.size), *islice(key, count), *islice(value, count)]
+            for count in counts
+        ]
 
     def message_sizes(self, chunk: int) -> list[int]:
         """Returns the elements of a chunk's message to each rank."""
@@ -193,10 +229,15 @@ class _Pipeline:
         return sum(count * size for count, size in zip(self.chunks.counts(chunk, rank), self.sizes))
 
     def messages(self, chunk: int, message: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Cuts a flat message into views [s, B, n, D] of the query, key and value heads for each rank."""
+        """Cuts a flat message into views [s, B, n, D] of the query, key and value heads for each
+        rank.
+        """
         parts = message.split(self.message_sizes(chunk))
         shaped = (part.view(self.length, self.batch, -1) for part in parts)
-        return [message_parts(part, self.chunks.counts(chunk, rank), self.sizes) for rank, part in enumerate(shaped)]
+        return [
+            message_parts(part, self.chunks.counts(chunk, rank), self.sizes)
+            for rank, part in enumerate(shaped)
+        ]
 
     def places(self, chunk: int) -> list[tuple[int | None, int | None, int | None]]:
         """Returns for each rank which of a chunk's pieces its query, key and value heads are."""
@@ -225,8 +266,12 @@ class _Pipeline:
         send = _Pack.apply(self, chunk, *pieces)  # type: ignore[no-untyped-call]
         return StartExchange.apply(send, exchange), exchange  # type: ignore[no-untyped-call]
 
-    def finish(self, chunk: int, pending: Tensor, exchange: AsyncExchange) -> tuple[Tensor, Tensor, Tensor]:
-        """Waits for a chunk: all tokens of its heads, [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; k may be 0."""
+    def finish(
+        self, chunk: int, pending: Tensor, exchange: AsyncExchange
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits for a chunk: all tokens of its heads, [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; k
+        may be 0.
+        """
         message = WaitForExchange.apply(pending, exchange)  # type: ignore[no-untyped-call]
         message = message.view(self.size * self.length, self.batch, -1)
         counts = self.chunks.counts(chunk, self.rank)
@@ -242,7 +287,9 @@ class _Pipeline:
         return StartExchange.apply(send, exchange), exchange  # type: ignore[no-untyped-call]
 
     def finish_return(self, chunk: int, pending: Tensor, exchange: AsyncExchange) -> list[Tensor]:
-        """Waits for a chunk's outputs and puts them in their places; returns these, [B, s, n, Dv] for each rank."""
+        """Waits for a chunk's outputs and puts them in their places; returns these, [B, s, n, Dv]
+        for each rank.
+        """
         received = WaitForExchange.apply(pending, exchange)  # type: ignore[no-untyped-call]
         return list(_Place.apply(self, chunk, received))  # type: ignore[no-untyped-call]
 
@@ -258,7 +305,8 @@ class _Pipeline:
             attend: see `attend_in_chunks`.
 
         Returns:
-            What `start_return` returned; key and value for the next chunk, where it brings none of its own.
+            What `start_return` returned; key and value for the next chunk, where it brings none of
+            its own.
         """
         query, *fresh = arrived
         keys = tuple(fresh) if fresh[0].shape[1] else kept
@@ -273,7 +321,8 @@ class _Pipeline:
 
 
 def chunks_of(query: Tensor, value: Tensor, split: HeadSplit, number: int) -> HeadChunks:
-    """Returns the chunks of one attention call: those wished for, or more where a core call would be too large.
+    """Returns the chunks of one attention call: those wished for, or more where a core call would
+    be too large.
 
     Args:
         query: `[B, H, S / P, D]`, this rank's tokens of all heads.
@@ -291,7 +340,12 @@ def chunks_of(query: Tensor, value: Tensor, split: HeadSplit, number: int) -> He
 
 
 def attend_in_chunks(
-    query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, chunks: HeadChunks, attend: Attend
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: ProcessGroup,
+    chunks: HeadChunks,
+    attend: Attend,
 ) -> Tensor:
     """Runs Ulysses attention chunk by chunk.
 
@@ -301,8 +355,8 @@ def attend_in_chunks(
         value: `[B, K, S / P, Dv]`.
         group: the P ranks of the sequence.
         chunks: which heads are in which chunk.
-        attend: attention over whole sequences; takes `[B, h, S, D]`, `[B, k, S, D]`, `[B, k, S, Dv]` and which of the
-            model's query heads (from, to) these are, returns `[B, h, S, Dv]`.
+        attend: attention over whole sequences; takes `[B, h, S, D]`, `[B, k, S, D]`, `[B, k, S,
+            Dv]` and which of the model's query heads (from, to) these are, returns `[B, h, S, Dv]`.
 
     Returns:
         `[B, S / P, H, Dv]`, this rank's tokens of all heads.
@@ -315,13 +369,19 @@ def attend_in_chunks(
     check_exchange(query, key, value)
     run = _attend_in_chunks
     if torch.compiler.is_compiling():
-        # Messages on their way are nothing that a graph could hold; decorating costs seconds where nothing is compiled.
+        # Messages on their way are nothing that a graph could hold; decorating costs seconds where
+        # nothing is compiled.
         run = torch.compiler.disable(run)
     return run(query, key, value, group, chunks, attend)
 
 
 def _attend_in_chunks(
-    query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, chunks: HeadChunks, attend: Attend
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: ProcessGroup,
+    chunks: HeadChunks,
+    attend: Attend,
 ) -> Tensor:
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     pipeline = _Pipeline(query, key, value, group, chunks)
@@ -330,7 +390,8 @@ def _attend_in_chunks(
     keys: Keys = ()
     parts: list[Tensor] = []
     for chunk in range(chunks.number):
-        # Popped where it is used: a name would keep a chunk's tensors alive while the next one is computed.
+        # Popped where it is used: a name would keep a chunk's tensors alive while the next one is
+        # computed.
         arrived = [pipeline.finish(chunk, *arriving.pop())]
         if chunk + 1 < chunks.number:
             arriving.append(pipeline.start(chunk + 1, pieces[chunk + 1]))

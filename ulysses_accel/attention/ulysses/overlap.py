@@ -1,8 +1,10 @@
-"""Exchanges that run while something else is computed, forward and backward, and tensors that are filled in parts.
+"""Exchanges that run while something else is computed, forward and backward, and tensors that are
+filled in parts.
 
-An exchange is two autograd nodes, one that starts it and one that waits; their backwards do the same the other way
-round. Autograd runs nodes in the reverse order of their making, so that the backward overlaps as the forward does.
-Shapes: B = rows, N = heads, s = tokens of one rank, D = head size.
+An exchange is two autograd nodes, one that starts it and one that waits; their backwards do the
+same the other way round. Autograd runs nodes in the reverse order of their making, so that the
+backward overlaps as the forward does. Shapes: B = rows, N = heads, s = tokens of one rank, D = head
+size.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from ulysses_accel.attention.heads import Range
 
 @dataclass
 class AsyncExchange:
-    """One all-to-all of flat messages and, in the backward pass, its adjoint; at most one of them is on its way."""
+    """One all-to-all of flat messages and, in the backward pass, its adjoint; at most one of them
+    is on its way.
+    """
 
     group: ProcessGroup
     send_sizes: list[int]
@@ -31,9 +35,11 @@ class AsyncExchange:
 
     def start(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         received = send.new_empty(sum(receive_sizes))
-        # Detached, so that an exchange which nobody waits for (a recompute that stops early) keeps no graph alive.
+        # Detached, so that an exchange which nobody waits for (a recompute that stops early) keeps
+        # no graph alive.
         send, filled = send.detach(), received.detach()
-        # The sizes are left out where all are equal: the even exchange is the cheaper call on every backend.
+        # The sizes are left out where all are equal: the even exchange is the cheaper call on every
+        # backend.
         even = len({*send_sizes, *receive_sizes}) == 1
         work = dist.all_to_all_single(
             filled,
@@ -53,7 +59,9 @@ class AsyncExchange:
 
 
 class StartExchange(torch.autograd.Function):
-    """Starts an exchange; its result is filled only behind `WaitForExchange`. The backward waits for the adjoint."""
+    """Starts an exchange; its result is filled only behind `WaitForExchange`. The backward waits
+    for the adjoint.
+    """
 
     @staticmethod
     def forward(ctx: Any, send: Tensor, exchange: AsyncExchange) -> Tensor:
@@ -66,7 +74,9 @@ class StartExchange(torch.autograd.Function):
 
 
 class WaitForExchange(torch.autograd.Function):
-    """Waits for an exchange. The backward starts the adjoint, and hands on the gradient that is being sent."""
+    """Waits for an exchange. The backward starts the adjoint, and hands on the gradient that is
+    being sent.
+    """
 
     @staticmethod
     def forward(ctx: Any, pending: Tensor, exchange: AsyncExchange) -> Tensor:
@@ -95,7 +105,9 @@ class WholeTensor:
         return self.buffer[:, :, slice(*heads)]
 
     def join(self, ranges: Sequence[Range], parts: Sequence[Tensor]) -> Tensor:
-        """Returns the whole, `[B, s, N, D]`, of parts that are in their places already, or are copied there."""
+        """Returns the whole, `[B, s, N, D]`, of parts that are in their places already, or are
+        copied there.
+        """
         for heads, part in zip(ranges, parts, strict=True):
             place = self.part(heads, part)
             if place.data_ptr() != part.data_ptr():

@@ -1,8 +1,10 @@
-"""XTuner's sequence parallel functions on this package's attention: its document's five, and those around them.
+"""XTuner's sequence parallel functions on this package's attention: its document's five, and those
+around them.
 
-A script written for XTuner changes its imports and nothing else; both generations of signatures are taken. What the
-document's loop computes is exact: the loss of the whole sequence, and a gradient whose mean over all ranks is its own.
-Source: https://github.com/InternLM/xtuner, its document on sequence parallelism.
+A script written for XTuner changes its imports and nothing else; both generations of signatures are
+taken. What the document's loop computes is exact: the loss of the whole sequence, and a gradient
+whose mean over all ranks is its own. Source: https://github.com/InternLM/xtuner, its document on
+sequence parallelism.
 """
 
 from __future__ import annotations

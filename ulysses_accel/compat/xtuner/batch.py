@@ -1,7 +1,9 @@
-"""The whole batch from its parts: what every layer must know of it, and the labels that the cut left on other ranks.
+"""The whole batch from its parts: what every layer must know of it, and the labels that the cut
+left on other ranks.
 
-XTuner's loop hands a model this rank's part of tokens, labels and positions, and the whole mask. One exchange of these
-integers for each forward makes the batch's description, and shifts the labels before they are cut once more.
+XTuner's loop hands a model this rank's part of tokens, labels and positions, and the whole mask.
+One exchange of these integers for each forward makes the batch's description, and shifts the labels
+before they are cut once more.
 """
 
 from __future__ import annotations
@@ -28,27 +30,33 @@ _WHOLE = ("attention_mask", "cu_seq_lens_q")
 
 
 def is_split(kwargs: Mapping[str, Any], size: int) -> bool:
-    """Returns whether a forward's arguments are known to be parts of sequences that `size` ranks share.
+    """Returns whether a forward's arguments are known to be parts of sequences that `size` ranks
+    share.
 
-    They are as `split_for_sequence_parallel` returned them, on the same device, or their mask is so many times longer.
+    They are as `split_for_sequence_parallel` returned them, on the same device, or their mask is so
+    many times longer.
     """
     names = ("input_ids", "inputs_embeds", "labels", "position_ids")
     rows, tokens = _shape(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     mask = kwargs.get("attention_mask")
     # With a cache a mask is of the tokens before too.
     is_alone = kwargs.get("past_key_values") is None
-    has_whole_mask = is_alone and isinstance(mask, Tensor) and tuple(mask.shape) == (rows, tokens * size)
+    has_whole_mask = (
+        is_alone and isinstance(mask, Tensor) and tuple(mask.shape) == (rows, tokens * size)
+    )
     return has_whole_mask or any(is_marked_shard(kwargs.get(name)) for name in names)
 
 
 def described(
     kwargs: Mapping[str, Any], group: ProcessGroup, ring_size: int, rules: BatchRules, name: str
 ) -> dict[str, Any]:
-    """Returns a forward's arguments with the batch's description, this rank's positions, and labels as losses use them.
+    """Returns a forward's arguments with the batch's description, this rank's positions, and labels
+    as losses use them.
 
     Args:
-        kwargs: `input_ids` `[B, S / P]` or `inputs_embeds` `[B, S / P, D]`; maybe `labels` and `position_ids`
-            `[B, S / P]`, and whole on every rank `attention_mask` `[B, S]` and `cu_seq_lens_q` `[n]`.
+        kwargs: `input_ids` `[B, S / P]` or `inputs_embeds` `[B, S / P, D]`; maybe `labels` and
+            `position_ids` `[B, S / P]`, and whole on every rank `attention_mask` `[B, S]` and
+            `cu_seq_lens_q` `[n]`.
         group: the P ranks that share the sequence.
         ring_size: how many of the cuts lie between ranks of a ring.
         rules: what the model asks of a batch.
@@ -65,23 +73,34 @@ def described(
     shape = _shape(found.get("input_ids"), embeds)
     same_everywhere(_facts(found, shape, group.size()), group, f"the batch given to {name}")
     _check(found, shape, name)
-    whole: dict[str, Any] = {**_gathered(found, shape, group), **{key: found[key] for key in _WHOLE if key in found}}
+    whole: dict[str, Any] = {
+        **_gathered(found, shape, group),
+        **{key: found[key] for key in _WHOLE if key in found},
+    }
     if "input_ids" in whole and not is_split(kwargs, group.size()):
         _refuse_copies(whole["input_ids"], group.size(), name)
     if "input_ids" not in whole:
         # Rows and tokens are all that is asked of embeddings.
         whole["inputs_embeds"] = torch.empty(shape[0], shape[1] * group.size(), 0)
-    local = complete(whole, BatchLayout(group.size(), ring_size=ring_size), rules).local_batch(group.rank())
+    local = complete(whole, BatchLayout(group.size(), ring_size=ring_size), rules).local_batch(
+        group.rank()
+    )
     kept = {key: value for key, value in kwargs.items() if key == "input_ids" or key not in found}
     made: dict[str, Any] = {
-        key: local[key].contiguous() for key in ("position_ids", "labels", "shift_labels") if key in local
+        key: local[key].contiguous()
+        for key in ("position_ids", "labels", "shift_labels")
+        if key in local
     }
     return {**kept, **made, DESCRIPTION_KEY: local[DESCRIPTION_KEY]}
 
 
 def _shape(ids: Any, embeds: Any) -> tuple[int, int]:
     tokens = ids if ids is not None else embeds
-    return (int(tokens.shape[0]), int(tokens.shape[1])) if isinstance(tokens, Tensor) and tokens.ndim > 1 else (0, 0)
+    return (
+        (int(tokens.shape[0]), int(tokens.shape[1]))
+        if isinstance(tokens, Tensor) and tokens.ndim > 1
+        else (0, 0)
+    )
 
 
 def _facts(found: dict[str, Tensor], shape: tuple[int, int], size: int) -> dict[str, int | str]:
@@ -91,7 +110,9 @@ def _facts(found: dict[str, Tensor], shape: tuple[int, int], size: int) -> dict[
         facts[key] = f"{tensor.dtype} {list(tensor.shape)}"
     mask = found.get("attention_mask")
     if mask is not None and mask.shape[-1] == shape[1] * size:
-        facts["the mask's numbers"] = zlib.crc32(mask.detach().to(torch.float32).cpu().numpy().tobytes())
+        facts["the mask's numbers"] = zlib.crc32(
+            mask.detach().to(torch.float32).cpu().numpy().tobytes()
+        )
     return facts
 
 
@@ -99,21 +120,28 @@ def _check(found: dict[str, Tensor], shape: tuple[int, int], name: str) -> None:
     """Refuses, on every rank alike, what can't be joined."""
     if not all(shape):
         raise BatchError(
-            f"{name} was given no input_ids [B, S / P] and no inputs_embeds [B, S / P, D]. Pass one of them by name."
+            f"{name} was given no input_ids [B, S / P] and no inputs_embeds [B, S / P, D]. Pass "
+            "one of them by name."
         )
     for key in _SPLIT:
         tensor = found.get(key)
         fits = tensor is None or tensor.shape[-2:] in (shape, (1, shape[1]), shape[1:])
         if tensor is not None and (not fits or tensor.is_floating_point()):
             raise BatchError(
-                f"{key} has shape {list(tensor.shape)} and {tensor.dtype}, the part of the sequence on this rank is "
-                f"{list(shape)}. Split tokens, labels and position_ids together by split_for_sequence_parallel."
+                f"{key} has shape {list(tensor.shape)} and {tensor.dtype}, the part of the "
+                "sequence on this rank is "
+                f"{list(shape)}. Split tokens, labels and position_ids together by "
+                "split_for_sequence_parallel."
             )
 
 
-def _gathered(found: dict[str, Tensor], shape: tuple[int, int], group: ProcessGroup) -> dict[str, Tensor]:
+def _gathered(
+    found: dict[str, Tensor], shape: tuple[int, int], group: ProcessGroup
+) -> dict[str, Tensor]:
     """Returns the split tensors whole, from one exchange."""
-    parts = {key: found[key].expand(*found[key].shape[:-2], *shape) for key in _SPLIT if key in found}
+    parts = {
+        key: found[key].expand(*found[key].shape[:-2], *shape) for key in _SPLIT if key in found
+    }
     if not parts:
         return {}
     rows = [tensor.reshape(-1, *shape).to(torch.int64) for tensor in parts.values()]
@@ -130,6 +158,8 @@ def _refuse_copies(tokens: Tensor, size: int, name: str) -> None:
     first, *others = tokens.chunk(size, dim=1)
     if all(bool((part == first).all()) for part in others):
         raise BatchError(
-            f"{name} was given the same {first.shape[1]} tokens on all {size} ranks that share a sequence. Split the "
-            f"batch by split_for_sequence_parallel, or call model.eval() for batches that are whole on every rank."
+            f"{name} was given the same {first.shape[1]} tokens on all {size} ranks that share a "
+            "sequence. Split the "
+            "batch by split_for_sequence_parallel, or call model.eval() for batches that are "
+            "whole on every rank."
         )

@@ -1,8 +1,10 @@
-"""XTuner's data functions: the sampler that gives a sequence's ranks the same samples, padding, and the split.
+"""XTuner's data functions: the sampler that gives a sequence's ranks the same samples, padding, and
+the split.
 
-Both generations of `pad_for_sequence_parallel` and `split_for_sequence_parallel`: the document's, which takes a batch's
-tensors together, and the later one, which takes one tensor. A number in the second place tells the later one.
-Shapes: B = rows, S = tokens of the whole sequence, P = ranks that share it.
+Both generations of `pad_for_sequence_parallel` and `split_for_sequence_parallel`: the document's,
+which takes a batch's tensors together, and the later one, which takes one tensor. A number in the
+second place tells the later one. Shapes: B = rows, S = tokens of the whole sequence, P = ranks that
+share it.
 """
 
 from __future__ import annotations
@@ -34,21 +36,28 @@ Three = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class SequenceParallelSampler(Sampler[int]):
-    """Draws the same samples on all ranks that share a sequence, and different ones for different sequences.
+    """Draws the same samples on all ranks that share a sequence, and different ones for different
+    sequences.
 
     Args:
         dataset: of known length.
         shuffle: whether each epoch has an order of its own.
-        seed: of that order; drawn and agreed on by all ranks when None, so that all must then make the sampler.
-        round_up: whether the first samples are drawn again to give all ranks as many; otherwise some have one less.
+        seed: of that order; drawn and agreed on by all ranks when None, so that all must then make
+            the sampler.
+        round_up: whether the first samples are drawn again to give all ranks as many; otherwise
+            some have one less.
 
     Raises:
         BatchError: the dataset is empty.
     """
 
-    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True) -> None:
+    def __init__(
+        self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True
+    ) -> None:
         if not len(dataset):
-            raise BatchError("the dataset is empty, so there is nothing to sample. Give one with samples.")
+            raise BatchError(
+                "the dataset is empty, so there is nothing to sample. Give one with samples."
+            )
         self.dataset, self.shuffle, self.round_up = dataset, shuffle, round_up
         self.rank, self.world_size = get_data_parallel_rank(), get_data_parallel_world_size()
         self.seed = _shared_seed() if seed is None else seed
@@ -139,7 +148,8 @@ def pad_for_sequence_parallel(
 
     Args:
         tokens: `[B, S]`; in the later form any tensor, also by the name `tensor`.
-        labels: `[B, S]`; in the later form the number to pad with, also by the name `padding_value`.
+        labels: `[B, S]`; in the later form the number to pad with, also by the name
+            `padding_value`.
         position_ids: `[B, S]`; in the later form the dim, also by the name `dim`.
         attention_mask: `[B, S]`.
         tokens_pad_index: pads `tokens`.
@@ -159,14 +169,26 @@ def pad_for_sequence_parallel(
     given = tensor if tensor is not None else tokens
     number = labels if isinstance(labels, int | float) else padding_value
     if given is None or (tensor is not None and tokens is not None):
-        raise ConfigError("pad_for_sequence_parallel pads one tensor or one batch. Give tokens, or tensor.")
+        raise ConfigError(
+            "pad_for_sequence_parallel pads one tensor or one batch. Give tokens, or tensor."
+        )
     if number is not None:
         place = dim if dim is not None else position_ids if position_ids is not None else -1
-        _refuse_both_forms("pad", labels=labels, position_ids=position_ids, attention_mask=attention_mask)
+        _refuse_both_forms(
+            "pad", labels=labels, position_ids=position_ids, attention_mask=attention_mask
+        )
         assert isinstance(place, int)
         return _padded(given, number, place)
-    if tensor is not None or dim is not None or isinstance(labels, int | float) or isinstance(position_ids, int):
-        raise ConfigError("pad_for_sequence_parallel of one tensor needs the number to pad with. Give padding_value.")
+    if (
+        tensor is not None
+        or dim is not None
+        or isinstance(labels, int | float)
+        or isinstance(position_ids, int)
+    ):
+        raise ConfigError(
+            "pad_for_sequence_parallel of one tensor needs the number to pad with. Give "
+            "padding_value."
+        )
     return (
         _padded(given, tokens_pad_index, 1),
         None if labels is None else _padded(labels, labels_pad_index, 1),
@@ -179,7 +201,8 @@ def _refuse_both_forms(name: str, **others: object) -> None:
     tensors = [key for key, value in others.items() if isinstance(value, Tensor)]
     if tensors:
         raise ConfigError(
-            f"{name}_for_sequence_parallel was given {', '.join(tensors)} beside what the form for one tensor takes. "
+            f"{name}_for_sequence_parallel was given {', '.join(tensors)} beside what the form for "
+            "one tensor takes. "
             f"Call it once for each tensor, or with the batch's tensors alone."
         )
 
@@ -192,19 +215,23 @@ def _padded(tensor: Tensor, value: Number, dim: int) -> Tensor:
 def pad_cumulative_len_for_sequence_parallel(
     cumulative_len: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Returns a row's cumulative document lengths with the padding as one more document, and a mask without it.
+    """Returns a row's cumulative document lengths with the padding as one more document, and a mask
+    without it.
 
     Args:
         cumulative_len: of one row, `[n + 1]`, from 0 to its tokens S; not changed.
 
     Returns:
-        The same in a new list, up to the padded length S'; `[1, S']` of bool, False for padding, or None without any.
+        The same in a new list, up to the padded length S'; `[1, S']` of bool, False for padding, or
+        None without any.
 
     Raises:
         BatchError: there is not exactly one row.
     """
     if len(cumulative_len) != 1:
-        raise BatchError(f"cumulative_len is of {len(cumulative_len)} rows. Pack the documents into one row.")
+        raise BatchError(
+            f"cumulative_len is of {len(cumulative_len)} rows. Pack the documents into one row."
+        )
     bounds = cumulative_len[0]
     length = int(bounds[-1])
     padded = next_multiple(length, get_sequence_parallel_world_size())
@@ -222,22 +249,30 @@ def split_for_sequence_parallel(
 
 
 @overload
-def split_for_sequence_parallel(tokens: Tensor, labels: int, position_ids: ProcessGroup | None = None, /) -> Tensor:
+def split_for_sequence_parallel(
+    tokens: Tensor, labels: int, position_ids: ProcessGroup | None = None, /
+) -> Tensor:
     """Cuts one tensor; see below."""
 
 
 @overload
-def split_for_sequence_parallel(tokens: Tensor, labels: int, /, *, sp_group: ProcessGroup | None) -> Tensor:
+def split_for_sequence_parallel(
+    tokens: Tensor, labels: int, /, *, sp_group: ProcessGroup | None
+) -> Tensor:
     """Cuts one tensor; see below."""
 
 
 @overload
-def split_for_sequence_parallel(tokens: Tensor, *, dim: int, sp_group: ProcessGroup | None = None) -> Tensor:
+def split_for_sequence_parallel(
+    tokens: Tensor, *, dim: int, sp_group: ProcessGroup | None = None
+) -> Tensor:
     """Cuts one tensor; see below."""
 
 
 @overload
-def split_for_sequence_parallel(*, input: Tensor, dim: int, sp_group: ProcessGroup | None = None) -> Tensor:
+def split_for_sequence_parallel(
+    *, input: Tensor, dim: int, sp_group: ProcessGroup | None = None
+) -> Tensor:
     """Cuts one tensor; see below."""
 
 
@@ -250,10 +285,11 @@ def split_for_sequence_parallel(
     dim: int | None = None,
     sp_group: ProcessGroup | None = None,
 ) -> Tensor | Three:
-    """Returns this rank's part of sequences whose length the ranks divide; masks are not to be split.
+    """Returns this rank's part of sequences whose length the ranks divide; masks are not to be
+    split.
 
-    The later form is `split_for_sequence_parallel(input, dim, sp_group)`. Labels are cut where they are: a dispatched
-    model gives the last token of a part its label from the next part.
+    The later form is `split_for_sequence_parallel(input, dim, sp_group)`. Labels are cut where they
+    are: a dispatched model gives the last token of a part its label from the next part.
 
     Args:
         tokens: `[B, S]`; in the later form any tensor, also by the name `input`.
@@ -272,14 +308,18 @@ def split_for_sequence_parallel(
     """
     given = input if input is not None else tokens
     if given is None or (input is not None and tokens is not None):
-        raise ConfigError("split_for_sequence_parallel cuts one tensor or one batch. Give tokens, or input.")
+        raise ConfigError(
+            "split_for_sequence_parallel cuts one tensor or one batch. Give tokens, or input."
+        )
     place = labels if isinstance(labels, int) else dim
     group = position_ids if isinstance(position_ids, ProcessGroup) else sp_group
     if place is not None:
         _refuse_both_forms("split", labels=labels, position_ids=position_ids)
         return _part(given, place, group)
     if input is not None or isinstance(position_ids, ProcessGroup) or isinstance(labels, int):
-        raise ConfigError("split_for_sequence_parallel of one tensor needs the dim to cut. Give dim.")
+        raise ConfigError(
+            "split_for_sequence_parallel of one tensor needs the dim to cut. Give dim."
+        )
     return (
         _part(given, 1, group),
         None if labels is None else _part(labels, 1, group),

@@ -1,7 +1,8 @@
-"""XTuner's process groups: which ranks share a sequence, which hold different ones, and how torch.distributed starts.
+"""XTuner's process groups: which ranks share a sequence, which hold different ones, and how
+torch.distributed starts.
 
-Every getter asks the state anew, so that one called before `init_sequence_parallel` does not spoil later ones.
-Source: https://github.com/InternLM/xtuner, its document on sequence parallelism.
+Every getter asks the state anew, so that one called before `init_sequence_parallel` does not spoil
+later ones. Source: https://github.com/InternLM/xtuner, its document on sequence parallelism.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ DEFAULT_PORT = "29500"
 
 
 class SequenceParallel:
-    """The groups of this process that `init_sequence_parallel` made; they end with torch.distributed itself."""
+    """The groups of this process that `init_sequence_parallel` made; they end with
+    torch.distributed itself.
+    """
 
     def __init__(self) -> None:
         self._world: ProcessGroup | None = None
         self._groups: dict[str, ProcessGroup] = {}
 
     def group(self, name: str) -> ProcessGroup | None:
-        """Returns the group `sequence`, `data` or `inner`; None where it was not made for the running world."""
+        """Returns the group `sequence`, `data` or `inner`; None where it was not made for the
+        running world.
+        """
         return self._groups.get(name) if self._world is dist.group.WORLD else None
 
     def keep(self, **groups: ProcessGroup) -> None:
@@ -42,8 +47,11 @@ class SequenceParallel:
 SEQUENCE_PARALLEL = SequenceParallel()
 
 
-def init_dist(launcher: str, backend: str = "nccl", init_backend: str = "torch", **kwargs: Any) -> None:
-    """Starts torch.distributed from what a launcher left in the environment, and takes this rank's GPU.
+def init_dist(
+    launcher: str, backend: str = "nccl", init_backend: str = "torch", **kwargs: Any
+) -> None:
+    """Starts torch.distributed from what a launcher left in the environment, and takes this rank's
+    GPU.
 
     Args:
         launcher: `pytorch` (torchrun's variables) or `slurm` (srun's, one task for each process).
@@ -55,15 +63,27 @@ def init_dist(launcher: str, backend: str = "nccl", init_backend: str = "torch",
         ConfigError: another launcher, or variables that it did not set.
     """
     if launcher not in ("pytorch", "slurm"):
-        raise ConfigError(f"launcher={launcher!r} is not known.{closest(launcher, ('pytorch', 'slurm'))}")
+        raise ConfigError(
+            f"launcher={launcher!r} is not known.{closest(launcher, ('pytorch', 'slurm'))}"
+        )
     if init_backend not in ("torch", "deepspeed"):
-        raise ConfigError(f"init_backend={init_backend!r} is not known.{closest(init_backend, ('torch', 'deepspeed'))}")
+        raise ConfigError(
+            f"init_backend={init_backend!r} is not "
+            f"known.{closest(init_backend, ('torch', 'deepspeed'))}"
+        )
     port = kwargs.pop("port", None)
     if launcher == "slurm":
         os.environ.update(slurm_environment(None if port is None else str(port)))
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} are not set. Start the script with torchrun, or use launcher='slurm'.")
+        raise ConfigError(
+            f"{', '.join(missing)} are not set. Start the script with torchrun, or use "
+            "launcher='slurm'."
+        )
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if init_backend == "deepspeed":
@@ -86,7 +106,9 @@ def slurm_environment(port: str | None = None) -> dict[str, str]:
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODELIST")
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} are not set: this is no Slurm task. Start the script with srun.")
+        raise ConfigError(
+            f"{', '.join(missing)} are not set: this is no Slurm task. Start the script with srun."
+        )
     rank, world_size, local_rank, hosts = (os.environ[name] for name in names)
     return {
         "RANK": rank,
@@ -111,31 +133,39 @@ def init_sequence_parallel(sequence_parallel_size: int = 1) -> None:
         sequence_parallel_size: ranks P that share each sequence; divides the number of processes.
 
     Raises:
-        MeshError: torch.distributed is not up, P does not divide the processes, or the groups are there already.
+        MeshError: torch.distributed is not up, P does not divide the processes, or the groups are
+            there already.
     """
     if not dist.is_initialized():
         raise MeshError(
-            f"init_sequence_parallel({sequence_parallel_size}) needs torch.distributed, which is not up. Call "
+            f"init_sequence_parallel({sequence_parallel_size}) needs torch.distributed, which is "
+            "not up. Call "
             f"init_dist first."
         )
     there = SEQUENCE_PARALLEL.group("sequence")
     if there is not None:
         raise MeshError(
-            f"init_sequence_parallel({sequence_parallel_size}) was called again: groups of {there.size()} ranks are "
+            f"init_sequence_parallel({sequence_parallel_size}) was called again: groups of "
+            f"{there.size()} ranks are "
             f"there already. Call it once."
         )
     world_size = dist.get_world_size()
     _check_divides(sequence_parallel_size, world_size, "sequence_parallel_size")
-    # Ranks of the same place in different sequence groups are neighbours in no ring: they hold different data.
-    data, sequence = ring_and_ulysses_groups(world_size // sequence_parallel_size, sequence_parallel_size)
+    # Ranks of the same place in different sequence groups are neighbours in no ring: they hold
+    # different data.
+    data, sequence = ring_and_ulysses_groups(
+        world_size // sequence_parallel_size, sequence_parallel_size
+    )
     SEQUENCE_PARALLEL.keep(sequence=sequence, data=data)
     close_gloo_at_exit()
 
 
 def init_inner_sequence_parallel(inner_sequence_parallel_size: int = 1) -> None:
-    """Makes the inner groups that XTuner repeats heads over, for code that asks for them; every rank must call it.
+    """Makes the inner groups that XTuner repeats heads over, for code that asks for them; every
+    rank must call it.
 
-    Nothing here needs them: heads that P does not divide are dealt unevenly, and ranks beyond the heads form a ring.
+    Nothing here needs them: heads that P does not divide are dealt unevenly, and ranks beyond the
+        heads form a ring.
 
     Args:
         inner_sequence_parallel_size: ranks in each; divides P.
@@ -145,7 +175,9 @@ def init_inner_sequence_parallel(inner_sequence_parallel_size: int = 1) -> None:
     """
     group = SEQUENCE_PARALLEL.group("sequence")
     if group is None:
-        raise MeshError("there are no sequence groups yet. Call init_sequence_parallel on every rank first.")
+        raise MeshError(
+            "there are no sequence groups yet. Call init_sequence_parallel on every rank first."
+        )
     _check_divides(inner_sequence_parallel_size, group.size(), "inner_sequence_parallel_size")
     number = dist.get_world_size() // inner_sequence_parallel_size
     SEQUENCE_PARALLEL.keep(inner=ring_and_ulysses_groups(number, inner_sequence_parallel_size)[1])
@@ -200,12 +232,17 @@ def get_data_parallel_group() -> ProcessGroup:
     """
     group = SEQUENCE_PARALLEL.group("data")
     if group is None:
-        raise MeshError("there are no data parallel groups yet. Call init_sequence_parallel on every rank first.")
+        raise MeshError(
+            "there are no data parallel groups yet. Call init_sequence_parallel on every rank "
+            "first."
+        )
     return group
 
 
 def get_data_parallel_world_size() -> int:
-    """Returns how many different batches are processed at once; all ranks' before `init_sequence_parallel`."""
+    """Returns how many different batches are processed at once; all ranks' before
+    `init_sequence_parallel`.
+    """
     group = SEQUENCE_PARALLEL.group("data") or dist.group.WORLD
     return _size(group)
 
@@ -225,6 +262,8 @@ def _rank(group: ProcessGroup | None) -> int:
 
 
 def sequence_group(group: ProcessGroup | None) -> ProcessGroup | None:
-    """Returns the group given, or the sequence group where none is; None where no sequence is shared."""
+    """Returns the group given, or the sequence group where none is; None where no sequence is
+    shared.
+    """
     chosen = group if group is not None else get_sequence_parallel_group()
     return chosen if _size(chosen) > 1 else None

@@ -1,9 +1,11 @@
-"""Models whose own code attends, past transformers' AttentionInterface: found by their structure, adapted by instance.
+"""Models whose own code attends, past transformers' AttentionInterface: found by their structure,
+adapted by instance.
 
-Baichuan-like: query, key and value of one `W_pack`, rotary positions (7B) or ALiBi (13B). ChatGLM2- and 3-like: tokens
-first, a `core_attention` of its own behind one `query_key_value`. Their attention instances get a forward that, on a
-sharded batch, goes through the model's installed attention; on any other it is theirs.
-Shapes: B = rows, s = tokens of one rank, H / K = query / key-value heads, D = head size.
+Baichuan-like: query, key and value of one `W_pack`, rotary positions (7B) or ALiBi (13B). ChatGLM2-
+and 3-like: tokens first, a `core_attention` of its own behind one `query_key_value`. Their
+attention instances get a forward that, on a sharded batch, goes through the model's installed
+attention; on any other it is theirs. Shapes: B = rows, s = tokens of one rank, H / K = query /
+key-value heads, D = head size.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class OwnAttention:
 
 
 def find_own_attention(model: nn.Module) -> OwnAttention:
-    """Returns the attention modules of a model that can be adapted; nothing for models that transformers routes.
+    """Returns the attention modules of a model that can be adapted; nothing for models that
+    transformers routes.
 
     Raises:
         UnsupportedModelError: a module looks like one of them, but its positions are not known.
@@ -66,7 +69,10 @@ def find_own_attention(model: nn.Module) -> OwnAttention:
     for name, module in model.named_modules():
         if all(hasattr(module, part) for part in ("W_pack", "o_proj", "num_heads", "head_dim")):
             found.fused[name] = module
-        elif all(isinstance(getattr(module, part, None), nn.Module) for part in ("query_key_value", "core_attention")):
+        elif all(
+            isinstance(getattr(module, part, None), nn.Module)
+            for part in ("query_key_value", "core_attention")
+        ):
             found.cores[f"{name}.core_attention"] = (module, module.core_attention)
     rotary = [hasattr(module, "rotary_emb") for module in found.fused.values()]
     found.has_alibi = bool(rotary) and not any(rotary)
@@ -74,7 +80,8 @@ def find_own_attention(model: nn.Module) -> OwnAttention:
         _check_alibi(model, found)
     elif rotary and not all(rotary):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has layers with and layers without rotary positions ({', '.join(found.fused)}). "
+            f"{type(model).__name__} has layers with and layers without rotary positions "
+            f"({', '.join(found.fused)}). "
             f"Use a model whose layers are alike."
         )
     return found
@@ -86,9 +93,14 @@ def _check_alibi(model: nn.Module, found: OwnAttention) -> None:
     number = int(next(iter(found.fused.values())).num_heads)  # type: ignore[arg-type]
     own = _own_slopes(makers[0]) if makers else None
     expected = alibi_slopes(number)
-    if own is None or own.shape != expected.shape or not torch.allclose(own, expected, rtol=_SLOPE_TOLERANCE):
+    if (
+        own is None
+        or own.shape != expected.shape
+        or not torch.allclose(own, expected, rtol=_SLOPE_TOLERANCE)
+    ):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has attention layers without rotary positions ({next(iter(found.fused))}), and "
+            f"{type(model).__name__} has attention layers without rotary positions "
+            f"({next(iter(found.fused))}), and "
             f"its biases by distance are not ALiBi's for {number} heads. Use sp_size=1."
         )
 
@@ -106,7 +118,9 @@ def _own_slopes(maker: nn.Module) -> Tensor:
     return (mask[:, -1, -1] - mask[:, -1, -2]).double().cpu()
 
 
-def adapt(model: nn.Module, found: OwnAttention, installed: InstalledAttention) -> Callable[[], None]:
+def adapt(
+    model: nn.Module, found: OwnAttention, installed: InstalledAttention
+) -> Callable[[], None]:
     """Gives attention modules, and what makes their masks, a forward of their own.
 
     Args:
@@ -120,12 +134,20 @@ def adapt(model: nn.Module, found: OwnAttention, installed: InstalledAttention) 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attend = ALL_ATTENTION_FUNCTIONS[installed.implementation]
-    replaced = [(module, "forward", _Fused(module, model, attend, found.has_alibi)) for module in found.fused.values()]
-    replaced += [(core, "forward", _Core(core, model, attend, outer)) for outer, core in found.cores.values()]  # type: ignore[misc]
-    replaced += list(_mask_makers(model))  # type: ignore[arg-type]
+    replaced: list[tuple[nn.Module, str, Any]] = [
+        (module, "forward", _Fused(module, model, attend, found.has_alibi))
+        for module in found.fused.values()
+    ]
+    replaced += [
+        (core, "forward", _Core(core, model, attend, outer)) for outer, core in found.cores.values()
+    ]
+    replaced += list(_mask_makers(model))
     for owner, name, function in replaced:
         setattr(owner, name, function)
-    hooks = [holder.register_forward_pre_hook(_give_mask, with_kwargs=True) for holder in _holders(model, found)]
+    hooks = [
+        holder.register_forward_pre_hook(_give_mask, with_kwargs=True)
+        for holder in _holders(model, found)
+    ]
 
     def restore() -> None:
         for hook in hooks:
@@ -144,17 +166,23 @@ def _mask_makers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..
 
 
 def _holders(model: nn.Module, found: OwnAttention) -> Iterator[nn.Module]:
-    """Yields the modules that hand a mask to their layers, where none is made for a batch without padding."""
+    """Yields the modules that hand a mask to their layers, where none is made for a batch without
+    padding.
+    """
     inside = {core for _, core in found.cores.values()}
     for module in model.modules():
         layers = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-        if "attention_mask" in parameters(module) and any(inside & set(child.modules()) for child in layers):
+        if "attention_mask" in parameters(module) and any(
+            inside & set(child.modules()) for child in layers
+        ):
             yield module
 
 
 @dataclass(frozen=True)
 class _Mask(DescribedMask):
-    """What layers of such models are given as their mask, so that a checkpoint's recompute knows its batch."""
+    """What layers of such models are given as their mask, so that a checkpoint's recompute knows
+    its batch.
+    """
 
     @property
     def shape(self) -> tuple[int]:
@@ -173,7 +201,9 @@ def _give_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @dataclass(frozen=True)
 class _MakeMask:
-    """Makes the mask of a sharded batch; stands in for a model's own function, which makes the others."""
+    """Makes the mask of a sharded batch; stands in for a model's own function, which makes the
+    others.
+    """
 
     stock: Callable[..., Any]
 
@@ -209,14 +239,19 @@ class _Adapted:
         # The task id is -1 outside of a backward pass.
         if description is None and self.has_attended and torch._C._current_graph_task_id() != -1:
             raise UnsupportedModelError(
-                f"{type(self.module).__name__} is recomputed in the backward pass, where its batch is not known. "
+                f"{type(self.module).__name__} is recomputed in the backward pass, where its batch "
+                "is not known. "
                 f"Switch activation checkpointing off."
             )
         self.has_attended |= description is not None
         return description
 
     def attention(
-        self, heads: Heads, description: SequenceDescription, dropout: float = 0.0, slopes: Tensor | None = None
+        self,
+        heads: Heads,
+        description: SequenceDescription,
+        dropout: float = 0.0,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         """Attends, `[B, H, s, D]`, `[B, K, s, D]`, `[B, K, s, D]` -> `[B, s, H * D]`."""
         mask = DescribedMask(description)
@@ -227,15 +262,20 @@ class _Adapted:
 class _Fused(_Adapted):
     """Attention whose query, key and value come from one `W_pack`."""
 
-    def __init__(self, module: nn.Module, model: nn.Module, attend: Callable[..., Any], has_alibi: bool) -> None:
+    def __init__(
+        self, module: nn.Module, model: nn.Module, attend: Callable[..., Any], has_alibi: bool
+    ) -> None:
         super().__init__(module, model, attend)
         forward = inspect.unwrap(type(module).forward)
         self.signature = inspect.signature(forward)
         self.slopes = alibi_slopes(int(module.num_heads)) if has_alibi else None  # type: ignore[arg-type]
         self.rotate = None if has_alibi else forward.__globals__.get("apply_rotary_pos_emb")
-        if not has_alibi and (self.rotate is None or "position_ids" not in self.signature.parameters):
+        if not has_alibi and (
+            self.rotate is None or "position_ids" not in self.signature.parameters
+        ):
             raise UnsupportedModelError(
-                f"{type(module).__name__} has a W_pack and rotary positions, but takes no position_ids or does not use "
+                f"{type(module).__name__} has a W_pack and rotary positions, but takes no "
+                "position_ids or does not use "
                 f"apply_rotary_pos_emb. Use sp_size=1."
             )
 
@@ -255,31 +295,45 @@ class _Fused(_Adapted):
             cos, sin = module.rotary_emb(value, seq_len=longest + 1)
             query, key = self.rotate(query, key, cos, sin, given["position_ids"])
         slopes = None if self.slopes is None else self.slopes.to(hidden.device)
-        return module.o_proj(self.attention((query, key, value), description, slopes=slopes)), None, None
+        return (
+            module.o_proj(self.attention((query, key, value), description, slopes=slopes)),
+            None,
+            None,
+        )
 
 
 class _Core(_Adapted):
-    """Attention between the heads that another module makes, tokens first, keys repeated to all query heads."""
+    """Attention between the heads that another module makes, tokens first, keys repeated to all
+    query heads.
+    """
 
-    def __init__(self, module: nn.Module, model: nn.Module, attend: Callable[..., Any], outer: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, model: nn.Module, attend: Callable[..., Any], outer: nn.Module
+    ) -> None:
         super().__init__(module, model, attend)
         shared = getattr(outer, "multi_query_attention", False)
         self.num_key_heads = int(outer.num_multi_query_groups_per_partition) if shared else None  # type: ignore[arg-type]
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> Any:
         """`[s, B, H, D]` -> `[s, B, H * D]`."""
         description = self.description(attention_mask)
         if description is None:
             return self.stock(query, key, value, attention_mask)
         if (query.shape[0], query.shape[1]) != (description.shard_length, description.batch_size):
             raise UnsupportedModelError(
-                f"{type(self.module).__name__} attends to {tuple(query.shape)}, where {description.shard_length} "
-                f"tokens were expected first. Use the model that transformers itself has (GLM, GLM-4)."
+                f"{type(self.module).__name__} attends to {tuple(query.shape)}, where "
+                f"{description.shard_length} "
+                "tokens were expected first. Use the model that transformers itself has (GLM, "
+                "GLM-4)."
             )
         # Of equal heads one is enough to send.
         step = 1 if self.num_key_heads is None else key.shape[2] // self.num_key_heads
         # [s, B, H, D] -> [B, H, s, D]
-        heads = tuple(t.permute(1, 2, 0, 3) for t in (query, key[:, :, ::step], value[:, :, ::step]))
+        heads = tuple(
+            t.permute(1, 2, 0, 3) for t in (query, key[:, :, ::step], value[:, :, ::step])
+        )
         dropout = getattr(self.module, "attention_dropout", None)
         chance = dropout.p if isinstance(dropout, nn.Dropout) and self.module.training else 0.0
         return self.attention((heads[0], heads[1], heads[2]), description, chance).transpose(0, 1)

@@ -1,7 +1,8 @@
 """XTuner's exchanges between the ranks of a sequence, and the loss of all of them.
 
 `sp_group=None` always means the sequence group, never the world. No argument is changed.
-Shapes: B = rows, S = tokens of the whole sequence, P = ranks that share it, s = S / P, H = heads, D = head size.
+Shapes: B = rows, S = tokens of the whole sequence, P = ranks that share it, s = S / P, H = heads, D
+= head size.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from ulysses_accel.sequence.sharding import shard
 GradScale = Literal["up", "down"]
 
 
-def gather_for_sequence_parallel(input: Tensor, dim: int, sp_group: ProcessGroup | None = None) -> Tensor:
-    """Returns all ranks' parts joined, `[..., n, ...]` -> `[..., P * n, ...]`; no gradient goes through.
+def gather_for_sequence_parallel(
+    input: Tensor, dim: int, sp_group: ProcessGroup | None = None
+) -> Tensor:
+    """Returns all ranks' parts joined, `[..., n, ...]` -> `[..., P * n, ...]`; no gradient goes
+    through.
 
     Args:
         input: this rank's part.
@@ -33,7 +37,9 @@ def gather_for_sequence_parallel(input: Tensor, dim: int, sp_group: ProcessGroup
         sp_group: the ranks.
     """
     group = sequence_group(sp_group)
-    return input if group is None else collectives.all_gather(input.detach(), group, dim % input.ndim)
+    return (
+        input if group is None else collectives.all_gather(input.detach(), group, dim % input.ndim)
+    )
 
 
 class _SplitGather(torch.autograd.Function):
@@ -65,7 +71,10 @@ class _GatherSplit(torch.autograd.Function):
 
 
 def split_forward_gather_backward(
-    input: Tensor, dim: int, sp_group: ProcessGroup | None = None, grad_scale: GradScale | None = None
+    input: Tensor,
+    dim: int,
+    sp_group: ProcessGroup | None = None,
+    grad_scale: GradScale | None = None,
 ) -> Tensor:
     """Returns this rank's part; in the backward pass the ranks' gradients are joined.
 
@@ -83,11 +92,16 @@ def split_forward_gather_backward(
 
 
 def gather_forward_split_backward(
-    input: Tensor, dim: int, sp_group: ProcessGroup | None = None, grad_scale: GradScale | None = None
+    input: Tensor,
+    dim: int,
+    sp_group: ProcessGroup | None = None,
+    grad_scale: GradScale | None = None,
 ) -> Tensor:
-    """Returns all ranks' parts joined; in the backward pass each rank takes its part of its own gradient.
+    """Returns all ranks' parts joined; in the backward pass each rank takes its part of its own
+    gradient.
 
-    That is the gradient where all ranks use the result alike; `ulysses_accel.all_gather` sums over all ranks instead.
+    That is the gradient where all ranks use the result alike; `ulysses_accel.all_gather` sums over
+    all ranks instead.
 
     Args:
         input: `[..., n, ...]`, this rank's part.
@@ -102,7 +116,11 @@ def gather_forward_split_backward(
 
 
 def _scaled(
-    function: type[torch.autograd.Function], input: Tensor, dim: int, given: ProcessGroup | None, scale: str | None
+    function: type[torch.autograd.Function],
+    input: Tensor,
+    dim: int,
+    given: ProcessGroup | None,
+    scale: str | None,
 ) -> Tensor:
     if scale not in (None, "up", "down"):
         raise ConfigError(f"grad_scale={scale!r} is not known. Use 'up', 'down' or None.")
@@ -117,7 +135,8 @@ def _scaled(
 def all_to_all(
     input: Tensor, sp_group: ProcessGroup | None = None, scatter_dim: int = 2, gather_dim: int = 1
 ) -> Tensor:
-    """Returns one part of `scatter_dim` of all ranks' tensors, joined along `gather_dim`; differentiable.
+    """Returns one part of `scatter_dim` of all ranks' tensors, joined along `gather_dim`;
+    differentiable.
 
     Args:
         input: by default `[B, s, H, D]`.
@@ -136,7 +155,8 @@ def all_to_all(
         return input
     if input.shape[scatter_dim] % group.size():
         raise ShapeError(
-            f"{group.size()} ranks do not divide dim {scatter_dim} of shape {tuple(input.shape)}. Deal heads by "
+            f"{group.size()} ranks do not divide dim {scatter_dim} of shape {tuple(input.shape)}. "
+            "Deal heads by "
             f"dispatch_modules or sequence_parallel_wrapper, which can do so unevenly."
         )
     send = torch.stack(input.chunk(group.size(), scatter_dim))
@@ -145,9 +165,14 @@ def all_to_all(
 
 
 def pre_process_for_sequence_parallel_attn(
-    query_states: Tensor, key_states: Tensor, value_states: Tensor, scatter_dim: int = 2, gather_dim: int = 1
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    scatter_dim: int = 2,
+    gather_dim: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exchanges tokens for heads before attention, in one collective; key/value heads are not repeated.
+    """Exchanges tokens for heads before attention, in one collective; key/value heads are not
+    repeated.
 
     Args:
         query_states: `[B, s, H, D]`; P divides H.
@@ -169,19 +194,25 @@ def pre_process_for_sequence_parallel_attn(
         return query_states, key_states, value_states
     if not HeadSplit(group.size(), query_states.shape[2], key_states.shape[2]).is_even:
         raise ShapeError(
-            f"{query_states.shape[2]} query and {key_states.shape[2]} key/value heads are not dealt evenly to "
-            f"{group.size()} ranks. Use sequence_parallel_wrapper or dispatch_modules, which deal them unevenly."
+            f"{query_states.shape[2]} query and {key_states.shape[2]} key/value heads are not "
+            "dealt evenly to "
+            f"{group.size()} ranks. Use sequence_parallel_wrapper or dispatch_modules, which deal "
+            "them unevenly."
         )
     return _to_heads(query_states, key_states, value_states, group)
 
 
-def _to_heads(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _to_heads(
+    query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     # [B, s, H, D] -> [B, S, h, D]
     q, k, v = seq_to_head(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), group)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def post_process_for_sequence_parallel_attn(attn_output: Tensor, scatter_dim: int = 1, gather_dim: int = 2) -> Tensor:
+def post_process_for_sequence_parallel_attn(
+    attn_output: Tensor, scatter_dim: int = 1, gather_dim: int = 2
+) -> Tensor:
     """Exchanges heads for tokens behind attention, `[B, S, H / P, D]` -> `[B, s, H, D]`.
 
     Args:
@@ -200,7 +231,8 @@ def post_process_for_sequence_parallel_attn(attn_output: Tensor, scatter_dim: in
 def _check_dims(scatter_dim: int, gather_dim: int, wanted: tuple[int, int]) -> None:
     if (scatter_dim, gather_dim) != wanted:
         raise ConfigError(
-            f"scatter_dim={scatter_dim}, gather_dim={gather_dim} are not computed. Use scatter_dim={wanted[0]}, "
+            f"scatter_dim={scatter_dim}, gather_dim={gather_dim} are not computed. Use "
+            f"scatter_dim={wanted[0]}, "
             f"gather_dim={wanted[1]}; all_to_all takes any dims."
         )
 
@@ -209,14 +241,18 @@ def sequence_parallel_wrapper(local_attn: Callable[..., Tensor]) -> Callable[...
     """Returns attention over sharded sequences, made of one over whole ones.
 
     Args:
-        local_attn: takes query `[B, S, h, D]`, key and value `[B, S, k, D]` and anything more; returns `[B, S, h, D]`.
+        local_attn: takes query `[B, S, h, D]`, key and value `[B, S, k, D]` and anything more;
+            returns `[B, S, h, D]`.
 
     Returns:
-        The same function on `[B, s, H, D]`; with the further keyword `training=False` it is the function itself.
+        The same function on `[B, s, H, D]`; with the further keyword `training=False` it is the
+        function itself.
     """
 
     @functools.wraps(local_attn)
-    def attention(query_states: Tensor, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attention(
+        query_states: Tensor, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         group = sequence_group(None) if kwargs.pop("training", True) else None
         if group is None:
             return local_attn(query_states, key_states, value_states, *args, **kwargs)
@@ -231,10 +267,12 @@ def sequence_parallel_wrapper(local_attn: Callable[..., Tensor]) -> Callable[...
 def reduce_sequence_parallel_loss(
     mean_loss: Tensor, loss_scale: Tensor | float, sp_group: ProcessGroup | None = None
 ) -> Tensor:
-    """Returns the loss of the whole sequence, from each rank's mean and how many tokens it is the mean of.
+    """Returns the loss of the whole sequence, from each rank's mean and how many tokens it is the
+    mean of.
 
-    The gradient of each rank's mean is weighted by its tokens, so that the mean over all ranks of their gradients is
-    the whole sequence's. A dispatched model's loss is the whole sequence's already, and stays what it is.
+    The gradient of each rank's mean is weighted by its tokens, so that the mean over all ranks of
+    their gradients is the whole sequence's. A dispatched model's loss is the whole sequence's
+    already, and stays what it is.
 
     Args:
         mean_loss: scalar; NaN where this rank has no counted token.
@@ -251,5 +289,7 @@ def reduce_sequence_parallel_loss(
     weight = torch.as_tensor(loss_scale, device=mean_loss.device).detach().to(torch.float64)
     own = torch.where(weight > 0, mean_loss.to(torch.float64) * weight, 0.0)
     totals = collectives.all_reduce(torch.stack([own, weight]), group)
-    mean = torch.where(totals[1] > 0, totals[0] / totals[1].clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    mean = torch.where(
+        totals[1] > 0, totals[0] / totals[1].clamp(min=torch.finfo(torch.float64).tiny), 0.0
+    )
     return mean.to(mean_loss.dtype)

@@ -1,11 +1,12 @@
-"""YunChang's interface (long-context-attention 0.6) on this package's ring, Ulysses and unified attention.
+"""YunChang's interface (long-context-attention 0.6) on this package's ring, Ulysses and unified
+attention.
 
-Names, signatures and token layouts are YunChang's, tensors are its `[B, s, H, D]`. What can't be computed exactly is
-refused by the argument's name. Data parallelism on top needs nothing: groups and layouts are of the ranks that share a
-sequence, whether these are counted in the world or among themselves.
-Shapes: B = rows, S = tokens of the whole sequence, H / K = query / key-value heads, U = Ulysses ranks, R = ring ranks,
-P = U × R, s = S / P tokens, D / Dv = head sizes.
-Source: USP (arXiv 2405.07719), https://github.com/feifeibear/long-context-attention.
+Names, signatures and token layouts are YunChang's, tensors are its `[B, s, H, D]`. What can't be
+computed exactly is refused by the argument's name. Data parallelism on top needs nothing: groups
+and layouts are of the ranks that share a sequence, whether these are counted in the world or among
+themselves. Shapes: B = rows, S = tokens of the whole sequence, H / K = query / key-value heads, U =
+Ulysses ranks, R = ring ranks, P = U × R, s = S / P tokens, D / Dv = head sizes. Source: USP (arXiv
+2405.07719), https://github.com/feifeibear/long-context-attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.compat.yunchang.call import LAYOUT_OF_IMPL, AttnType, attend, check_dims, check_kernel, layout_of
+from ulysses_accel.compat.yunchang.call import (
+    LAYOUT_OF_IMPL,
+    AttnType,
+    attend,
+    check_dims,
+    check_kernel,
+    layout_of,
+)
 from ulysses_accel.compat.yunchang.groups import (
     EXTRACT_FUNC_DICT,
     PROCESS_GROUP,
@@ -48,13 +56,14 @@ __all__ = [
 
 
 class LongContextAttention(nn.Module):
-    """Unified attention on the groups that `set_seq_parallel_pg` chose, a drop-in for flash attention's function.
+    """Unified attention on the groups that `set_seq_parallel_pg` chose, a drop-in for flash
+    attention's function.
 
     Args:
         scatter_idx: the heads' dim, 2.
         gather_idx: the tokens' dim, 1.
-        ring_impl_type: `basic`, `zigzag` or `strip`; tokens are dealt by the function of that name in
-            `EXTRACT_FUNC_DICT`.
+        ring_impl_type: `basic`, `zigzag` or `strip`; tokens are dealt by the function of that name
+            in `EXTRACT_FUNC_DICT`.
         use_pack_qkv: taken and not needed: query, key and value always travel as one message.
         use_sync: taken and not needed: the exchange is ordered with the compute.
         attn_type: the kernel; any exact one.
@@ -102,11 +111,12 @@ class LongContextAttention(nn.Module):
             query: `[B, s, H, D]`, this rank's tokens; U is at most H.
             key: `[B, s, K, D]`; K divides H.
             value: `[B, s, K, Dv]`.
-            dropout_p: probability of dropping an attention weight, with a mask of its own on each rank.
+            dropout_p: probability of dropping an attention weight, with a mask of its own on each
+                rank.
             softmax_scale: factor on the scores; 1 / sqrt(D) when None.
             causal: whether a token sees only itself and the tokens before it.
-            window_size: tokens that one sees before and behind itself, (w, 0) or (w, w); -1 for all; with `causal` none
-                behind.
+            window_size: tokens that one sees before and behind itself, (w, 0) or (w, w); -1 for
+                all; with `causal` none behind.
             softcap: bound of the scores through tanh, 0 for none.
             alibi_slopes: refused.
             deterministic: on a GPU torch's own setting must be on.
@@ -138,7 +148,9 @@ class LongContextAttention(nn.Module):
 
 
 class LongContextAttentionQKVPacked(nn.Module):
-    """`LongContextAttention` on query, key and value in one tensor; arguments as there, with the heads' dim 3."""
+    """`LongContextAttention` on query, key and value in one tensor; arguments as there, with the
+    heads' dim 3.
+    """
 
     def __init__(
         self,
@@ -166,7 +178,9 @@ class LongContextAttentionQKVPacked(nn.Module):
         deterministic: bool = False,
         return_attn_probs: bool = False,
     ) -> Tensor:
-        """Computes exact attention, `[B, s, 3, H, D]` -> `[B, s, H, D]`; arguments as `LongContextAttention`'s."""
+        """Computes exact attention, `[B, s, 3, H, D]` -> `[B, s, H, D]`; arguments as
+        `LongContextAttention`'s.
+        """
         return attend(
             *_unpack(qkv),
             self.ulysses_pg,
@@ -187,7 +201,8 @@ class UlyssesAttention(nn.Module):
     """Ulysses attention over one group, without a ring.
 
     Args:
-        sequence_process_group: the ranks that share a sequence, in the order of its tokens; all ranks when None.
+        sequence_process_group: the ranks that share a sequence, in the order of its tokens; all
+            ranks when None.
         scatter_idx: the heads' dim, 2.
         gather_idx: the tokens' dim, 1.
         use_sync: taken and not needed.
@@ -205,7 +220,9 @@ class UlyssesAttention(nn.Module):
         super().__init__()
         check_dims(scatter_idx, gather_idx, heads_dim=2)
         check_kernel(attn_type)
-        self.spg = sequence_process_group if sequence_process_group is not None else dist.group.WORLD
+        self.spg = (
+            sequence_process_group if sequence_process_group is not None else dist.group.WORLD
+        )
 
     def forward(
         self,
@@ -221,7 +238,9 @@ class UlyssesAttention(nn.Module):
         deterministic: bool = False,
         return_attn_probs: bool = False,
     ) -> Tensor:
-        """Computes exact attention; arguments, result and errors are those of `LongContextAttention.forward`."""
+        """Computes exact attention; arguments, result and errors are those of
+        `LongContextAttention.forward`.
+        """
         return attend(
             query,
             key,
@@ -243,7 +262,8 @@ class UlyssesAttention(nn.Module):
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ShapeError(
-            f"qkv has shape {tuple(qkv.shape)}, not [B, s, 3, H, D]. With fewer key/value heads use the function or "
+            f"qkv has shape {tuple(qkv.shape)}, not [B, s, 3, H, D]. With fewer key/value heads "
+            "use the function or "
             f"module that takes query, key and value apart."
         )
     query, key, value = qkv.unbind(2)
@@ -297,5 +317,6 @@ RING_IMPL_DICT: Mapping[str, Callable[..., Tensor]] = {
     name: partial(_ring, layout=layout) for name, layout in LAYOUT_OF_IMPL.items()
 }
 RING_IMPL_QKVPACKED_DICT: Mapping[str, Callable[..., Tensor]] = {
-    name: partial(_ring_packed, layout=LAYOUT_OF_IMPL[name]) for name in ("basic", "zigzag", "strip")
+    name: partial(_ring_packed, layout=LAYOUT_OF_IMPL[name])
+    for name in ("basic", "zigzag", "strip")
 }

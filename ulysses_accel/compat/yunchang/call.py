@@ -25,7 +25,9 @@ LAYOUT_OF_IMPL: dict[str, Layout] = {
 
 
 class AttnType(Enum):
-    """YunChang's names of attention kernels; exact ones all give the same numbers here, the others are refused."""
+    """YunChang's names of attention kernels; exact ones all give the same numbers here, the others
+    are refused.
+    """
 
     AITER = "aiter"
     FA = "fa"
@@ -54,7 +56,9 @@ class AttnType(Enum):
         for member in cls:
             if member.value == s:
                 return member
-        raise ConfigError(f"attn_type={s!r} is not known.{closest(s, [member.value for member in cls])}")
+        raise ConfigError(
+            f"attn_type={s!r} is not known.{closest(s, [member.value for member in cls])}"
+        )
 
     @property
     def is_exact(self) -> bool:
@@ -69,19 +73,26 @@ def layout_of(ring_impl_type: str) -> Layout:
         ConfigError: there is no implementation of that name.
     """
     if ring_impl_type not in LAYOUT_OF_IMPL:
-        raise ConfigError(f"ring_impl_type={ring_impl_type!r} is not known.{closest(ring_impl_type, LAYOUT_OF_IMPL)}")
+        raise ConfigError(
+            f"ring_impl_type={ring_impl_type!r} is not "
+            f"known.{closest(ring_impl_type, LAYOUT_OF_IMPL)}"
+        )
     return LAYOUT_OF_IMPL[ring_impl_type]
 
 
 def check_kernel(attn_type: AttnType, attn_processor: Any = None) -> None:
-    """Raises UnsupportedModelError for a kernel that is not exact, and for a processor in place of one."""
+    """Raises UnsupportedModelError for a kernel that is not exact, and for a processor in place of
+    one.
+    """
     if not attn_type.is_exact:
         raise UnsupportedModelError(
-            f"attn_type={attn_type} approximates attention, which is not computed here. Use AttnType.FA."
+            f"attn_type={attn_type} approximates attention, which is not computed here. Use "
+            "AttnType.FA."
         )
     if attn_processor is not None:
         raise UnsupportedModelError(
-            f"attn_processor={type(attn_processor).__name__} is not run: blocks are computed by torch's kernels. "
+            f"attn_processor={type(attn_processor).__name__} is not run: blocks are computed by "
+            "torch's kernels. "
             f"Use attn_processor=None."
         )
 
@@ -90,7 +101,8 @@ def check_dims(scatter_idx: int, gather_idx: int, heads_dim: int) -> None:
     """Raises ConfigError unless heads are scattered and tokens gathered."""
     if (scatter_idx, gather_idx) != (heads_dim, 1):
         raise ConfigError(
-            f"scatter_idx={scatter_idx}, gather_idx={gather_idx} are not computed: heads are dim {heads_dim}, tokens "
+            f"scatter_idx={scatter_idx}, gather_idx={gather_idx} are not computed: heads are dim "
+            f"{heads_dim}, tokens "
             f"dim 1. Use scatter_idx={heads_dim}, gather_idx=1."
         )
 
@@ -103,10 +115,11 @@ _REMEDIES = {
 
 
 def _mask(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None]:
-    """Returns whether attention is causal and its window as this package counts it; None for no window.
+    """Returns whether attention is causal and its window as this package counts it; None for no
+    window.
 
-    flash attention lets a query see that many keys to the left and to the right of its own, -1 for all, and none to
-    the right where it is causal.
+    flash attention lets a query see that many keys to the left and to the right of its own, -1 for
+    all, and none to the right where it is causal.
     """
     left, right = window_size[0], 0 if causal else window_size[1]
     if min(window_size) >= -1 and right == 0:
@@ -114,8 +127,10 @@ def _mask(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None]
     if min(window_size) >= -1 and left == right:
         return False, None if left == -1 else left
     raise UnsupportedModelError(
-        f"window_size={tuple(window_size)} with causal={causal} is not computed. Use (w, w), which lets a token see w "
-        f"tokens on either side, (w, 0), which lets it see w tokens before itself, or -1 in place of w for all."
+        f"window_size={tuple(window_size)} with causal={causal} is not computed. Use (w, w), which "
+        "lets a token see w "
+        "tokens on either side, (w, 0), which lets it see w tokens before itself, or -1 in place "
+        "of w for all."
     )
 
 
@@ -125,7 +140,9 @@ def _refuse(wanted: dict[str, Any], place: str) -> None:
         # A tensor has no truth value.
         if isinstance(value, Tensor) or value:
             shown = "a tensor" if isinstance(value, Tensor) else value
-            raise UnsupportedModelError(f"{name}={shown} is not computed {place}. {_REMEDIES[name]}")
+            raise UnsupportedModelError(
+                f"{name}={shown} is not computed {place}. {_REMEDIES[name]}"
+            )
 
 
 def attend(
@@ -150,7 +167,10 @@ def attend(
         UnsupportedModelError: an argument asks for what is not computed.
     """
     is_causal, window = _mask(causal, window_size)
-    _refuse({"alibi_slopes": alibi_slopes, "return_attn_probs": return_attn_probs}, "on a sharded sequence")
+    _refuse(
+        {"alibi_slopes": alibi_slopes, "return_attn_probs": return_attn_probs},
+        "on a sharded sequence",
+    )
     if query.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
         _refuse({"deterministic": deterministic}, "by torch's kernels unless torch itself is told")
     out = usp_attention(

@@ -1,4 +1,5 @@
-"""YunChang's process groups and token layouts: who shares a sequence, and which of its tokens are whose.
+"""YunChang's process groups and token layouts: who shares a sequence, and which of its tokens are
+whose.
 
 Shapes: B = rows, S = tokens of the whole sequence, U = Ulysses ranks, R = ring ranks, P = U × R.
 Source: USP (arXiv 2405.07719), https://github.com/feifeibear/long-context-attention.
@@ -22,7 +23,8 @@ from ulysses_accel.sequence.sharding import next_multiple
 class ProcessGroups:
     """The groups of this process that `set_seq_parallel_pg` chose, and those that it made so far.
 
-    `ULYSSES_PG` and `RING_PG` are None until then. Modules keep the groups that were chosen when they were made.
+    `ULYSSES_PG` and `RING_PG` are None until then. Modules keep the groups that were chosen when
+    they were made.
     """
 
     def __init__(self) -> None:
@@ -33,13 +35,17 @@ class ProcessGroups:
         self._world: ProcessGroup | None = None
 
     def choose(self, ulysses_degree: int, ring_degree: int, use_ulysses_low: bool) -> None:
-        """Makes the groups where they are not there yet, and chooses them; every rank must call it."""
+        """Makes the groups where they are not there yet, and chooses them; every rank must
+        call it.
+        """
         if self._world is not dist.group.WORLD:
             # torch.distributed was started anew, and its old groups are gone.
             self._made, self._world = {}, dist.group.WORLD
         wanted = (ulysses_degree, ring_degree, use_ulysses_low)
         if wanted not in self._made:
-            self._made[wanted] = ring_and_ulysses_groups(ring_degree, ulysses_degree, ulysses_inside=use_ulysses_low)
+            self._made[wanted] = ring_and_ulysses_groups(
+                ring_degree, ulysses_degree, ulysses_inside=use_ulysses_low
+            )
         self.RING_PG, self.ULYSSES_PG = self._made[wanted]
         self.use_ulysses_low = use_ulysses_low
 
@@ -48,62 +54,90 @@ PROCESS_GROUP = ProcessGroups()
 
 
 def set_seq_parallel_pg(
-    sp_ulysses_degree: int, sp_ring_degree: int, rank: int, world_size: int, use_ulysses_low: bool = True
+    sp_ulysses_degree: int,
+    sp_ring_degree: int,
+    rank: int,
+    world_size: int,
+    use_ulysses_low: bool = True,
 ) -> None:
-    """Chooses the groups of modules made from now on; groups are made once for equal arguments. All ranks must call it.
+    """Chooses the groups of modules made from now on; groups are made once for equal arguments. All
+    ranks must call it.
 
     Args:
         sp_ulysses_degree: ranks U that exchange tokens for heads.
-        sp_ring_degree: ranks R that rotate keys; U × R divides the number of processes, the rest is data parallel.
+        sp_ring_degree: ranks R that rotate keys; U × R divides the number of processes, the rest is
+            data parallel.
         rank: this process.
         world_size: all processes.
-        use_ulysses_low: whether the ranks of a Ulysses group are neighbours; otherwise those of a ring are.
+        use_ulysses_low: whether the ranks of a Ulysses group are neighbours; otherwise those of a
+            ring are.
 
     Raises:
-        MeshError: rank or world size are not those of torch.distributed, or the degrees don't divide the processes.
+        MeshError: rank or world size are not those of torch.distributed, or the degrees don't
+            divide the processes.
     """
     if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
         raise MeshError(
-            f"rank={rank}, world_size={world_size} were given, but this is rank {dist.get_rank()} of "
-            f"{dist.get_world_size()} processes. Give torch.distributed's get_rank() and get_world_size()."
+            f"rank={rank}, world_size={world_size} were given, but this is rank {dist.get_rank()} "
+            "of "
+            f"{dist.get_world_size()} processes. Give torch.distributed's get_rank() and "
+            "get_world_size()."
         )
     PROCESS_GROUP.choose(sp_ulysses_degree, sp_ring_degree, use_ulysses_low)
 
 
-def _own_tokens(length: int, ring: tuple[int, int], ulysses: tuple[int, int], layout: Layout) -> Tensor:
-    """Returns the token positions of one place, `[S / P]`; `ring` and `ulysses` are (rank, size)."""
+def _own_tokens(
+    length: int, ring: tuple[int, int], ulysses: tuple[int, int], layout: Layout
+) -> Tensor:
+    """Returns the token positions of one place, `[S / P]`; `ring` and `ulysses` are (rank,
+    size).
+    """
     multiple = multiple_of(ring[1], layout, ulysses[1])
     if length % multiple:
         raise ShapeError(
-            f"a sequence of {length} tokens can't be laid out {layout} over rd={ring[1]} × ud={ulysses[1]} ranks. "
+            f"a sequence of {length} tokens can't be laid out {layout} over rd={ring[1]} × "
+            f"ud={ulysses[1]} ranks. "
             f"Pad it to {next_multiple(length, multiple)} tokens."
         )
     spans = runs(length, ring[1], ring[0], layout)
-    tokens = torch.cat([torch.arange(run.start, run.start + run.count * run.step, run.step) for run in spans])
+    tokens = torch.cat(
+        [torch.arange(run.start, run.start + run.count * run.step, run.step) for run in spans]
+    )
     return tokens.chunk(ulysses[1])[ulysses[0]]
 
 
-def _extract(value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int, layout: Layout) -> Tensor:
+def _extract(
+    value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int, layout: Layout
+) -> Tensor:
     groups = (PROCESS_GROUP.RING_PG, PROCESS_GROUP.ULYSSES_PG)
     for name, degree, group in zip(("rd", "ud"), (rd, ud), groups):
         if group is not None and group.size() != degree:
             raise ConfigError(
-                f"{name}={degree}, but set_seq_parallel_pg made groups of {group.size()} ranks. Give the same degrees."
+                f"{name}={degree}, but set_seq_parallel_pg made groups of {group.size()} ranks. "
+                "Give the same degrees."
             )
     if world_size % (rd * ud) or not 0 <= rank < world_size:
         raise ConfigError(
-            f"rank={rank}, world_size={world_size} do not fit rd={rd} × ud={ud}. Give this rank and the number of "
+            f"rank={rank}, world_size={world_size} do not fit rd={rd} × ud={ud}. Give this rank "
+            "and the number of "
             f"ranks, of all processes or of those that share a sequence."
         )
     place = rank % (rd * ud)
     # Ulysses groups hold consecutive tokens of the layout whichever groups are neighbours in rank.
-    ring_rank, ulysses_rank = divmod(place, ud) if PROCESS_GROUP.use_ulysses_low else (place % rd, place // rd)
+    ring_rank, ulysses_rank = (
+        divmod(place, ud) if PROCESS_GROUP.use_ulysses_low else (place % rd, place // rd)
+    )
     own = _own_tokens(value.shape[dim], (ring_rank, rd), (ulysses_rank, ud), layout)
     return value.index_select(dim, own.to(value.device))
 
 
 def basic_extract_local(
-    value: Tensor, rank: int, world_size: int, rd: int | None = None, ud: int | None = None, dim: int = 1
+    value: Tensor,
+    rank: int,
+    world_size: int,
+    rd: int | None = None,
+    ud: int | None = None,
+    dim: int = 1,
 ) -> Tensor:
     """Returns a rank's part of a sequence in its own order, for `ring_impl_type="basic"`.
 
@@ -128,16 +162,22 @@ def basic_extract_local(
     return _extract(value, rank, world_size, rd, ud, dim, "contiguous")
 
 
-def stripe_extract_local(value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int = 1) -> Tensor:
-    """Returns a rank's part of a sequence dealt token by token over the ring, for `ring_impl_type="strip"`.
+def stripe_extract_local(
+    value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int = 1
+) -> Tensor:
+    """Returns a rank's part of a sequence dealt token by token over the ring, for
+    `ring_impl_type="strip"`.
 
     Args, returns and errors are those of `basic_extract_local`.
     """
     return _extract(value, rank, world_size, rd, ud, dim, "striped")
 
 
-def zigzag_extract_local(value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int = 1) -> Tensor:
-    """Returns a rank's part from the front and the back of a sequence, for `ring_impl_type="zigzag"`.
+def zigzag_extract_local(
+    value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int = 1
+) -> Tensor:
+    """Returns a rank's part from the front and the back of a sequence, for
+    `ring_impl_type="zigzag"`.
 
     Args, returns and errors are those of `basic_extract_local`.
     """

@@ -1,7 +1,9 @@
-"""A batch from a collate function, made complete for sequence parallel training and cut into shards.
+"""A batch from a collate function, made complete for sequence parallel training and cut into
+shards.
 
-Pure functions on a dict of tensors; no other rank is involved. The whole batch is padded, described and its labels are
-placed first, and it is cut afterwards, so that every shard follows from the whole sequence.
+Pure functions on a dict of tensors; no other rank is involved. The whole batch is padded, described
+and its labels are placed first, and it is cut afterwards, so that every shard follows from the
+whole sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from ulysses_accel.dataloader.completion.labels import are_whole, place_labels
 from ulysses_accel.dataloader.completion.masks import with_plain_mask
 from ulysses_accel.dataloader.completion.positions import Positions, given_positions, made_positions
 from ulysses_accel.dataloader.completion.prefixes import PREFIX_KEY, find_prefixes
-from ulysses_accel.dataloader.keys import DECODER, MERGED_KEYS, known, pad_tensor, sequence_dim, token_size
+from ulysses_accel.dataloader.keys import (
+    DECODER,
+    MERGED_KEYS,
+    known,
+    pad_tensor,
+    sequence_dim,
+    token_size,
+)
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, BatchRules, RulesSource, resolve_rules
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
@@ -37,7 +46,8 @@ class WholeBatch:
         tensors: padded, whole, in the order of the shards.
         dims: for each tensor its sequence dim, None when every rank gets all of it.
         extras: everything that is no tensor.
-        description: of the whole sequence; of the decoder's, with the encoder's in it, where there are both.
+        description: of the whole sequence; of the decoder's, with the encoder's in it, where there
+            are both.
         made: what the user's functions have made of some tensors, for one rank.
     """
 
@@ -66,7 +76,11 @@ class WholeBatch:
         Raises:
             BatchError: a function returned no tensor.
         """
-        functions = {name: rule for name, rule in layout.key_rules.items() if callable(rule) and name in self.tensors}
+        functions = {
+            name: rule
+            for name, rule in layout.key_rules.items()
+            if callable(rule) and name in self.tensors
+        }
         made = {name: _own_part(name, rule, self, rank) for name, rule in functions.items()}
         return replace(self, made=made) if made else self
 
@@ -75,14 +89,19 @@ class WholeBatch:
         return {**self.extras, **self.shard(rank), DESCRIPTION_KEY: self.description}
 
     def checksum(self) -> int:
-        """Returns crc32 of the description and all integer tensors, which tells if two ranks drew the same batch."""
+        """Returns crc32 of the description and all integer tensors, which tells if two ranks drew
+        the same batch.
+        """
         value = zlib.crc32(repr(self.description).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             exact = not tensor.is_floating_point() and not tensor.is_complex()
             tokens = name.removeprefix(DECODER) == "inputs_embeds"
             if exact or (tokens and self._lacks_ids(name)):
-                value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
+                value = zlib.crc32(
+                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data,
+                    value,
+                )
         return value
 
     def _lacks_ids(self, embeds: str) -> bool:
@@ -91,7 +110,8 @@ class WholeBatch:
 
 @dataclass(frozen=True)
 class ShardingCollate:
-    """A collate function that returns one rank's part of the batch, for loaders that others build from ours.
+    """A collate function that returns one rank's part of the batch, for loaders that others build
+    from ours.
 
     Args:
         collate_fn: the wrapped loader's own.
@@ -109,15 +129,19 @@ class ShardingCollate:
         """Returns the local batch of the samples."""
         whole = complete(self.collate_fn(samples), self.layout, resolve_rules(self.rules))
         batch = whole.with_functions(self.layout, self.rank).local_batch(self.rank)
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
 
 
 def complete(batch: Any, layout: BatchLayout, rules: BatchRules = PLAIN_RULES) -> WholeBatch:
     """Returns the batch with positions, labels, padding and its description.
 
     Args:
-        batch: a mapping with `input_ids` `[B, S]` or `inputs_embeds` `[B, S, D]`; for a model with an encoder with
-            `labels` `[B, T]` or `decoder_input_ids` `[B, T]` too. The mapping itself is not changed.
+        batch: a mapping with `input_ids` `[B, S]` or `inputs_embeds` `[B, S, D]`; for a model with
+            an encoder with `labels` `[B, T]` or `decoder_input_ids` `[B, T]` too. The mapping
+            itself is not changed.
         layout: how batches are padded and cut.
         rules: what the model asks of a batch.
 
@@ -136,7 +160,9 @@ def complete(batch: Any, layout: BatchLayout, rules: BatchRules = PLAIN_RULES) -
     return replace(
         whole,
         extras={name: value for name, value in extras.items() if name not in made},
-        description=replace(whole.description, prefixes=find_prefixes(prefix_lengths, whole.description.rows)),
+        description=replace(
+            whole.description, prefixes=find_prefixes(prefix_lengths, whole.description.rows)
+        ),
     )
 
 
@@ -173,37 +199,53 @@ def _split(batch: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if not all(isinstance(key, str) for key in batch):
         raise BatchError(
-            f"the batch's keys {list(batch)} are not all strings. Name every entry in the collate function."
+            f"the batch's keys {list(batch)} are not all strings. Name every entry in the collate "
+            "function."
         )
     if DESCRIPTION_KEY in batch:
         raise BatchError(
-            f"the batch has a '{DESCRIPTION_KEY}' already: it is one rank's shard, not a whole batch. "
+            f"the batch has a '{DESCRIPTION_KEY}' already: it is one rank's shard, not a whole "
+            "batch. "
             "Wrap each data loader once only."
         )
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     for key in ("position_ids", f"{DECODER}position_ids"):
         if key not in tensors and batch.get(key) is not None:
-            raise BatchError(f"'{key}' is a {type(batch[key]).__name__}. Give a tensor, or leave positions out.")
+            raise BatchError(
+                f"'{key}' is a {type(batch[key]).__name__}. Give a tensor, or leave positions out."
+            )
     return tensors, {key: value for key, value in batch.items() if key not in tensors}
 
 
 def _complete_sequence(
-    tensors: dict[str, Tensor], extras: Mapping[str, Any], layout: BatchLayout, rules: BatchRules, prefix: str = ""
+    tensors: dict[str, Tensor],
+    extras: Mapping[str, Any],
+    layout: BatchLayout,
+    rules: BatchRules,
+    prefix: str = "",
 ) -> WholeBatch:
     """Completes one sequence, whose tokens, mask and positions have `prefix` before their names."""
     batch_size, length = token_size(tensors, prefix)
     padded = layout.padded_length(length)
     documents = find_rows({**extras, **tensors}, batch_size, length, prefix)
-    positions, positions_are_given = _positions(tensors, documents, rules, prefix), f"{prefix}position_ids" in tensors
+    positions, positions_are_given = (
+        _positions(tensors, documents, rules, prefix),
+        f"{prefix}position_ids" in tensors,
+    )
     tensors = {name: tensor for name, tensor in tensors.items() if name not in CUMULATIVE_KEYS}
     tensors[f"{prefix}position_ids"] = positions.ids
     place_labels(tensors, documents, (batch_size, length), layout, rules)
     whole_labels = ("labels",) if are_whole(layout, rules) else ()
     dims = {
-        name: None if name in whole_labels else sequence_dim(name, tensor, batch_size, length, layout)
+        name: None
+        if name in whole_labels
+        else sequence_dim(name, tensor, batch_size, length, layout)
         for name, tensor in tensors.items()
     }
-    whole = {name: pad_tensor(name, tensor, dims[name], padded, layout) for name, tensor in tensors.items()}
+    whole = {
+        name: pad_tensor(name, tensor, dims[name], padded, layout)
+        for name, tensor in tensors.items()
+    }
     if dims[f"{prefix}position_ids"] is not None:
         whole[f"{prefix}position_ids"] = positions.padded(padded)
     if rules.merges and any(name in tensors for name in MERGED_KEYS):
@@ -221,7 +263,8 @@ def _complete_sequence(
 
 
 def _whole_beside_merged(tensors: Mapping[str, Tensor], positions_are_given: bool) -> list[str]:
-    """Returns the keys whose tensors every rank needs whole (and padded) to merge images or sound into its tokens.
+    """Returns the keys whose tensors every rank needs whole (and padded) to merge images or sound
+    into its tokens.
 
     Positions that nobody gave are cut all the same: they are for decoders whose model makes none.
     """
@@ -233,17 +276,22 @@ def _own_part(name: str, function: KeyFunction, whole: WholeBatch, rank: int) ->
     part = function(whole.tensors[name], whole.description, rank)
     if not isinstance(part, Tensor):
         raise BatchError(
-            f"the function of key_rules[{name!r}] returned a {type(part).__name__}. Return this rank's tensor."
+            f"the function of key_rules[{name!r}] returned a {type(part).__name__}. Return this "
+            "rank's tensor."
         )
     return part
 
 
-def _positions(tensors: Mapping[str, Tensor], documents: Documents, rules: BatchRules, prefix: str) -> Positions:
+def _positions(
+    tensors: Mapping[str, Tensor], documents: Documents, rules: BatchRules, prefix: str
+) -> Positions:
     given = tensors.get(f"{prefix}position_ids")
     if given is not None:
         return given_positions(given, f"{prefix}position_ids", *token_size(tensors, prefix))
     ids = f"{prefix}input_ids"
-    return made_positions(tensors[ids if ids in tensors else f"{prefix}inputs_embeds"], documents, rules)
+    return made_positions(
+        tensors[ids if ids in tensors else f"{prefix}inputs_embeds"], documents, rules
+    )
 
 
 def _in_ring_order(
@@ -253,6 +301,8 @@ def _in_ring_order(
     if order is None:
         return tensors
     return {
-        name: tensor if (dim := dims[name]) is None else tensor.index_select(dim, order.to(tensor.device))
+        name: tensor
+        if (dim := dims[name]) is None
+        else tensor.index_select(dim, order.to(tensor.device))
         for name, tensor in tensors.items()
     }

@@ -1,4 +1,6 @@
-"""The two sequences of an encoder-decoder batch: which key belongs to which, and the decoder's tokens."""
+"""The two sequences of an encoder-decoder batch: which key belongs to which, and the decoder's
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from ulysses_accel.sequence.documents import CUMULATIVE_KEYS
 
 _DECODER_IDS, _DECODER_EMBEDS = f"{DECODER}input_ids", f"{DECODER}inputs_embeds"
 # What goes with the labels goes with the tokens that are compared with them.
-_WITH_LABELS = frozenset({"labels", "shift_labels", "loss_mask", "loss_weights", "completion_mask", "assistant_masks"})
+_WITH_LABELS = frozenset(
+    {"labels", "shift_labels", "loss_mask", "loss_weights", "completion_mask", "assistant_masks"}
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,11 @@ class Pair:
     whole: dict[str, Tensor]
 
 
-def split_pair(tensors: dict[str, Tensor], extras: dict[str, Any], layout: BatchLayout, rules: BatchRules) -> Pair:
-    """Returns the batch's tensors by sequence, with `decoder_input_ids` made of `labels` where they are missing.
+def split_pair(
+    tensors: dict[str, Tensor], extras: dict[str, Any], layout: BatchLayout, rules: BatchRules
+) -> Pair:
+    """Returns the batch's tensors by sequence, with `decoder_input_ids` made of `labels` where they
+    are missing.
 
     Args:
         tensors: of the batch.
@@ -43,8 +50,8 @@ def split_pair(tensors: dict[str, Tensor], extras: dict[str, Any], layout: Batch
         rules: how the model makes its decoder's tokens.
 
     Raises:
-        BatchError: no decoder tokens and no labels to make them of, sequences that don't fit each other, or a mask of
-            padding in an encoder input that is no tokens.
+        BatchError: no decoder tokens and no labels to make them of, sequences that don't fit each
+            other, or a mask of padding in an encoder input that is no tokens.
     """
     _refuse_packed_marks(tensors, extras)
     tensors = _with_decoder_inputs(tensors, rules)
@@ -54,14 +61,17 @@ def split_pair(tensors: dict[str, Tensor], extras: dict[str, Any], layout: Batch
     encoder_rows, encoder_length = token_size(tensors)
     if encoder_rows != rows:
         raise BatchError(
-            f"the encoder has {encoder_rows} rows and the decoder {rows}. Give each row of one its row of the other."
+            f"the encoder has {encoder_rows} rows and the decoder {rows}. Give each row of one its "
+            "row of the other."
         )
     decoder = {
         name: tensor
         for name, tensor in tensors.items()
         if _is_decoders(name, tensor, decoder_length, encoder_length, layout)
     }
-    return Pair(decoder, {name: tensor for name, tensor in tensors.items() if name not in decoder}, {})
+    return Pair(
+        decoder, {name: tensor for name, tensor in tensors.items() if name not in decoder}, {}
+    )
 
 
 def _refuse_packed_marks(tensors: dict[str, Tensor], extras: dict[str, Any]) -> None:
@@ -71,9 +81,12 @@ def _refuse_packed_marks(tensors: dict[str, Tensor], extras: dict[str, Any]) -> 
 
 
 def packed_pair_error(found: str) -> BatchError:
-    """Returns the error for packed documents in a batch of two sequences, `found` being what marks them."""
+    """Returns the error for packed documents in a batch of two sequences, `found` being what marks
+    them.
+    """
     return BatchError(
-        f"{found} packed documents, but the batch has an encoder's sequence and a decoder's, and a decoder token sees "
+        f"{found} packed documents, but the batch has an encoder's sequence and a decoder's, and a "
+        "decoder token sees "
         f"all of the encoder's row. Give each pair its own row."
     )
 
@@ -85,8 +98,10 @@ def _with_decoder_inputs(tensors: dict[str, Tensor], rules: BatchRules) -> dict[
     if labels is None or labels.ndim != 2:
         found = "no 'labels'" if labels is None else f"'labels' of shape {list(labels.shape)}"
         raise BatchError(
-            f"the batch of a model with an encoder has no '{_DECODER_IDS}', and {found} to make them of (its tensors: "
-            f"{sorted(tensors)}). Return labels [batch, sequence] or '{_DECODER_IDS}' from the collate function."
+            f"the batch of a model with an encoder has no '{_DECODER_IDS}', and {found} to make "
+            "them of (its tensors: "
+            f"{sorted(tensors)}). Return labels [batch, sequence] or '{_DECODER_IDS}' from the "
+            "collate function."
         )
     assert rules.decoder_inputs is not None
     return {**tensors, _DECODER_IDS: rules.decoder_inputs(labels)}
@@ -95,7 +110,9 @@ def _with_decoder_inputs(tensors: dict[str, Tensor], rules: BatchRules) -> dict[
 def _is_decoders(
     name: str, tensor: Tensor, decoder_length: int, encoder_length: int | None, layout: BatchLayout
 ) -> bool:
-    """Returns whether a tensor follows the decoder's sequence; by its shape where its key does not say."""
+    """Returns whether a tensor follows the decoder's sequence; by its shape where its key does not
+    say.
+    """
     if name.startswith(DECODER) or name in _WITH_LABELS:
         return True
     if is_known(name) or decoder_length == encoder_length:
@@ -111,7 +128,15 @@ def _is_decoders(
     )
 
 
-def _beside_whole_encoder(tensors: dict[str, Tensor], decoder_length: int, layout: BatchLayout) -> Pair:
-    """Returns the pair where the encoder reads images or sound, which every rank gets whole, with their mask."""
-    decoder = {name: own for name, own in tensors.items() if _is_decoders(name, own, decoder_length, None, layout)}
+def _beside_whole_encoder(
+    tensors: dict[str, Tensor], decoder_length: int, layout: BatchLayout
+) -> Pair:
+    """Returns the pair where the encoder reads images or sound, which every rank gets whole, with
+    their mask.
+    """
+    decoder = {
+        name: own
+        for name, own in tensors.items()
+        if _is_decoders(name, own, decoder_length, None, layout)
+    }
     return Pair(decoder, {}, {name: own for name, own in tensors.items() if name not in decoder})

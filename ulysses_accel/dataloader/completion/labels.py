@@ -1,4 +1,6 @@
-"""A batch's labels, as the model's loss asks for them: shifted before the cut, only cut, or kept whole."""
+"""A batch's labels, as the model's loss asks for them: shifted before the cut, only cut, or kept
+whole.
+"""
 
 from __future__ import annotations
 
@@ -22,51 +24,69 @@ def are_whole(layout: BatchLayout, rules: BatchRules) -> bool:
 
 
 def place_labels(
-    tensors: dict[str, Tensor], documents: Documents, shape: tuple[int, int], layout: BatchLayout, rules: BatchRules
+    tensors: dict[str, Tensor],
+    documents: Documents,
+    shape: tuple[int, int],
+    layout: BatchLayout,
+    rules: BatchRules,
 ) -> None:
     """Changes `labels` in the dict into what the model's loss takes on shards.
 
     Args:
-        tensors: may hold `labels` `[B, S]`, and `shift_labels` `[B, S]`, which are kept as they are.
+        tensors: may hold `labels` `[B, S]`, and `shift_labels` `[B, S]`, which are kept as they
+            are.
         documents: of the batch; no label crosses from one to the next.
         shape: rows B and tokens S.
         layout: the ignored label, and a rule for labels that belong to the sample.
         rules: whether the model's loss shifts labels.
 
     Raises:
-        BatchError: labels of another shape or dtype, or one that counts on padding where labels are not shifted.
+        BatchError: labels of another shape or dtype, or one that counts on padding where labels are
+            not shifted.
     """
     labels = tensors.get("labels")
     if labels is None or are_whole(layout, rules):
         return
     if tuple(labels.shape) != shape:
         raise BatchError(
-            f"'labels' has shape {list(labels.shape)}, but one for each of {list(shape)} tokens is needed. "
+            f"'labels' has shape {list(labels.shape)}, but one for each of {list(shape)} tokens is "
+            "needed. "
             "Labels of a whole sample can be kept with key_rules={'labels': 'replicate'}."
         )
     if not labels.dtype.is_signed:
         raise BatchError(
-            f"'labels' is {labels.dtype}, which can't hold the ignored label {layout.ignore_index}. Use torch.int64."
+            f"'labels' is {labels.dtype}, which can't hold the ignored label "
+            f"{layout.ignore_index}. Use torch.int64."
         )
     if rules.labels == "same_token":
         _refuse_labelled_padding(labels, documents, layout.ignore_index)
         return
     del tensors["labels"]
     if "shift_labels" not in tensors:
-        tensors["shift_labels"] = shift_labels(labels, documents.rows, layout.ignore_index, documents.holes)
+        tensors["shift_labels"] = shift_labels(
+            labels, documents.rows, layout.ignore_index, documents.holes
+        )
 
 
 def _refuse_labelled_padding(labels: Tensor, documents: Documents, ignore_index: int) -> None:
-    """Refuses a loss on padding: what attention gives there is zero, and not what one device would have computed."""
+    """Refuses a loss on padding: what attention gives there is zero, and not what one device would
+    have computed.
+    """
     counted = (labels.detach().cpu() != ignore_index) & ~documents.token_mask(labels.shape[1])
     if bool(counted.any()):
         row, token = counted.nonzero()[0].tolist()
         raise BatchError(
-            f"{int(counted.sum())} labels count on padding, the first in row {row} at token {token}, where attention "
-            f"computes nothing. Give padding the label {ignore_index}, or let the attention mask show these tokens."
+            f"{int(counted.sum())} labels count on padding, the first in row {row} at token "
+            f"{token}, where attention "
+            f"computes nothing. Give padding the label {ignore_index}, or let the attention mask "
+            "show these tokens."
         )
 
 
 def token_label_keys(batch: Mapping[str, Any], layout: BatchLayout, rules: BatchRules) -> list[str]:
     """Returns the keys of a completed batch that hold one label for each token."""
-    return [key for key in _LABEL_KEYS if key in batch and not (key == "labels" and are_whole(layout, rules))]
+    return [
+        key
+        for key in _LABEL_KEYS
+        if key in batch and not (key == "labels" and are_whole(layout, rules))
+    ]

@@ -1,4 +1,6 @@
-"""A 4-D attention mask that says no more than which documents a row has, turned into their numbers."""
+"""A 4-D attention mask that says no more than which documents a row has, turned into their
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,27 @@ from ulysses_accel.sequence.batch_rules import BatchRules
 from ulysses_accel.sequence.sharding import default_position_ids
 
 _KEY = "attention_mask"
-_INSTEAD = "Give a [batch, sequence] mask that numbers the documents from 1 (0 for padding), or position_ids."
+_INSTEAD = (
+    "Give a [batch, sequence] mask that numbers the documents from 1 (0 for padding), "
+    "or position_ids."
+)
 
 
 def with_plain_mask(tensors: dict[str, Tensor], rules: BatchRules) -> dict[str, Tensor]:
-    """Returns a batch whose 4-D mask, if it has one, is the documents' numbers `[B, S]`, 0 for padding.
+    """Returns a batch whose 4-D mask, if it has one, is the documents' numbers `[B, S]`, 0 for
+    padding.
 
-    As beside such a mask on one device, positions that the batch does not give count through all of a row.
+    As beside such a mask on one device, positions that the batch does not give count through all of
+    a row.
 
     Args:
-        tensors: may hold `attention_mask` `[B, 1, S, S]`: true or 1 where a token (rows) sees another (columns); of
-            floats, 0 where it does and -1e4 or less where it doesn't.
+        tensors: may hold `attention_mask` `[B, 1, S, S]`: true or 1 where a token (rows) sees
+            another (columns); of floats, 0 where it does and -1e4 or less where it doesn't.
         rules: how the model sees a document, and counts positions.
 
     Raises:
-        BatchError: the mask is of another shape, or lets tokens see each other in another way than documents do.
+        BatchError: the mask is of another shape, or lets tokens see each other in another way than
+            documents do.
     """
     mask = tensors.get(_KEY)
     if mask is None or mask.ndim != 4:
@@ -32,13 +40,16 @@ def with_plain_mask(tensors: dict[str, Tensor], rules: BatchRules) -> dict[str, 
     size = mask.shape[-1]
     if mask.shape[1:] != (1, size, size):
         raise BatchError(
-            f"'{_KEY}' has shape {list(mask.shape)}; of 4-D masks only [batch, 1, S, S] is read. {_INSTEAD}"
+            f"'{_KEY}' has shape {list(mask.shape)}; of 4-D masks only [batch, 1, S, S] is read. "
+            f"{_INSTEAD}"
         )
     counts_alone = rules.counts_mask or rules.padding_idx is not None
     if rules.is_causal is None or rules.merges or (counts_alone and "position_ids" not in tensors):
         raise BatchError(
-            f"'{_KEY}' is 4-D, of shape {list(mask.shape)}, which can't be read for this model: its layers see windows "
-            f"or in both directions by turns, it merges images, or its positions follow from the mask. {_INSTEAD}"
+            f"'{_KEY}' is 4-D, of shape {list(mask.shape)}, which can't be read for this model: "
+            "its layers see windows "
+            "or in both directions by turns, it merges images, or its positions follow from the "
+            f"mask. {_INSTEAD}"
         )
     sees = _sees(mask.detach().cpu()[:, 0])
     ids = torch.stack([_numbers(row, number, rules.is_causal) for number, row in enumerate(sees)])
@@ -62,7 +73,9 @@ def _sees(mask: Tensor) -> Tensor:
 
 
 def _numbers(sees: Tensor, row: int, is_causal: bool) -> Tensor:
-    """Returns `[S]`, the number of each token's document from 1 on, 0 for tokens that don't see themselves."""
+    """Returns `[S]`, the number of each token's document from 1 on, 0 for tokens that don't see
+    themselves.
+    """
     valid = sees.diagonal()
     starts = sees.int().argmax(dim=-1)
     is_first = valid & (starts == torch.arange(len(sees)))
@@ -75,7 +88,9 @@ def _numbers(sees: Tensor, row: int, is_causal: bool) -> Tensor:
     if len(wrong):
         token, other = wrong[0].tolist()
         raise BatchError(
-            f"the 4-D '{_KEY}' is not of documents that are seen {'up to each token' if is_causal else 'as a whole'}: "
-            f"in row {row} token {token} {'sees' if sees[token, other] else 'does not see'} token {other}. {_INSTEAD}"
+            f"the 4-D '{_KEY}' is not of documents that are seen "
+            f"{'up to each token' if is_causal else 'as a whole'}: "
+            f"in row {row} token {token} {'sees' if sees[token, other] else 'does not see'} token "
+            f"{other}. {_INSTEAD}"
         )
     return numbers

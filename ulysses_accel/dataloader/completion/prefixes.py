@@ -1,4 +1,6 @@
-"""The prefixes of prefix language modelling: how many of a document's first tokens all of its tokens see."""
+"""The prefixes of prefix language modelling: how many of a document's first tokens all of its
+tokens see.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ def find_prefixes(given: Any, rows: Rows) -> Prefixes:
     """Returns for each row and document the tokens of its prefix; empty where no document has one.
 
     Args:
-        given: `[B]` where each row is one document, or `[B, documents]`, zero behind a row's last document: an integer
-            tensor or a list. None where the batch has no prefixes.
+        given: `[B]` where each row is one document, or `[B, documents]`, zero behind a row's last
+            document: an integer tensor or a list. None where the batch has no prefixes.
         rows: the documents of each row.
 
     Raises:
@@ -30,9 +32,12 @@ def find_prefixes(given: Any, rows: Rows) -> Prefixes:
     values = _values(given)
     if len(values) != len(rows):
         raise BatchError(
-            f"'{PREFIX_KEY}' has {len(values)} rows, the batch has {len(rows)}. Give [batch] or [batch, documents]."
+            f"'{PREFIX_KEY}' has {len(values)} rows, the batch has {len(rows)}. Give [batch] or "
+            "[batch, documents]."
         )
-    prefixes = tuple(_of_row(row, own, segments) for row, (own, segments) in enumerate(zip(values, rows)))
+    prefixes = tuple(
+        _of_row(row, own, segments) for row, (own, segments) in enumerate(zip(values, rows))
+    )
     return prefixes if any(any(row) for row in prefixes) else ()
 
 
@@ -43,7 +48,8 @@ def _values(given: Any) -> list[list[int]]:
         if all(type(number) is int for row in nested for number in row):
             return nested
     raise BatchError(
-        f"'{PREFIX_KEY}' is {given!r:.80}, but it should be the number of tokens in each document's prefix. "
+        f"'{PREFIX_KEY}' is {given!r:.80}, but it should be the number of tokens in each "
+        "document's prefix. "
         f"Give whole numbers, [batch] or [batch, documents]."
     )
 
@@ -58,7 +64,8 @@ def _of_row(row: int, lengths: list[int], segments: tuple[tuple[int, int], ...])
     for length, (start, stop) in zip(kept, segments):
         if not 0 <= length <= stop - start:
             raise BatchError(
-                f"'{PREFIX_KEY}' has {length} for a document of row {row} with {stop - start} tokens (from {start} "
+                f"'{PREFIX_KEY}' has {length} for a document of row {row} with {stop - start} "
+                f"tokens (from {start} "
                 f"on). Use 0 to {stop - start}."
             )
     return tuple(kept)

@@ -1,6 +1,8 @@
-"""Prepares data loaders: sharded over data parallel ranks by accelerate, then over the sequence by the adapter.
+"""Prepares data loaders: sharded over data parallel ranks by accelerate, then over the sequence by
+the adapter.
 
-All ranks of a sequence group draw the same batch, so nothing but one agreement is exchanged, and `len` is true.
+All ranks of a sequence group draw the same batch, so nothing but one agreement is exchanged, and
+`len` is true.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def prepare_loader(
     device_placement: bool | None = None,
     rules: RulesSource = PLAIN_RULES,
 ) -> UlyssesSPDataLoaderAdapter:
-    """Returns the loader that yields this rank's shards; one that was prepared before is returned as it is.
+    """Returns the loader that yields this rank's shards; one that was prepared before is returned
+    as it is.
 
     Args:
         accelerator: the attached accelerator, in whose list the loader is kept.
@@ -70,13 +73,15 @@ def prepare_loader(
 def data_parallel_loader(
     accelerator: Any, data_loader: Any, groups: SequenceGroups, *, put_on_device: bool = False
 ) -> Any:
-    """Returns accelerate's loader for this rank's data parallel coordinate, with the same order on all ranks.
+    """Returns accelerate's loader for this rank's data parallel coordinate, with the same order on
+    all ranks.
 
     Args:
         accelerator: the attached accelerator.
         data_loader: a torch DataLoader.
         groups: this rank's place in the mesh.
-        put_on_device: whether it moves batches; an adapter around it cuts the shard on the host and moves only that.
+        put_on_device: whether it moves batches; an adapter around it cuts the shard on the host and
+            moves only that.
     """
     _share_generator(accelerator, data_loader, groups)
     _seed_workers_alike(data_loader, groups)
@@ -109,8 +114,8 @@ def data_parallel_loader(
 
 
 def _seed_workers_alike(data_loader: Any, groups: SequenceGroups) -> None:
-    """Gives a Trainer's workers one seed for each data parallel rank: it seeds them by rank, and they would draw other
-    random numbers for the batches that ranks of a sequence group share.
+    """Gives a Trainer's workers one seed for each data parallel rank: it seeds them by rank, and
+    they would draw other random numbers for the batches that ranks of a sequence group share.
     """
     function = getattr(data_loader, "worker_init_fn", None)
     if isinstance(function, partial) and "rank" in function.keywords:
@@ -118,13 +123,16 @@ def _seed_workers_alike(data_loader: Any, groups: SequenceGroups) -> None:
 
 
 def _share_generator(accelerator: Any, data_loader: Any, groups: SequenceGroups) -> None:
-    """Gives a shuffling sampler without a generator one that starts from rank 0's seed on every rank."""
+    """Gives a shuffling sampler without a generator one that starts from rank 0's seed on every
+    rank.
+    """
     sampler = getattr(data_loader, "sampler", None)
     if getattr(sampler, "generator", ...) is not None:
         return
     assert sampler is not None
     if isinstance(sampler, RandomSampler) and accelerator.use_seedable_sampler:
-        # Its order follows from a number. A draw here would change what a collate function draws after it.
+        # Its order follows from a number. A draw here would change what a collate function draws
+        # after it.
         return
     seed = torch.empty((), dtype=torch.int64)
     if isinstance(sampler, RandomSampler):
@@ -142,7 +150,8 @@ def _share_generator(accelerator: Any, data_loader: Any, groups: SequenceGroups)
 
 @dataclass(frozen=True)
 class _EpochSeed:
-    """Makes a sampler's order follow from the epoch's number, so that a resumed run has the same one.
+    """Makes a sampler's order follow from the epoch's number, so that a resumed run has the same
+    one.
 
     Args:
         generator: the sampler's.
@@ -158,7 +167,8 @@ class _EpochSeed:
 
 
 def register_loader_state(accelerator: Any) -> None:
-    """Makes `save_state` and `load_state` keep each prepared loader's position, as JSON, exact to the micro-step.
+    """Makes `save_state` and `load_state` keep each prepared loader's position, as JSON, exact to
+    the micro-step.
 
     Called by `prepare`, since the accelerator's hooks do not exist yet while it is constructed.
     """
@@ -171,14 +181,23 @@ def register_loader_state(accelerator: Any) -> None:
 
 
 class _LoaderState:
-    """The positions of an accelerator's loaders, beside its other state; all ranks are at the same micro-step."""
+    """The positions of an accelerator's loaders, beside its other state; all ranks are at the same
+    micro-step.
+    """
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
 
     def _files(self, folder: str) -> list[tuple[Path, UlyssesSPDataLoaderAdapter]]:
-        loaders = [loader for loader in self.accelerator._dataloaders if isinstance(loader, UlyssesSPDataLoaderAdapter)]
-        return [(Path(folder) / f"sequence_loader_{index}.json", loader) for index, loader in enumerate(loaders)]
+        loaders = [
+            loader
+            for loader in self.accelerator._dataloaders
+            if isinstance(loader, UlyssesSPDataLoaderAdapter)
+        ]
+        return [
+            (Path(folder) / f"sequence_loader_{index}.json", loader)
+            for index, loader in enumerate(loaders)
+        ]
 
     def save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         """Writes one file for each loader; the main process does."""
@@ -196,11 +215,15 @@ class _LoaderState:
         for path, loader in self._files(input_dir):
             if not path.is_file():
                 raise CheckpointError(
-                    f"{path.name} is missing in {input_dir}: the checkpoint was saved with fewer data loaders than the "
-                    f"{len(self._files(input_dir))} prepared now. Prepare the same loaders in the same order."
+                    f"{path.name} is missing in {input_dir}: the checkpoint was saved with fewer "
+                    "data loaders than the "
+                    f"{len(self._files(input_dir))} prepared now. Prepare the same loaders in the "
+                    "same order."
                 )
             try:
                 state = json.loads(path.read_text())
             except ValueError as error:
-                raise CheckpointError(f"{path.name} is not JSON ({error}). The checkpoint is damaged.") from None
+                raise CheckpointError(
+                    f"{path.name} is not JSON ({error}). The checkpoint is damaged."
+                ) from None
             loader.load_state_dict(state)

@@ -1,6 +1,8 @@
-"""Attaches a `MemoryConfig` to one accelerator: models get it in `prepare`, before the engine wraps them.
+"""Attaches a `MemoryConfig` to one accelerator: models get it in `prepare`, before the engine wraps
+them.
 
-What belongs to the engine and not to the model (the dtype that gradients are reduced in, the allocator) is set here.
+What belongs to the engine and not to the model (the dtype that gradients are reduced in, the
+allocator) is set here.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class MemoryAttachment:
         self.config, self.accelerator = config, accelerator
         self.installed: list[tuple[nn.Module, InstalledMemory]] = []
         self._below = {name: getattr(accelerator, name) for name in _WRAPPED}
-        self._replaced = {name: vars(accelerator)[name] for name in _WRAPPED if name in vars(accelerator)}
+        self._replaced = {
+            name: vars(accelerator)[name] for name in _WRAPPED if name in vars(accelerator)
+        }
         for name in _WRAPPED:
             setattr(accelerator, name, getattr(self, name))
         accelerator.memory = self
@@ -61,14 +65,19 @@ class MemoryAttachment:
         is_known = any(known is model or model in known.modules() for known, _ in self.installed)
         if not is_known and not getattr(model, "_is_accelerate_prepared", False):
             shares_sequence = hasattr(self.accelerator, "sequence_parallel")
-            self.installed.append((model, apply_memory(model, self.config, shares_sequence=shares_sequence)))
+            self.installed.append(
+                (model, apply_memory(model, self.config, shares_sequence=shares_sequence))
+            )
 
     def _compress(self, prepared: Any) -> None:
         """Makes DDP send bfloat16; a hook that the user gave stays."""
-        if not self.config.bf16_gradient_reduction or not isinstance(prepared, DistributedDataParallel):
+        if not self.config.bf16_gradient_reduction or not isinstance(
+            prepared, DistributedDataParallel
+        ):
             return
         if not prepared._comm_hooks:
-            # A lambda has no annotations: DDP compares them, which are texts here, with its own classes.
+            # A lambda has no annotations: DDP compares them, which are texts here, with its own
+            # classes.
             prepared.register_comm_hook(
                 prepared.process_group, lambda group, bucket: _average_in_bfloat16(group, bucket)
             )
@@ -85,7 +94,9 @@ class MemoryAttachment:
 
 
 def _average_in_bfloat16(group: dist.ProcessGroup, bucket: Any) -> Any:
-    """A communication hook of DDP: averages a bucket of gradients that travel in bfloat16, on any backend."""
+    """A communication hook of DDP: averages a bucket of gradients that travel in bfloat16, on any
+    backend.
+    """
     narrow = bucket.buffer().to(torch.bfloat16).div_(group.size())
     work = dist.all_reduce(narrow, group=group, async_op=True)
     assert work is not None
@@ -104,7 +115,9 @@ def _expand_segments() -> None:
 
 
 def _reduce_in_bfloat16(accelerator: Any) -> None:
-    """Makes DeepSpeed and FSDP2 reduce gradients in bfloat16, where the user did not choose otherwise."""
+    """Makes DeepSpeed and FSDP2 reduce gradients in bfloat16, where the user did not choose
+    otherwise.
+    """
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None:
         deepspeed.deepspeed_config.setdefault("communication_data_type", "bf16")

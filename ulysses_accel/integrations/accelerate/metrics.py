@@ -1,4 +1,6 @@
-"""Gathers predictions for metrics: over data parallel ranks alone, since ranks that share a sequence have the same."""
+"""Gathers predictions for metrics: over data parallel ranks alone, since ranks that share a
+sequence have the same.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import replaced
 
 
-def gather_for_metrics(accelerator: Any, stock: Callable[..., Any], groups: SequenceGroups, value: Any) -> Any:
+def gather_for_metrics(
+    accelerator: Any, stock: Callable[..., Any], groups: SequenceGroups, value: Any
+) -> Any:
     """Returns what stock code gathers, and cuts at the end of a loader, with each sample once.
 
     Args:
@@ -32,8 +36,10 @@ def gather_for_metrics(accelerator: Any, stock: Callable[..., Any], groups: Sequ
         recursively_apply(lambda tensor: tensor, value, error_on_other_type=True)
     except TypeError as error:
         raise ConfigError(
-            f"gather_for_metrics was given something other than tensors ({error}), which would be sent as pickles, "
-            f"once for each rank that shares a sequence. Gather tensors; accelerate.utils.gather_object takes objects."
+            f"gather_for_metrics was given something other than tensors ({error}), which would be "
+            "sent as pickles, "
+            "once for each rank that shares a sequence. Gather tensors; "
+            "accelerate.utils.gather_object takes objects."
         ) from None
     with replaced(accelerator, gather=partial(gather_data_parallel, groups)):
         return stock(value)

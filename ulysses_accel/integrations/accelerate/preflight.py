@@ -17,17 +17,20 @@ from ulysses_accel.tensor_parallel.parallelize import check_cut
 
 
 def supports(model: Any, config: ParallelismConfig) -> list[Finding]:
-    """Returns what would keep a model from being trained exactly with a config; nothing for an exact one.
+    """Returns what would keep a model from being trained exactly with a config; nothing for an
+    exact one.
 
     Args:
-        model: a transformers model, a module that holds one, or a transformers config, whose model is built without
-            weights.
+        model: a transformers model, a module that holds one, or a transformers config, whose model
+            is built without weights.
         config: the sizes.
     """
     if config.non_data_parallel_size * config.ep_size == 1:
         return []
     try:
-        inner = transformers_model(model if isinstance(model, nn.Module) else without_weights(model))
+        inner = transformers_model(
+            model if isinstance(model, nn.Module) else without_weights(model)
+        )
     except UnsupportedModelError as error:
         return [Finding("attention", type(model).__name__, str(error), "")]
     findings = find(inner, config.sp_size) if config.non_data_parallel_size > 1 else []

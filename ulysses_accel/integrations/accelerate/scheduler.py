@@ -1,4 +1,6 @@
-"""Learning-rate schedules at the pace of the data: one step for each batch of an optimizer step, not for each rank."""
+"""Learning-rate schedules at the pace of the data: one step for each batch of an optimizer step,
+not for each rank.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from accelerate.scheduler import AcceleratedScheduler
 class SequenceScheduler(AcceleratedScheduler):  # type: ignore[misc]
     """A schedule whose ranks of one sequence group count as one process.
 
-    accelerate steps a schedule once for each process, as if each had drawn a batch of its own. Ranks that share a
-    sequence draw one batch together.
+    accelerate steps a schedule once for each process, as if each had drawn a batch of its own.
+    Ranks that share a sequence draw one batch together.
 
     Args:
         stock: accelerate's wrapper of the schedule.
@@ -29,35 +31,51 @@ class SequenceScheduler(AcceleratedScheduler):  # type: ignore[misc]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Steps the schedule if the optimizer made a step."""
-        if not self.step_with_optimizer or self.split_batches or not self.gradient_state.sync_gradients:
+        if (
+            not self.step_with_optimizer
+            or self.split_batches
+            or not self.gradient_state.sync_gradients
+        ):
             super().step(*args, **kwargs)
             return
         if any(optimizer.step_was_skipped for optimizer in self.optimizers):
             return
         for _ in range(self.data_parallel_size):
             # OneCycle refuses the step behind its last one.
-            if self.scheduler._step_count <= getattr(self.scheduler, "total_steps", self.scheduler._step_count):
+            if self.scheduler._step_count <= getattr(
+                self.scheduler, "total_steps", self.scheduler._step_count
+            ):
                 self.scheduler.step(*args, **kwargs)
 
 
-def sequence_schedulers(accelerator: Any, objects: tuple[Any, ...], data_parallel_size: int) -> tuple[Any, ...]:
-    """Returns the prepared objects with accelerate's schedulers replaced by ours, in the accelerator's list too."""
+def sequence_schedulers(
+    accelerator: Any, objects: tuple[Any, ...], data_parallel_size: int
+) -> tuple[Any, ...]:
+    """Returns the prepared objects with accelerate's schedulers replaced by ours, in the
+    accelerator's list too.
+    """
     return tuple(
-        _replace(accelerator, obj, data_parallel_size) if type(obj) is AcceleratedScheduler else obj for obj in objects
+        _replace(accelerator, obj, data_parallel_size) if type(obj) is AcceleratedScheduler else obj
+        for obj in objects
     )
 
 
-def _replace(accelerator: Any, stock: AcceleratedScheduler, data_parallel_size: int) -> SequenceScheduler:
+def _replace(
+    accelerator: Any, stock: AcceleratedScheduler, data_parallel_size: int
+) -> SequenceScheduler:
     ours = SequenceScheduler(stock, data_parallel_size)
     ours._is_accelerate_prepared = True
-    accelerator._schedulers = [ours if known is stock else known for known in accelerator._schedulers]
+    accelerator._schedulers = [
+        ours if known is stock else known for known in accelerator._schedulers
+    ]
     return ours
 
 
 def stretch_dummy_scheduler(obj: Any, sequence_size: int) -> None:
     """Undoes accelerate's division of a DeepSpeed schedule's length by ranks that share a sequence.
 
-    `DummyScheduler.total_num_steps` is divided by the number of processes; only data parallel ones should count.
+    `DummyScheduler.total_num_steps` is divided by the number of processes; only data parallel ones
+    should count.
     """
     if type(obj).__name__ == "DummyScheduler" and getattr(obj, "total_num_steps", None) is not None:
         obj.total_num_steps *= sequence_size

@@ -1,9 +1,10 @@
 """The attach point: makes one stock `accelerate.Accelerator` train on sharded sequences.
 
-`Accelerator.__init__` hands itself to our `ParallelismConfig`; from then on that instance's `prepare`, data loaders and
-schedulers know about sequence groups. No class and no module is patched, and `Attachment.uninstall` restores all.
-Every engine averages gradients over all ranks (DDP, FSDP2, and DeepSpeed without an mpu), which is all that the loss
-relies on; so stock code sees no sequence parallelism, and can't scale or wrap a second time.
+`Accelerator.__init__` hands itself to our `ParallelismConfig`; from then on that instance's
+`prepare`, data loaders and schedulers know about sequence groups. No class and no module is
+patched, and `Attachment.uninstall` restores all. Every engine averages gradients over all ranks
+(DDP, FSDP2, and DeepSpeed without an mpu), which is all that the loss relies on; so stock code sees
+no sequence parallelism, and can't scale or wrap a second time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from ulysses_accel.errors import ConfigError
 from ulysses_accel.forward.sharded import ShardedForward, shard_forward
 from ulysses_accel.integrations.accelerate.loaders import prepare_loader, register_loader_state
 from ulysses_accel.integrations.accelerate.metrics import gather_for_metrics
-from ulysses_accel.integrations.accelerate.scheduler import sequence_schedulers, stretch_dummy_scheduler
+from ulysses_accel.integrations.accelerate.scheduler import (
+    sequence_schedulers,
+    stretch_dummy_scheduler,
+)
 from ulysses_accel.integrations.frames import calling_trainer
 from ulysses_accel.integrations.trainer.saving import WholeSaves, whole_saves
 from ulysses_accel.introspection.adapters import refuse_virtual_tokens
@@ -72,17 +76,22 @@ class Attachment:
 
     @property
     def group(self) -> ProcessGroup:
-        """The ranks that share each sequence, for `gather_sequence`, `pool_sequence` and `aggregate_loss`."""
+        """The ranks that share each sequence, for `gather_sequence`, `pool_sequence` and
+        `aggregate_loss`.
+        """
         return self.groups.group
 
     def micro_steps(self) -> int:
-        """Returns by how many the engine divides each micro-step's loss; a Trainer divides by itself."""
+        """Returns by how many the engine divides each micro-step's loss; a Trainer divides by
+        itself.
+        """
         return int(self.accelerator.gradient_accumulation_steps)
 
     def uninstall(self) -> None:
         """Restores the accelerator's own methods and every model that was prepared.
 
-        What was put on top of this goes first. Experts that are dealt to ranks are gathered: every rank must call it.
+        What was put on top of this goes first. Experts that are dealt to ranks are gathered: every
+        rank must call it.
         """
         for above in ("memory", "expert_parallel"):
             if above in vars(self.accelerator):
@@ -99,7 +108,9 @@ class Attachment:
         del self.accelerator.sequence_parallel
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """Stands in for `Accelerator.prepare`: models, optimizers, loaders, schedulers, in any order and any calls."""
+        """Stands in for `Accelerator.prepare`: models, optimizers, loaders, schedulers, in any
+        order and any calls.
+        """
         for obj in args:
             if isinstance(obj, nn.Module):
                 self._shard_model(obj)
@@ -115,7 +126,9 @@ class Attachment:
             self._together = ()
         self._update_optimizers()
         if len(args) > 1:
-            return sequence_schedulers(self.accelerator, tuple(result), self.groups.data_parallel_size)
+            return sequence_schedulers(
+                self.accelerator, tuple(result), self.groups.data_parallel_size
+            )
         return sequence_schedulers(self.accelerator, (result,), self.groups.data_parallel_size)[0]
 
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -123,7 +136,9 @@ class Attachment:
         self._shard_model(model)
         with self._as_data_parallel(True):
             if self.tensor_parallel is not None:
-                return self.tensor_parallel.prepare_model(self._stock["prepare_model"], model, *args, **kwargs)
+                return self.tensor_parallel.prepare_model(
+                    self._stock["prepare_model"], model, *args, **kwargs
+                )
             prepared: nn.Module = self._stock["prepare_model"](model, *args, **kwargs)
         return prepared
 
@@ -134,14 +149,22 @@ class Attachment:
         return prepared
 
     def _update_optimizers(self) -> None:
-        """Gives optimizers, prepared before or behind their models, the parameters that cut or replicated ones have."""
+        """Gives optimizers, prepared before or behind their models, the parameters that cut or
+        replicated ones have.
+        """
         if self.tensor_parallel is not None:
             self.tensor_parallel.update(self.accelerator._optimizers)
 
-    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
-        """Stands in for `Accelerator.prepare_data_loader`: sharded over data parallel ranks, then over the sequence."""
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None = None, **_: Any
+    ) -> Any:
+        """Stands in for `Accelerator.prepare_data_loader`: sharded over data parallel ranks, then
+        over the sequence.
+        """
         rules = partial(self.batch_rules, self._together)
-        return prepare_loader(self.accelerator, data_loader, self.config, self.groups, device_placement, rules)
+        return prepare_loader(
+            self.accelerator, data_loader, self.config, self.groups, device_placement, rules
+        )
 
     def batch_rules(self, models: Sequence[nn.Module] = ()) -> BatchRules:
         """Returns what models ask of a batch.
@@ -155,21 +178,32 @@ class Attachment:
         return common_rules(models or [model for model, _ in self.forwards])
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
-        """Stands in for `Accelerator.prepare_scheduler`: steps once for each batch of the optimizer step."""
+        """Stands in for `Accelerator.prepare_scheduler`: steps once for each batch of the optimizer
+        step.
+        """
         prepared = self._stock["prepare_scheduler"](scheduler)
         return sequence_schedulers(self.accelerator, (prepared,), self.groups.data_parallel_size)[0]
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
-        """Stands in for `Accelerator.skip_first_batches`; the loader that it returns stays sharded."""
+        """Stands in for `Accelerator.skip_first_batches`; the loader that it returns stays
+        sharded.
+        """
         if hasattr(dataloader, "skip_first_batches"):
             return dataloader.skip_first_batches(num_batches)
         return self._stock["skip_first_batches"](dataloader, num_batches)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Stands in for `Accelerator.gather_for_metrics`: each sample comes once, from its data parallel rank."""
+        """Stands in for `Accelerator.gather_for_metrics`: each sample comes once, from its data
+        parallel rank.
+        """
         if use_gather_object:
-            raise ConfigError("gather_for_metrics(use_gather_object=True) sends pickles. Use use_gather_object=False.")
-        return gather_for_metrics(self.accelerator, self._stock["gather_for_metrics"], self.groups, input_data)
+            raise ConfigError(
+                "gather_for_metrics(use_gather_object=True) sends pickles. Use "
+                "use_gather_object=False."
+            )
+        return gather_for_metrics(
+            self.accelerator, self._stock["gather_for_metrics"], self.groups, input_data
+        )
 
     def _shard_model(self, model: nn.Module) -> None:
         """Installs the sharded forward into a model, once."""
@@ -180,7 +214,11 @@ class Attachment:
         ring, handler = self.config.cp_handler, self.config.sp_handler
         core = handler.sp_attn_implementation
         sizes = ((name, getattr(self.config, name)) for name in ("sp_size", "cp_size", "tp_size"))
-        sources = ", ".join(f"{name}={size} (from {self.config.source_of(name)})" for name, size in sizes if size > 1)
+        sources = ", ".join(
+            f"{name}={size} (from {self.config.source_of(name)})"
+            for name, size in sizes
+            if size > 1
+        )
         refuse_virtual_tokens(model)
         check_model(model, self.config.sp_size, sources)
         if self.tensor_parallel is not None:
@@ -209,9 +247,18 @@ class Attachment:
         FSDP2 keeps the config, from which it takes the axes that parameters shard over.
         """
         state = self.accelerator.state
-        plugin = getattr(self.accelerator, "deepspeed_plugin", None) if _is_deepspeed(self.accelerator) else None
-        if plugin is not None and not has_loader and plugin.is_auto("train_micro_batch_size_per_gpu"):
-            # Stock code refuses a model without its loader; the number only serves DeepSpeed's own log lines.
+        plugin = (
+            getattr(self.accelerator, "deepspeed_plugin", None)
+            if _is_deepspeed(self.accelerator)
+            else None
+        )
+        if (
+            plugin is not None
+            and not has_loader
+            and plugin.is_auto("train_micro_batch_size_per_gpu")
+        ):
+            # Stock code refuses a model without its loader; the number only serves DeepSpeed's own
+            # log lines.
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         if self.accelerator.is_fsdp2:
             with fully_sharded(self.config, self.accelerator):

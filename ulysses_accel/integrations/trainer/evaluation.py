@@ -1,4 +1,6 @@
-"""What a Trainer's metrics need of sharded batches: predictions and labels whole, in token order, each sample once."""
+"""What a Trainer's metrics need of sharded batches: predictions and labels whole, in token order,
+each sample once.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class WholeEntries:
 
 @dataclass(frozen=True)
 class KeepWhole:
-    """A collate function whose batches keep some entries whole; every rank of a sequence group draws them anyway.
+    """A collate function whose batches keep some entries whole; every rank of a sequence group
+    draws them anyway.
 
     Args:
         collate_fn: the loader's own.
@@ -48,7 +51,9 @@ class KeepWhole:
         """Returns the batch of the samples."""
         batch = self.collate_fn(samples)
         entries = {name: batch[name] for name in self.names if batch.get(name) is not None}
-        tokens = next(batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None)
+        tokens = next(
+            batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None
+        )
         return {**batch, _WHOLE: WholeEntries(entries, tokens.shape[1])}
 
 
@@ -59,11 +64,13 @@ def take_evaluation(inputs: Any) -> WholeEntries | None:
 
 
 def ignore_repeated_rows(inputs: dict[str, Any], state: Any, groups: SequenceGroups) -> None:
-    """Ignores the labels of samples that were drawn again to fill the last batches; metrics are cut to the others.
+    """Ignores the labels of samples that were drawn again to fill the last batches; metrics are cut
+    to the others.
 
     Args:
         inputs: this rank's shard; its labels are replaced.
-        state: accelerate's gradient state, which knows how many samples the last batches of all ranks have.
+        state: accelerate's gradient state, which knows how many samples the last batches of all
+            ranks have.
         groups: this rank's place in the mesh.
     """
     if not state.end_of_dataloader or state.remainder <= 0:
@@ -71,7 +78,9 @@ def ignore_repeated_rows(inputs: dict[str, Any], state: Any, groups: SequenceGro
     for name in ("labels", "shift_labels"):
         labels = inputs.get(name)
         if labels is not None:
-            own = max(0, min(len(labels), state.remainder - groups.data_parallel_rank * len(labels)))
+            own = max(
+                0, min(len(labels), state.remainder - groups.data_parallel_rank * len(labels))
+            )
             inputs[name] = labels.clone()
             inputs[name][own:] = IGNORE_INDEX
 
@@ -108,8 +117,10 @@ class Evaluation:
         """
         if self.whole is None:
             raise BatchError(
-                "predictions were asked for of a loader that is not from get_eval_dataloader or get_test_dataloader, "
-                "whose labels are not kept whole. Override one of these, or use prediction_loss_only=True."
+                "predictions were asked for of a loader that is not from get_eval_dataloader or "
+                "get_test_dataloader, "
+                "whose labels are not kept whole. Override one of these, or use "
+                "prediction_loss_only=True."
             )
         return self.whole.entries.get(name)
 
@@ -121,7 +132,8 @@ class Evaluation:
         Args:
             logits: the model's outputs, tensors `[B, S / P, ...]`, in tuples.
             label_names: the batch's entries that are labels.
-            prepare: makes predictions of outputs and labels, token by token; None keeps the outputs.
+            prepare: makes predictions of outputs and labels, token by token; None keeps the
+                outputs.
 
         Raises:
             ShapeError: a tensor does not have one entry for each of this rank's tokens.
@@ -132,7 +144,8 @@ class Evaluation:
         if prepare is not None:
             logits = prepare(logits, labels if self.of_samples else self._sharded(labels, logits))
         return self._whole(
-            logits, "predictions" if prepare is None else "what preprocess_logits_for_metrics returns"
+            logits,
+            "predictions" if prepare is None else "what preprocess_logits_for_metrics returns",
         ), labels
 
     def _sharded(self, labels: Any, like: Any) -> Any:
@@ -155,8 +168,10 @@ class Evaluation:
         expected = (self.description.batch_size, self.description.shard_length)
         if tuple(value.shape[:2]) != expected:
             raise ShapeError(
-                f"{what}: a tensor of shape {list(value.shape)} does not begin with this rank's {expected[0]} rows and "
-                f"{expected[1]} tokens, so it can't be joined over the ranks of the sequence. Leave it out with "
+                f"{what}: a tensor of shape {list(value.shape)} does not begin with this rank's "
+                f"{expected[0]} rows and "
+                f"{expected[1]} tokens, so it can't be joined over the ranks of the sequence. "
+                "Leave it out with "
                 f"ignore_keys, or return one entry for each token."
             )
         # [B, S/P, ...] -> [B, S, ...]
@@ -168,5 +183,11 @@ class Evaluation:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    parts = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (tuple, list))
+        else ()
+    )
     return [tensor for part in parts for tensor in _tensors(part)]

@@ -18,13 +18,16 @@ from ulysses_accel.sequence.loss import aggregate_loss
 
 
 def own_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns a sharded batch whose labels, shifted or not, are called `labels`, so that stock code takes them out."""
+    """Returns a sharded batch whose labels, shifted or not, are called `labels`, so that stock code
+    takes them out.
+    """
     batch = dict(inputs)
     labels = batch.pop("shift_labels", None)
     labels = batch.get("labels") if labels is None else labels
     if labels is None:
         raise BatchError(
-            "compute_loss_func or label smoothing was asked for, but the batch has no labels whose tokens could be "
+            "compute_loss_func or label smoothing was asked for, but the batch has no labels whose "
+            "tokens could be "
             "counted. Return labels from the collate function."
         )
     return {**batch, "labels": labels}
@@ -32,11 +35,13 @@ def own_labels(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ShardedLoss:
-    """A loss function of whole batches, called with one rank's shard; its values are summed over ranks.
+    """A loss function of whole batches, called with one rank's shard; its values are summed over
+    ranks.
 
-    The function is to return a sum over tokens divided by `num_items_in_batch`, as stock code asks of it on several
-    devices. One that takes a causal model's labels shifts them inside: it gets this rank's logits with one more at the
-    end, and this rank's shifted labels with an ignored one in front, so that what it compares is exact.
+    The function is to return a sum over tokens divided by `num_items_in_batch`, as stock code asks
+    of it on several devices. One that takes a causal model's labels shifts them inside: it gets
+    this rank's logits with one more at the end, and this rank's shifted labels with an ignored one
+    in front, so that what it compares is exact.
 
     Args:
         function: the Trainer's `compute_loss_func` or its label smoother.
@@ -52,7 +57,9 @@ class ShardedLoss:
     next_token: bool
     shifting: list[Callable[..., Any]] | None = None
 
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None, **_: Any) -> Tensor:
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None, **_: Any
+    ) -> Tensor:
         """Returns the whole batch's loss.
 
         Args:
@@ -74,24 +81,38 @@ class ShardedLoss:
         longer = torch.cat([logits, extra], dim=1)
         ignored = torch.full_like(labels[:, :1], IGNORE_INDEX)
         loss: Tensor = self.function(
-            _with_logits(outputs, longer), torch.cat([ignored, labels], dim=1), num_items_in_batch=num_items
+            _with_logits(outputs, longer),
+            torch.cat([ignored, labels], dim=1),
+            num_items_in_batch=num_items,
         )
         known = self.shifting
-        if known is not None and loss.requires_grad and not any(function is self.function for function in known):
+        if (
+            known is not None
+            and loss.requires_grad
+            and not any(function is self.function for function in known)
+        ):
             self._refuse_unshifted(loss, extra)
             known.append(self.function)
         return loss
 
     def _refuse_unshifted(self, loss: Tensor, extra: Tensor) -> None:
-        """Refuses a function that uses the logits that were only added to be cut off; asked once, of all ranks."""
+        """Refuses a function that uses the logits that were only added to be cut off; asked once,
+        of all ranks.
+        """
         (grad,) = torch.autograd.grad(loss, extra, retain_graph=True, allow_unused=True)
-        used = torch.zeros((), device=extra.device) if grad is None else grad.ne(0).any().to(torch.float32)
+        used = (
+            torch.zeros((), device=extra.device)
+            if grad is None
+            else grad.ne(0).any().to(torch.float32)
+        )
         dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.world_group)
         if bool(used):
             name = getattr(self.function, "__qualname__", type(self.function).__name__)
             raise ConfigError(
-                f"compute_loss_func {name} uses the last token's logits, which have no next token: it does not compare "
-                f"logits[:, :-1] with labels[:, 1:], so its labels would be wrong at the ends of shards. Shift inside "
+                f"compute_loss_func {name} uses the last token's logits, which have no next token: "
+                "it does not compare "
+                "logits[:, :-1] with labels[:, 1:], so its labels would be wrong at the ends of "
+                "shards. Shift inside "
                 f"of the function, as transformers' causal losses do."
             )
 

@@ -1,6 +1,8 @@
-"""A Trainer's checkpoints of models whose parts lie on several ranks, without an engine that would gather them.
+"""A Trainer's checkpoints of models whose parts lie on several ranks, without an engine that would
+gather them.
 
-Stock code has the main process alone ask for states. Here every rank does, and the main process writes what it gets.
+Stock code has the main process alone ask for states. Here every rank does, and the main process
+writes what it gets.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ _WRAPPED = ("_save", "_save_optimizer_and_scheduler")
 
 
 def whole_saves(trainer: Any, accelerator: Any, config: ParallelismConfig) -> WholeSaves | None:
-    """Makes a Trainer's checkpoints whole ones, where dealt experts or cut weights make its own code write parts.
+    """Makes a Trainer's checkpoints whole ones, where dealt experts or cut weights make its own
+    code write parts.
 
     Args:
         trainer: that constructs the accelerator; None where no Trainer does.
@@ -34,8 +37,10 @@ def whole_saves(trainer: Any, accelerator: Any, config: ParallelismConfig) -> Wh
     has_optimizer = config.tp_size > 1 and not args.save_only_model
     if has_optimizer and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
         raise ConfigError(
-            f"save_strategy={str(getattr(args.save_strategy, 'value', args.save_strategy))!r} with tp_size="
-            f"{config.tp_size} (from {config.source_of('tp_size')}) and no engine: checkpoints would hold one rank's "
+            f"save_strategy={str(getattr(args.save_strategy, 'value', args.save_strategy))!r} with "
+            "tp_size="
+            f"{config.tp_size} (from {config.source_of('tp_size')}) and no engine: checkpoints "
+            "would hold one rank's "
             f"part of the optimizer. Use FSDP2, save_only_model=True or save_strategy='no'."
         )
     return WholeSaves(trainer, accelerator)
@@ -60,7 +65,9 @@ class WholeSaves:
         for name in _WRAPPED:
             delattr(self.trainer, name)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         """Stands in for `Trainer._save`, which every rank calls."""
         if state_dict is None:
             state_dict = self.accelerator.get_state_dict(self.trainer.model)
@@ -68,7 +75,10 @@ class WholeSaves:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Stands in for `Trainer._save_optimizer_and_scheduler`, which every rank calls."""
-        experts, optimizer = getattr(self.accelerator, "expert_parallel", None), self.trainer.optimizer
+        experts, optimizer = (
+            getattr(self.accelerator, "expert_parallel", None),
+            self.trainer.optimizer,
+        )
         if experts is None or optimizer is None:
             self._stock["_save_optimizer_and_scheduler"](output_dir)
             return

@@ -1,8 +1,10 @@
-"""A stock `transformers.Trainer` on sharded sequences: its counts, losses and predictions made those of whole batches.
+"""A stock `transformers.Trainer` on sharded sequences: its counts, losses and predictions made
+those of whole batches.
 
-The config's attach point runs inside `Accelerator.__init__`, which the Trainer calls; that Trainer instance gets
-attributes that stand before a few of its methods. No class is patched, and `TrainerAttachment.uninstall` deletes them.
-Stock code never learns of sequence parallelism: for it a sequence group is one process with one batch.
+The config's attach point runs inside `Accelerator.__init__`, which the Trainer calls; that Trainer
+instance gets attributes that stand before a few of its methods. No class is patched, and
+`TrainerAttachment.uninstall` deletes them. Stock code never learns of sequence parallelism: for it
+a sequence group is one process with one batch.
 """
 
 from __future__ import annotations
@@ -44,14 +46,16 @@ _WRAPPED = (
 
 
 def attach_trainer(trainer: Any) -> TrainerAttachment | TrlTrainer | None:
-    """Makes a Trainer count, evaluate and predict on sharded sequences; called for every Trainer that is given our
-    config as `TrainingArguments(parallelism_config=...)`, so only needed for one that got its accelerator otherwise.
+    """Makes a Trainer count, evaluate and predict on sharded sequences; called for every Trainer
+    that is given our config as `TrainingArguments(parallelism_config=...)`, so only needed for one
+    that got its accelerator otherwise.
 
     Args:
         trainer: a `transformers.Trainer`, or one of a subclass, that has its accelerator.
 
     Returns:
-        The attachment, whose `uninstall()` restores the Trainer; None where no sequence is shared between ranks.
+        The attachment, whose `uninstall()` restores the Trainer; None where no sequence is shared
+        between ranks.
 
     Raises:
         ConfigError: the Trainer's arguments ask for something that can't be sharded.
@@ -101,7 +105,8 @@ class TrainerAttachment:
         for name in _WRAPPED:
             setattr(trainer, name, getattr(self, name))
         trainer.sequence_parallel = self
-        # Stock code tells DeepSpeed not to divide the loss, whatever number of micro-steps its config has.
+        # Stock code tells DeepSpeed not to divide the loss, whatever number of micro-steps its
+        # config has.
         attached.micro_steps = lambda: 1
 
     def uninstall(self) -> None:
@@ -112,7 +117,9 @@ class TrainerAttachment:
         del self.attached.micro_steps
 
     def get_sp_size(self) -> int:
-        """Stands in for `Trainer.get_sp_size`: a loader's length and the counted tokens are the whole batch's."""
+        """Stands in for `Trainer.get_sp_size`: a loader's length and the counted tokens are the
+        whole batch's.
+        """
         return 1
 
     def get_cp_size(self) -> int:
@@ -121,7 +128,11 @@ class TrainerAttachment:
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Stands in for `Trainer.get_total_train_batch_size`: samples of one optimizer step."""
-        return int(self.trainer._train_batch_size * args.gradient_accumulation_steps * self.groups.data_parallel_size)
+        return int(
+            self.trainer._train_batch_size
+            * args.gradient_accumulation_steps
+            * self.groups.data_parallel_size
+        )
 
     def get_train_dataloader(self) -> Any:
         """Stands in for `Trainer.get_train_dataloader`."""
@@ -129,7 +140,9 @@ class TrainerAttachment:
         return self._stock["get_train_dataloader"]()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Trainer.get_eval_dataloader`: batches keep what metrics need of the whole."""
+        """Stands in for `Trainer.get_eval_dataloader`: batches keep what metrics need of the
+        whole.
+        """
         with replaced(self.trainer.accelerator, prepare_data_loader=self._prepare_eval_loader):
             return self._stock["get_eval_dataloader"](*args, **kwargs)
 
@@ -149,10 +162,12 @@ class TrainerAttachment:
         return getattr(self.trainer.model, "main_input_name", "input_ids")
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Stands in for `Trainer._get_num_items_in_batch`: counts the labels of all ranks' parts of the step.
+        """Stands in for `Trainer._get_num_items_in_batch`: counts the labels of all ranks' parts of
+        the step.
 
-        With `average_tokens_across_devices=False` the loss is the mean over data parallel ranks of each one's mean over
-        its tokens; that is a sum over all tokens, each divided by its rank's count times the number of such ranks.
+        With `average_tokens_across_devices=False` the loss is the mean over data parallel ranks of
+        each one's mean over its tokens; that is a sum over all tokens, each divided by its rank's
+        count times the number of such ranks.
         """
         if not batch_samples or not _is_sharded(batch_samples[0]):
             return self._stock["_get_num_items_in_batch"](batch_samples, device)
@@ -163,12 +178,17 @@ class TrainerAttachment:
             return None
         if trainer.args.average_tokens_across_devices:
             return count_items(batch_samples, self.groups.world_group).to(device)
-        return count_items(batch_samples, self.groups.group).to(device) * self.groups.data_parallel_size
+        return (
+            count_items(batch_samples, self.groups.group).to(device)
+            * self.groups.data_parallel_size
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Stands in for `Trainer.compute_loss`: the loss is the whole batch's already, so nothing multiplies it."""
+        """Stands in for `Trainer.compute_loss`: the loss is the whole batch's already, so nothing
+        multiplies it.
+        """
         stock = partial(self._stock["compute_loss"], model, return_outputs=return_outputs)
         if not _is_sharded(inputs):
             return stock(inputs, num_items_in_batch=num_items_in_batch)
@@ -182,17 +202,29 @@ class TrainerAttachment:
     def _sharded_losses(self, next_token: bool) -> dict[str, Any]:
         """Returns what stands in for the Trainer's loss function and its label smoother."""
         function, smoother = self.trainer.compute_loss_func, self.trainer.label_smoother
-        made = partial(ShardedLoss, group=self.groups.group, world_group=self.groups.world_group, next_token=next_token)
+        made = partial(
+            ShardedLoss,
+            group=self.groups.group,
+            world_group=self.groups.world_group,
+            next_token=next_token,
+        )
         return {
-            "compute_loss_func": None if function is None else made(function, shifting=self._shifting),
-            "label_smoother": None if smoother is None else made(partial(smoother, shift_labels=next_token)),
+            "compute_loss_func": None
+            if function is None
+            else made(function, shifting=self._shifting),
+            "label_smoother": None
+            if smoother is None
+            else made(partial(smoother, shift_labels=next_token)),
         }
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Trainer.evaluation_loop`: what prepares logits for metrics is called on shards before."""
+        """Stands in for `Trainer.evaluation_loop`: what prepares logits for metrics is called on
+        shards before.
+        """
         if self.trainer.args.eval_use_gather_object:
             raise ConfigError(
-                "eval_use_gather_object=True sends predictions as pickles, once for each rank that shares a sequence. "
+                "eval_use_gather_object=True sends predictions as pickles, once for each rank that "
+                "shares a sequence. "
                 "Use eval_use_gather_object=False."
             )
         prepare = self.trainer.preprocess_logits_for_metrics
@@ -209,7 +241,8 @@ class TrainerAttachment:
         *,
         prepare: Callable[[Any, Any], Any] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Stands in for `Trainer.prediction_step`: the forward is sharded, what is returned is in token order.
+        """Stands in for `Trainer.prediction_step`: the forward is sharded, what is returned is in
+        token order.
 
         Args:
             model: as in stock code.
@@ -225,10 +258,14 @@ class TrainerAttachment:
         given = presented(inputs, self.trainer.label_names)
         if not prediction_loss_only and tiles_loss(model):
             given["return_logits"] = True
-        loss, logits, _ = self._stock["prediction_step"](model, given, prediction_loss_only, ignore_keys)
+        loss, logits, _ = self._stock["prediction_step"](
+            model, given, prediction_loss_only, ignore_keys
+        )
         if prediction_loss_only:
             return loss, None, None
-        evaluation = Evaluation(whole, inputs[DESCRIPTION_KEY], self.groups.group, self._predicts_samples)
+        evaluation = Evaluation(
+            whole, inputs[DESCRIPTION_KEY], self.groups.group, self._predicts_samples
+        )
         logits, labels = evaluation.joined(logits, self.trainer.label_names, prepare)
         inputs[self._main_input] = evaluation.entry(self._main_input)
         return loss, self.trainer._prepare_input(logits), self.trainer._prepare_input(labels)
@@ -246,20 +283,26 @@ def _refuse_noise(args: Any) -> None:
     """Refuses noise whose size follows from the length of the sequence that an embedding sees."""
     if getattr(args, "neftune_noise_alpha", None) is not None:
         raise ConfigError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} makes noise by the number of tokens that a rank has, "
-            f"which is too large for a part of a sequence, and the same on all parts. Use neftune_noise_alpha=None."
+            f"neftune_noise_alpha={args.neftune_noise_alpha} makes noise by the number of tokens "
+            "that a rank has, "
+            "which is too large for a part of a sequence, and the same on all parts. Use "
+            "neftune_noise_alpha=None."
         )
 
 
 def _refuse_arguments(args: Any) -> None:
-    """Refuses arguments with which each rank would do something else, or the whole sequence at once."""
+    """Refuses arguments with which each rank would do something else, or the whole sequence at
+    once.
+    """
     if getattr(args, "train_sampling_strategy", "random") == "batch_rebalance":
         raise ConfigError(
-            "train_sampling_strategy='batch_rebalance' deals other samples to each rank, but the ranks of a sequence "
+            "train_sampling_strategy='batch_rebalance' deals other samples to each rank, but the "
+            "ranks of a sequence "
             "group share theirs. Use 'random' or 'group_by_length'."
         )
     if getattr(args, "predict_with_generate", False):
         raise ConfigError(
-            "predict_with_generate=True generates from this rank's tokens alone. Use predict_with_generate=False, and "
+            "predict_with_generate=True generates from this rank's tokens alone. Use "
+            "predict_with_generate=False, and "
             "generate with the saved model."
         )

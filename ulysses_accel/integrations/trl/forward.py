@@ -1,8 +1,10 @@
-"""TRL's forwards: whole batches in, each token's numbers of the whole sequence out, a shard of it in between.
+"""TRL's forwards: whole batches in, each token's numbers of the whole sequence out, a shard of it
+in between.
 
-TRL's trainers make labels, masks and reference passes of whole batches, and their losses of one number for each token,
-which a `fused_lm_head` computes without logits. So all ranks of a sequence group give the model the same whole batch;
-what costs memory, hidden states and logits, is only ever there for this rank's tokens.
+TRL's trainers make labels, masks and reference passes of whole batches, and their losses of one
+number for each token, which a `fused_lm_head` computes without logits. So all ranks of a sequence
+group give the model the same whole batch; what costs memory, hidden states and logits, is only ever
+there for this rank's tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from ulysses_accel.sequence.batch_rules import RulesSource
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
 from ulysses_accel.sequence.gather import gather_sequence
 
-# What transformers' outputs hold of each token, besides logits, which a user's own metrics or loss may ask for.
+# What transformers' outputs hold of each token, besides logits, which a user's own metrics or loss
+# may ask for.
 _FUSED = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 _NOT_GATHERED = ("output_hidden_states", "output_attentions")
 
@@ -42,7 +45,8 @@ class WholeForward:
         groups: this rank's place in the mesh.
         refiller: agrees on a batch and cuts it.
         handles: the hooks.
-        running: forwards between their two hooks, the innermost last; None for those that are left alone.
+        running: forwards between their two hooks, the innermost last; None for those that are left
+            alone.
         count: forwards so far.
     """
 
@@ -53,14 +57,18 @@ class WholeForward:
     count: int = 0
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Gives the model this rank's shard in place of a whole batch; forwards that keep keys are generation's."""
+        """Gives the model this rank's shard in place of a whole batch; forwards that keep keys are
+        generation's.
+        """
         # `after` runs for a forward that raises here, too.
         self.running.append(None)
         is_loss = kwargs.get("fused_lm_head") or kwargs.get("use_cache") is False
         if args or not is_loss or DESCRIPTION_KEY in kwargs:
             return None
         refuse_lost_outputs(model, kwargs)
-        tokens = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+        tokens = next(
+            kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None
+        )
         batch = {name: _on_host(value) for name, value in kwargs.items() if value is not None}
         self.count += 1
         refilled = self.refiller.refill(lambda: (batch, False), self.count)
@@ -70,7 +78,9 @@ class WholeForward:
         return args, {name: _placed(value, tokens.device) for name, value in local.items()}
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Puts the whole sequence's numbers into the output; runs also when the forward raised, with no output."""
+        """Puts the whole sequence's numbers into the output; runs also when the forward raised,
+        with no output.
+        """
         running = self.running.pop()
         if running is None or output is None:
             return None
@@ -83,10 +93,14 @@ class WholeForward:
         return output
 
     def _gather_fused(self, output: Any, found: dict[str, Tensor], running: _Running) -> None:
-        """Gathers all numbers of the tokens in one exchange; the label of a row's last token is no token's."""
+        """Gathers all numbers of the tokens in one exchange; the label of a row's last token is no
+        token's.
+        """
         widest = found["log_probs"].dtype
         # [B, S/P] each -> [B, S, N]
-        whole = self._whole(torch.stack([tensor.to(widest) for tensor in found.values()], dim=-1), running)
+        whole = self._whole(
+            torch.stack([tensor.to(widest) for tensor in found.values()], dim=-1), running
+        )
         parts = whole[:, : running.length - 1].unbind(-1)
         for (name, tensor), part in zip(found.items(), parts, strict=True):
             output[name] = part.to(tensor.dtype)
@@ -101,7 +115,9 @@ class WholeForward:
         self.handles.clear()
 
 
-def whole_forward(model: nn.Module, groups: SequenceGroups, layout: BatchLayout, rules: RulesSource) -> WholeForward:
+def whole_forward(
+    model: nn.Module, groups: SequenceGroups, layout: BatchLayout, rules: RulesSource
+) -> WholeForward:
     """Makes a model take whole batches, of which every rank of a sequence group has the same one.
 
     Args:
@@ -123,17 +139,22 @@ def whole_forward(model: nn.Module, groups: SequenceGroups, layout: BatchLayout,
 
 
 def refuse_lost_outputs(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuses outputs of layers, which would be a shard's where the caller counts on the whole sequence's."""
+    """Refuses outputs of layers, which would be a shard's where the caller counts on the whole
+    sequence's.
+    """
     found = [name for name in _NOT_GATHERED if kwargs.get(name)]
     if found:
         raise BatchError(
-            f"{type(model).__name__} was called with {', '.join(found)}, which are not gathered over the "
+            f"{type(model).__name__} was called with {', '.join(found)}, which are not gathered "
+            "over the "
             f"ranks that share a sequence. Leave it out, or use sp_size=1 and cp_size=1."
         )
 
 
 def _on_host(value: Any) -> Any:
-    """Returns tokens, masks and labels on the host, where batches are described; other tensors stay."""
+    """Returns tokens, masks and labels on the host, where batches are described; other tensors
+    stay.
+    """
     is_token_data = isinstance(value, Tensor) and not value.is_floating_point()
     return value.cpu() if is_token_data else value
 

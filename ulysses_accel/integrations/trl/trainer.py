@@ -1,8 +1,9 @@
-"""TRL's trainers on sharded sequences: their own code, unchanged, with models that compute shards of whole batches.
+"""TRL's trainers on sharded sequences: their own code, unchanged, with models that compute shards
+of whole batches.
 
-The ranks of a sequence group are replicas to a TRL trainer, as tensor parallel ranks are: they get the same batches and
-compute the same losses and metrics. Which ranks are replicas is what is told here, to the trainer and its accelerator,
-on these two instances; `trl_forward` does the rest.
+The ranks of a sequence group are replicas to a TRL trainer, as tensor parallel ranks are: they get
+the same batches and compute the same losses and metrics. Which ranks are replicas is what is told
+here, to the trainer and its accelerator, on these two instances; `trl_forward` does the rest.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def adapt_trl(trainer: Any, attached: Any) -> TrlTrainer:
     if not any(name in _KNOWN for name in names):
         config = attached.config
         raise ConfigError(
-            f"{names[0]} with sp_size={config.sp_size}, cp_size={config.cp_size} is not supported: it makes batches by "
-            f"itself, which would differ between the ranks that share a sequence. Use one of {', '.join(_KNOWN)}, or a "
-            f"loop of your own with model(**batch, return_log_probs=True) and MemoryConfig(tiled_loss=True)."
+            f"{names[0]} with sp_size={config.sp_size}, cp_size={config.cp_size} is not supported: "
+            "it makes batches by "
+            "itself, which would differ between the ranks that share a sequence. Use one of "
+            f"{', '.join(_KNOWN)}, or a "
+            "loop of your own with model(**batch, return_log_probs=True) and "
+            "MemoryConfig(tiled_loss=True)."
         )
     return TrlTrainer(trainer, attached)
 
@@ -68,11 +72,16 @@ class TrlTrainer:
         self.groups = attached.groups
         self.forwards: list[tuple[nn.Module, WholeForward]] = []
         self._below = {name: getattr(self.accelerator, name) for name in _WRAPPED}
-        self._replaced = {name: vars(self.accelerator)[name] for name in _WRAPPED if name in vars(self.accelerator)}
+        self._replaced = {
+            name: vars(self.accelerator)[name]
+            for name in _WRAPPED
+            if name in vars(self.accelerator)
+        }
         for name in _WRAPPED:
             setattr(self.accelerator, name, getattr(self, name))
         replicas = self.groups.size * attached.config.tp_size
-        # Stock code divides counts by the sizes of all axes whose ranks share a batch, but scales losses by tp's alone.
+        # Stock code divides counts by the sizes of all axes whose ranks share a batch, but scales
+        # losses by tp's alone.
         sizes = {"get_tp_size": replicas, "get_sp_size": 1, "get_cp_size": 1}
         self._methods: dict[str, Any] = {name: partial(int, size) for name, size in sizes.items()}
         # These it sums over all ranks.
@@ -113,19 +122,26 @@ class TrlTrainer:
         prepared: nn.Module = self._below["prepare_model"](model, *args, **kwargs)
         return prepared
 
-    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
-        """Stands in for `Accelerator.prepare_data_loader`: whole batches, the same on all ranks of a sequence group."""
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None = None, **_: Any
+    ) -> Any:
+        """Stands in for `Accelerator.prepare_data_loader`: whole batches, the same on all ranks of
+        a sequence group.
+        """
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return self._below["prepare_data_loader"](data_loader, device_placement)
         placed = self.accelerator.device_placement if device_placement is None else device_placement
-        loader = data_parallel_loader(self.accelerator, data_loader, self.groups, put_on_device=placed)
+        loader = data_parallel_loader(
+            self.accelerator, data_loader, self.groups, put_on_device=placed
+        )
         self.accelerator._dataloaders.append(loader)
         return loader
 
     def _prepare_others(self) -> None:
         """Prepares the models that TRL calls without the accelerator's having prepared them.
 
-        The reference model of DeepSpeed and FSDP2, and the policy whose log-probabilities are taken before training.
+        The reference model of DeepSpeed and FSDP2, and the policy whose log-probabilities are taken
+        before training.
         """
         others = [getattr(self.trainer, "ref_model", None)]
         if getattr(self.trainer, "precompute_ref_logps", False):
@@ -144,11 +160,15 @@ class TrlTrainer:
         config = self.attached.config
         layout = BatchLayout(
             self.groups.size,
-            None if config.sp_handler.sp_seq_length_is_variable else config.sp_handler.sp_seq_length,
+            None
+            if config.sp_handler.sp_seq_length_is_variable
+            else config.sp_handler.sp_seq_length,
             pad_multiple=config.non_data_parallel_size if config.tp_size > 1 else None,
             key_rules=dict.fromkeys(_REPLICATED, "replicate"),
             ring_size=config.cp_size,
             ring_layout=config.cp_handler.layout,
         )
-        forward = whole_forward(model, self.groups, layout, lambda: self.attached.batch_rules((model,)))
+        forward = whole_forward(
+            model, self.groups, layout, lambda: self.attached.batch_rules((model,))
+        )
         self.forwards.append((model, forward))

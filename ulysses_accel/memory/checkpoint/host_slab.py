@@ -1,7 +1,8 @@
 """Host memory for tensors that leave the device until the backward pass wants them back.
 
-One slab holds a whole forward pass: its size is exactly the number of tensors times their bytes. (The framework's own
-pinned allocator rounds each block up to a power of two, which can double it.) Copies run on a stream of their own.
+One slab holds a whole forward pass: its size is exactly the number of tensors times their bytes.
+(The framework's own pinned allocator rounds each block up to a power of two, which can double it.)
+Copies run on a stream of their own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class HostSlab:
 
     Args:
         num_slots: tensors that one forward pass puts away.
-        is_pinned: whether the memory is registered with the GPU's driver, so that copies run beside the computation.
+        is_pinned: whether the memory is registered with the GPU's driver, so that copies run beside
+            the computation.
     """
 
     def __init__(self, num_slots: int, is_pinned: bool = False) -> None:
@@ -75,10 +77,15 @@ class HostSlab:
 
     def take(self, num_bytes: int) -> Slot:
         """Returns a free slot of at least that size, from a new block where no block has one."""
-        serving = [block for block in self._blocks if block.free and block.served_bytes == num_bytes]
+        serving = [
+            block for block in self._blocks if block.free and block.served_bytes == num_bytes
+        ]
         idle = [block for block in self._blocks if block.is_idle and block.slot_bytes >= num_bytes]
-        # Never a larger slot of a block in use: the tensors it was made for would have to go elsewhere.
-        block = (serving or sorted(idle, key=lambda found: found.slot_bytes) or [self._grow(num_bytes)])[0]
+        # Never a larger slot of a block in use: the tensors it was made for would have to go
+        # elsewhere.
+        block = (
+            serving or sorted(idle, key=lambda found: found.slot_bytes) or [self._grow(num_bytes)]
+        )[0]
         block.served_bytes = num_bytes
         index = block.free.pop()
         slot = Slot(block.memory[index * block.slot_bytes : (index + 1) * block.slot_bytes], block)
@@ -105,7 +112,8 @@ def _pin(block: _Block) -> None:
     error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(error) != 0:
         raise MemoryError(
-            f"{memory.numel()} bytes of host memory could not be pinned (CUDA error {int(error)}). Raise the limit of "
+            f"{memory.numel()} bytes of host memory could not be pinned (CUDA error {int(error)}). "
+            "Raise the limit of "
             f"locked memory (ulimit -l), or use fewer tokens, every_n_layers=2 or offload=False."
         )
     weakref.finalize(block, runtime.cudaHostUnregister, memory.data_ptr())
@@ -195,8 +203,8 @@ class CudaMover:
 
     Args:
         device: the GPU.
-        max_inflight: copies to the host that may be under way; the computation waits for the oldest beyond that, so
-            that tensors that are put away don't pile up on the device.
+        max_inflight: copies to the host that may be under way; the computation waits for the oldest
+            beyond that, so that tensors that are put away don't pile up on the device.
     """
 
     def __init__(self, device: torch.device, max_inflight: int = 2) -> None:
@@ -217,7 +225,9 @@ class CudaMover:
         tensor.record_stream(self.stream)
 
     def to_device(self, slot: Slot, like: TensorShape) -> Arrival:
-        """Starts the copy; on the same stream as the copies to the host, so behind the one that filled the slot."""
+        """Starts the copy; on the same stream as the copies to the host, so behind the one that
+        filled the slot.
+        """
         tensor = like.empty()
         # The new tensor's memory may still be read by what the current stream was given before.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

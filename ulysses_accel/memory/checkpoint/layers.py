@@ -1,8 +1,10 @@
-"""Activation checkpointing of a transformers model's layers, with their inputs put away on the host.
+"""Activation checkpointing of a transformers model's layers, with their inputs put away on the
+host.
 
-A layer keeps nothing but its input, of which every n-th stays or leaves for a slab of host memory of exactly the right
-size; it comes back one layer ahead. Layers are driven through the attributes that transformers' own checkpointing uses,
-so module hooks (FSDP2's, DeepSpeed's) stay outside, and `uninstall` leaves the model as it was.
+A layer keeps nothing but its input, of which every n-th stays or leaves for a slab of host memory
+of exactly the right size; it comes back one layer ahead. Layers are driven through the attributes
+that transformers' own checkpointing uses, so module hooks (FSDP2's, DeepSpeed's) stay outside, and
+`uninstall` leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -43,17 +45,19 @@ class CheckpointOptions:
     """What is kept of a forward pass, and where.
 
     Args:
-        every_n_layers: how many layers share one kept input. The inputs in between are computed again, which costs
-            (n - 1) / n of a forward pass and keeps 1 / n of the memory.
-        offload: put the inputs away on the host, in a slab of exactly their size, pinned where the model is on a GPU.
+        every_n_layers: how many layers share one kept input. The inputs in between are computed
+            again, which costs (n - 1) / n of a forward pass and keeps 1 / n of the memory.
+        offload: put the inputs away on the host, in a slab of exactly their size, pinned where the
+            model is on a GPU.
         keep_last: how many of the last kept inputs stay on the device: they are wanted at once.
-        skip_outputs: leave out, in a recompute, the products that make only the output of a tiled block, for layers
-            where the first recompute proves that nobody reads it.
-        save_attention: keep attention's output and log-sum-exp, so that attention is never computed twice: `no`, on the
-            `device` or on the `host`.
-        save_exchange: with `save_attention`, keep too what the exchanges delivered, so that none is repeated.
-        save_attention_bytes: how much `save_attention` may take on a rank, in whole layers from the last one on; all
-            layers when None.
+        skip_outputs: leave out, in a recompute, the products that make only the output of a tiled
+            block, for layers where the first recompute proves that nobody reads it.
+        save_attention: keep attention's output and log-sum-exp, so that attention is never computed
+            twice: `no`, on the `device` or on the `host`.
+        save_exchange: with `save_attention`, keep too what the exchanges delivered, so that none is
+            repeated.
+        save_attention_bytes: how much `save_attention` may take on a rank, in whole layers from the
+            last one on; all layers when None.
         max_inflight: copies to the host that may be under way before the computation waits.
 
     Raises:
@@ -72,16 +76,25 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         for name, least in (("every_n_layers", 1), ("keep_last", 0), ("max_inflight", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} is not legal. Use {least} or more.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not legal. Use {least} or more."
+                )
         if self.save_attention not in ("no", "device", "host"):
-            raise ConfigError(f"save_attention={self.save_attention!r} is not known. Use 'no', 'device' or 'host'.")
+            raise ConfigError(
+                f"save_attention={self.save_attention!r} is not known. Use 'no', 'device' or "
+                "'host'."
+            )
 
     @property
     def parts(self) -> frozenset[Part]:
         """What is kept besides inputs."""
         if self.save_attention == "no":
             return frozenset()
-        return frozenset(("attention", "exchange")) if self.save_exchange else frozenset(("attention",))
+        return (
+            frozenset(("attention", "exchange"))
+            if self.save_exchange
+            else frozenset(("attention",))
+        )
 
 
 @dataclass
@@ -111,7 +124,9 @@ class CheckpointedLayers:
     _hook: Any = None
 
     def run(self, function: partial[Any], *args: Any) -> Any:
-        """Stands in for torch's checkpoint function: runs a layer's forward and keeps its input alone."""
+        """Stands in for torch's checkpoint function: runs a layer's forward and keeps its input
+        alone.
+        """
         position, hidden = _find_input(function, args)
         if not torch.is_grad_enabled() or is_running_again() or hidden is None:
             return function(*args)
@@ -149,14 +164,18 @@ class CheckpointedLayers:
     def _keeper(self, hidden: Tensor, index: int) -> Keeper | None:
         options, num_layers = self.options, len(self.layers)
         if options.save_attention_bytes is not None:
-            # From the shard's size alone, which is every rank's: all must repeat the same collectives.
+            # From the shard's size alone, which is every rank's: all must repeat the same
+            # collectives.
             each = hidden.numel() // hidden.shape[-1] * self.attention_bytes
             num_layers = min(num_layers, options.save_attention_bytes // each)
         if not options.parts or index < len(self.layers) - num_layers:
             return None
         if options.save_attention == "device":
             return Keeper(options.parts, OnDevice)
-        return Keeper(options.parts, lambda result: OnHost(result, self.attention_slab, self._mover(result.device)))
+        return Keeper(
+            options.parts,
+            lambda result: OnHost(result, self.attention_slab, self._mover(result.device)),
+        )
 
     def _mover(self, device: torch.device) -> Mover:
         if device not in self._movers:
@@ -179,14 +198,18 @@ class CheckpointedLayers:
         record.recompute(inside=skip_unneeded_outputs if self._may_skip[layer] else nullcontext)
 
     def reinstall(self, *_: Any) -> None:
-        """Points the layers at this engine, also after `gradient_checkpointing_enable` pointed them elsewhere."""
+        """Points the layers at this engine, also after `gradient_checkpointing_enable` pointed them
+        elsewhere.
+        """
         for layer in self.layers:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
             layer._gradient_checkpointing_func = self.run  # type: ignore[assignment]
         self._before = None
 
     def uninstall(self) -> None:
-        """Gives the layers their own checkpointing back, whatever it was, and frees the host memory."""
+        """Gives the layers their own checkpointing back, whatever it was, and frees the host
+        memory.
+        """
         for layer, attributes in self._originals:
             for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
@@ -197,10 +220,13 @@ class CheckpointedLayers:
         self._movers.clear()
 
 
-def checkpoint_layers(model: nn.Module, options: CheckpointOptions | None = None, **changes: Any) -> CheckpointedLayers:
+def checkpoint_layers(
+    model: nn.Module, options: CheckpointOptions | None = None, **changes: Any
+) -> CheckpointedLayers:
     """Makes a model's layers keep only their inputs for the backward pass.
 
-    Gradients are those of the plain model, dropout included; layers must be the same function the second time.
+    Gradients are those of the plain model, dropout included; layers must be the same function the
+    second time.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
@@ -224,7 +250,8 @@ def checkpoint_layers(model: nn.Module, options: CheckpointOptions | None = None
     engine = CheckpointedLayers(layers, options, *slabs, _attention_bytes(model, options))
     engine._index = {id(layer): index for index, layer in enumerate(layers)}
     engine._originals = [
-        (layer, {name: vars(layer)[name] for name in _ATTRIBUTES if name in vars(layer)}) for layer in layers
+        (layer, {name: vars(layer)[name] for name in _ATTRIBUTES if name in vars(layer)})
+        for layer in layers
     ]
     engine._hook = model.register_forward_pre_hook(engine.reinstall)
     engine.reinstall()
@@ -232,7 +259,9 @@ def checkpoint_layers(model: nn.Module, options: CheckpointOptions | None = None
 
 
 def _attention_bytes(model: nn.Module, options: CheckpointOptions) -> int:
-    """Returns what attention of one layer keeps of a token: output, log-sum-exp, and what exchanges deliver."""
+    """Returns what attention of one layer keeps of a token: output, log-sum-exp, and what exchanges
+    deliver.
+    """
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next((found for found in configs if hasattr(found, "get_text_config")), None)
     text = config.get_text_config() if config is not None else None
@@ -253,17 +282,23 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, which checkpointing is "
-            f"installed into. Use a model of transformers 5, or its own gradient_checkpointing_enable."
+            f"{type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, "
+            "which checkpointing is "
+            "installed into. Use a model of transformers 5, or its own "
+            "gradient_checkpointing_enable."
         )
     return layers
 
 
 def _find_input(function: partial[Any], args: tuple[Any, ...]) -> tuple[int | str, Tensor | None]:
-    """Returns where a layer's input stands among its arguments, and the input; None where it has no tensor."""
+    """Returns where a layer's input stands among its arguments, and the input; None where it has no
+    tensor.
+    """
     if isinstance(function.keywords.get("hidden_states"), Tensor):
         return "hidden_states", function.keywords["hidden_states"]
     return 0, args[0] if args and isinstance(args[0], Tensor) else None
@@ -279,7 +314,8 @@ def _first_tensor(output: Any) -> tuple[Tensor | None, int | str | None]:
 
 
 def _outputs_are_unneeded(record: LayerRecord) -> bool:
-    """Returns whether a layer's saved tensors stay the same, to the bit, when unneeded outputs are NaN.
+    """Returns whether a layer's saved tensors stay the same, to the bit, when unneeded outputs are
+    NaN.
 
     Every saved tensor is compared by a checksum, so that two recomputes are never held at once.
     """

@@ -1,7 +1,9 @@
-"""One run of a checkpointed layer: what it keeps of the forward pass, and its recompute in the backward pass.
+"""One run of a checkpointed layer: what it keeps of the forward pass, and its recompute in the
+backward pass.
 
-What autograd wants to save is left out and counted; when the backward pass asks for the first of it, the layer runs
-once more, from its input, with the same random numbers, autocast and context variables, and hands it all over.
+What autograd wants to save is left out and counted; when the backward pass asks for the first of
+it, the layer runs once more, from its input, with the same random numbers, autocast and context
+variables, and hands it all over.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _RUNNING_AGAIN: ContextVar[bool] = ContextVar("ulysses_accel_running_again", def
 
 
 def is_running_again() -> bool:
-    """Returns whether a layer runs again only for its output, which the layer behind starts from."""
+    """Returns whether a layer runs again only for its output, which the layer behind starts
+    from.
+    """
     return _RUNNING_AGAIN.get()
 
 
@@ -85,12 +89,17 @@ class _Surroundings:
             torch.get_rng_state(),
             device,
             torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types),
+            tuple(
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in types
+            ),
             torch.is_autocast_cache_enabled(),
         )
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Calls a function as if it were called then; random numbers go on afterwards as if it had not been."""
+        """Calls a function as if it were called then; random numbers go on afterwards as if it had
+        not been.
+        """
         return self.context.copy().run(self._run, function)
 
     def _run(self, function: Callable[[], Any]) -> Any:
@@ -115,7 +124,8 @@ class LayerRecord:
         args: positional arguments, the input's place included.
         source: where the input is kept.
         layer: whose run it is.
-        recompute: called when the backward pass asks for what was not saved; calls `recompute` of this record.
+        recompute: called when the backward pass asks for what was not saved; calls `recompute` of
+            this record.
         previous: the run that came before in the same forward pass.
         keeper: holds what is not to be computed again besides; None for nothing.
     """
@@ -136,7 +146,9 @@ class LayerRecord:
         self._keeper = keeper
         self._position, self._requires_grad = position, hidden.requires_grad
         self._args = tuple(None if index == position else arg for index, arg in enumerate(args))
-        kwargs = {key: None if key == position else value for key, value in function.keywords.items()}
+        kwargs = {
+            key: None if key == position else value for key, value in function.keywords.items()
+        }
         self._function = partial(function.func, *function.args, **kwargs)
         self._demand = recompute
         self._surroundings = _Surroundings.now(hidden.device)
@@ -166,8 +178,10 @@ class LayerRecord:
             self._demand(self)
         if place not in self._values:
             raise UlyssesAccelError(
-                f"a checkpointed layer saved {len(self._places)} tensors in the forward pass and fewer when it was "
-                f"computed again: it does something else the second time. Switch checkpointing off for this model."
+                f"a checkpointed layer saved {len(self._places)} tensors in the forward pass and "
+                "fewer when it was "
+                "computed again: it does something else the second time. Switch checkpointing off "
+                "for this model."
             )
         return self._values.pop(place)
 
@@ -179,8 +193,10 @@ class LayerRecord:
         """Runs the layer again and holds what the backward pass will ask for.
 
         Args:
-            keep: called with each tensor that autograd saves; returns what is held of it, None for nothing.
-            inside: makes the context that the layer runs in, within the context variables of the forward pass.
+            keep: called with each tensor that autograd saves; returns what is held of it, None for
+                nothing.
+            inside: makes the context that the layer runs in, within the context variables of the
+                forward pass.
         """
         count = 0
 
@@ -198,7 +214,12 @@ class LayerRecord:
             hidden = self.source.load().detach().requires_grad_(self._requires_grad)
             replaying = self._keeper.replaying() if self._keeper is not None else nullcontext()
             try:
-                with replaying, inside(), torch.enable_grad(), saved_tensors_hooks(hold, _refuse_backward):
+                with (
+                    replaying,
+                    inside(),
+                    torch.enable_grad(),
+                    saved_tensors_hooks(hold, _refuse_backward),
+                ):
                     self._call(partial(self._function.func, *self._function.args), hidden)
             except _AllRecomputed:
                 pass
@@ -212,7 +233,8 @@ class LayerRecord:
             with torch.no_grad():
                 token = _RUNNING_AGAIN.set(True)
                 try:
-                    # Not the forward alone: the module's hooks bring its parameters where they are sharded.
+                    # Not the forward alone: the module's hooks bring its parameters where they are
+                    # sharded.
                     with self._keeper.replaying() if self._keeper is not None else nullcontext():
                         return self._call(self.layer, self.source.load())
                 finally:
@@ -230,6 +252,8 @@ class LayerRecord:
 
 def _refuse_backward(_: None) -> Tensor:
     raise UlyssesAccelError(
-        "a backward pass went through the recompute of a checkpointed layer, which only gathers saved tensors. "
-        "Compute gradients inside of a layer's forward with torch.autograd.grad on tensors of your own."
+        "a backward pass went through the recompute of a checkpointed layer, which only gathers "
+        "saved tensors. "
+        "Compute gradients inside of a layer's forward with torch.autograd.grad on tensors of your "
+        "own."
     )

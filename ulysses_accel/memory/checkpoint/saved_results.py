@@ -1,4 +1,6 @@
-"""What one run of a checkpointed layer keeps besides its input: attention's results, and what exchanges delivered."""
+"""What one run of a checkpointed layer keeps besides its input: attention's results, and what
+exchanges delivered.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,12 @@ class Keeper:
             sources = next(left, None)
             if sources is None:
                 raise UlyssesAccelError(
-                    f"a checkpointed layer kept {len(self._kept)} results of attention in the forward pass and asks "
+                    f"a checkpointed layer kept {len(self._kept)} results of attention in the "
+                    "forward pass and asks "
                     f"for more when it is computed again. Switch save_attention off for this model."
                 )
-            # A tensor of its own each time: autograd makes it the output of the Function that hands it back.
+            # A tensor of its own each time: autograd makes it the output of the Function that hands
+            # it back.
             return tuple(source.load().detach() for source in sources)
 
         return answering(replay)

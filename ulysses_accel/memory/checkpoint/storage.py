@@ -1,4 +1,6 @@
-"""Where a tensor of the forward pass is until the backward pass wants it: on the device, or on the host."""
+"""Where a tensor of the forward pass is until the backward pass wants it: on the device, or on the
+host.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,10 @@ class OnDevice(Source):
         """
         if self._tensor._version != self._version:
             raise UlyssesAccelError(
-                f"the input {list(self._tensor.shape)} of a checkpointed layer was modified in place after the layer "
-                f"ran, so it can't be computed again. Use offload=True, which copies it, or change that operation."
+                f"the input {list(self._tensor.shape)} of a checkpointed layer was modified in "
+                "place after the layer "
+                "ran, so it can't be computed again. Use offload=True, which copies it, or change "
+                "that operation."
             )
         return self._tensor
 

@@ -1,8 +1,9 @@
 """Cross-entropy from hidden states, without the logits of more than one tile of tokens at a time.
 
-Gradients are computed in forward, while a tile's logits are there, and multiplied in backward by the gradient of the
-loss: all of them, so that they are right however the loss is scaled, weighted or accumulated afterwards. One product
-makes the logits and two the gradients. With `recompute` backward makes the logits once more, and nothing is held.
+Gradients are computed in forward, while a tile's logits are there, and multiplied in backward by
+the gradient of the loss: all of them, so that they are right however the loss is scaled, weighted
+or accumulated afterwards. One product makes the logits and two the gradients. With `recompute`
+backward makes the logits once more, and nothing is held.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def tiled_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of the tokens' cross-entropies and the number of tokens that count.
 
-    The logits are `logit_scale * (hidden @ weight.T + bias)`, bounded by `softcap * tanh(logits / softcap)`. Losses are
-    computed and summed in float32 (float64 for float64), as is the weight's gradient. Besides its results, forward
-    holds for backward one tensor of the hidden states' size and dtype, and a float32 one of the weight's size.
+    The logits are `logit_scale * (hidden @ weight.T + bias)`, bounded by `softcap * tanh(logits /
+    softcap)`. Losses are computed and summed in float32 (float64 for float64), as is the weight's
+    gradient. Besides its results, forward holds for backward one tensor of the hidden states' size
+    and dtype, and a float32 one of the weight's size.
 
     Args:
         hidden: `[.., D]`, hidden states.
@@ -63,19 +65,21 @@ def tiled_cross_entropy(
         z_loss: weight of the squared log-sum-exp of each token's logits, added to its loss.
         token_weights: `[..]`, a factor for each token's loss; constants.
         tile_tokens: tokens of a tile.
-        tile_bytes: bytes of a tile's logits where `tile_tokens` is not given; default 512 MiB, 8,192 tokens at most.
+        tile_bytes: bytes of a tile's logits where `tile_tokens` is not given; default 512 MiB,
+            8,192 tokens at most.
         recompute: make the logits once more in backward, and hold only the inputs in between.
 
     Returns:
-        The sum, scalar, and the number of counted tokens, an integer scalar. Where no token counts both are 0, and the
-        gradients are zero.
+        The sum, scalar, and the number of counted tokens, an integer scalar. Where no token counts
+        both are 0, and the gradients are zero.
 
     Raises:
         ShapeError: the tensors don't fit.
         ConfigError: a setting is not legal.
 
     Source:
-        Label smoothing as `torch.nn.functional.cross_entropy` defines it; z-loss of PaLM, arXiv 2204.02311, section 5.
+        Label smoothing as `torch.nn.functional.cross_entropy` defines it; z-loss of PaLM, arXiv
+        2204.02311, section 5.
     """
     check_shapes(hidden, weight, labels, bias)
     _check_options(softcap, label_smoothing, token_weights, labels)
@@ -95,16 +99,23 @@ def tiled_cross_entropy(
     return function.apply(call, labels, token_weights, hidden, weight, bias), count
 
 
-def _check_options(softcap: float | None, smoothing: float, token_weights: Tensor | None, labels: Tensor) -> None:
+def _check_options(
+    softcap: float | None, smoothing: float, token_weights: Tensor | None, labels: Tensor
+) -> None:
     if softcap is not None and softcap <= 0:
-        raise ConfigError(f"softcap={softcap} bounds nothing. Pass a positive number, or None for no bound.")
+        raise ConfigError(
+            f"softcap={softcap} bounds nothing. Pass a positive number, or None for no bound."
+        )
     if not 0.0 <= smoothing <= 1.0:
         raise ConfigError(f"label_smoothing={smoothing} is not a share. Pass a number from 0 to 1.")
     if token_weights is not None and token_weights.requires_grad:
-        raise ConfigError("token_weights require a gradient, which is not computed. Pass token_weights.detach().")
+        raise ConfigError(
+            "token_weights require a gradient, which is not computed. Pass token_weights.detach()."
+        )
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ConfigError(
-            f"token_weights {tuple(token_weights.shape)} don't fit labels {tuple(labels.shape)}. Pass one per label."
+            f"token_weights {tuple(token_weights.shape)} don't fit labels {tuple(labels.shape)}. "
+            "Pass one per label."
         )
 
 
@@ -127,7 +138,9 @@ class _Call:
         gradients: HeadGradients | None = None,
         factor: Tensor | None = None,
     ) -> Tensor:
-        """Returns the sum, and adds `factor` times the gradients of hidden states, weight and bias where asked."""
+        """Returns the sum, and adds `factor` times the gradients of hidden states, weight and bias
+        where asked.
+        """
         inputs = self.inputs(tensors, labels)
         weights = None if token_weights is None else token_weights.reshape(-1, 1)
         total = torch.zeros((), dtype=sum_dtype(self.dtype), device=labels.device)
@@ -140,8 +153,12 @@ class _Call:
                 losses, log_sum = self._losses_(logits, inputs.labels[rows, None], of_tile)
                 total += losses.sum()
                 if gradients is not None:
-                    grad = self._logit_gradient_(logits, log_sum, inputs.labels[rows, None], of_tile, factor)
-                    gradients.add(rows, tile, self.head.product_gradient_(grad, bounded), product_weight)
+                    grad = self._logit_gradient_(
+                        logits, log_sum, inputs.labels[rows, None], of_tile, factor
+                    )
+                    gradients.add(
+                        rows, tile, self.head.product_gradient_(grad, bounded), product_weight
+                    )
                     del grad
                 # The next tile's logits must not be made beside this one's.
                 del logits, bounded
@@ -151,8 +168,12 @@ class _Call:
         """Returns hidden states, weight, bias and labels as rows."""
         return Inputs.of(tensors, labels, self.ignore_index, self.dtype)
 
-    def _losses_(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the tokens' losses and log-sum-exp `[tokens, 1]`, and turns the logits into probabilities."""
+    def _losses_(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the tokens' losses and log-sum-exp `[tokens, 1]`, and turns the logits into
+        probabilities.
+        """
         smoothing = self.label_smoothing
         target = logits.gather(-1, labels)
         if smoothing:
@@ -164,7 +185,12 @@ class _Call:
         return losses if weights is None else losses * weights, log_sum
 
     def _logit_gradient_(
-        self, grad: Tensor, log_sum: Tensor, labels: Tensor, weights: Tensor | None, factor: Tensor | None
+        self,
+        grad: Tensor,
+        log_sum: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        factor: Tensor | None,
     ) -> Tensor:
         """Turns probabilities into the gradient of the logits."""
         if self.z_loss:
@@ -181,14 +207,17 @@ class _TiledLoss(torch.autograd.Function):
     """The sum, with the gradients computed in forward."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, labels: Tensor, token_weights: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, call: _Call, labels: Tensor, token_weights: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
         inputs = call.inputs(tensors, labels)
         gradients = HeadGradients(inputs, ctx.needs_input_grad[3:])
         loss = call.run(tensors, labels, token_weights, gradients)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.tokens, ctx.shapes = call.tokens, [None if x is None else x.shape for x in tensors]
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
-        # The mean of no token hands back 0 / 0, which must not reach gradients that are zero whatever it is.
+        # The mean of no token hands back 0 / 0, which must not reach gradients that are zero
+        # whatever it is.
         ctx.is_zero, ctx.spent = gradients.is_zero, False
         return loss
 
@@ -197,12 +226,15 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise UlyssesAccelError(
-                "backward ran a second time through a tiled loss, whose gradients the first run has scaled in place. "
+                "backward ran a second time through a tiled loss, whose gradients the first run "
+                "has scaled in place. "
                 "Pass recompute=True to run it several times."
             )
         ctx.spent = True
         results = [
-            None if grad is None else (grad if ctx.is_zero else scale_(grad, factor, ctx.tokens)).to(dtype).view(shape)
+            None
+            if grad is None
+            else (grad if ctx.is_zero else scale_(grad, factor, ctx.tokens)).to(dtype).view(shape)
             for grad, dtype, shape in zip(ctx.saved_tensors, ctx.dtypes, ctx.shapes, strict=True)
         ]
         return None, None, None, *results
@@ -212,7 +244,9 @@ class _RecomputedLoss(torch.autograd.Function):
     """The sum, with the gradients computed in backward from the logits made once more."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, labels: Tensor, token_weights: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, call: _Call, labels: Tensor, token_weights: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(labels, token_weights, *tensors)
         return call.run(tensors, labels, token_weights)

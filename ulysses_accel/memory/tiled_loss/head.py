@@ -1,4 +1,6 @@
-"""A language model's head, a tile of tokens at a time: the logits of a tile, and gradients summed over the tiles."""
+"""A language model's head, a tile of tokens at a time: the logits of a tile, and gradients summed
+over the tiles.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from ulysses_accel.memory.accumulate import add_product, sum_dtype
 
 Rows = slice | Tensor
 
-# One tile's logits in float32. Each tile adds to the weight's gradient once, which costs its reading and writing: at a
-# vocabulary of 128,256 these are 1,046 tokens a tile, and the adding takes about as long as the products.
+# One tile's logits in float32. Each tile adds to the weight's gradient once, which costs its
+# reading and writing: at a vocabulary of 128,256 these are 1,046 tokens a tile, and the adding
+# takes about as long as the products.
 TILE_BYTES = 512 * 2**20
 MAX_TILE_TOKENS = 8192
 
 
-def tokens_per_tile(vocab_size: int, dtype: torch.dtype, tile_tokens: int | None, tile_bytes: int | None) -> int:
+def tokens_per_tile(
+    vocab_size: int, dtype: torch.dtype, tile_tokens: int | None, tile_bytes: int | None
+) -> int:
     """Returns the tokens of a tile, which don't depend on how many tokens there are.
 
     Args:
@@ -39,7 +44,8 @@ def tokens_per_tile(vocab_size: int, dtype: torch.dtype, tile_tokens: int | None
 
 @dataclass(frozen=True)
 class Head:
-    """How the logits are made: `after * softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+    """How the logits are made: `after * softcap * tanh(scale * (hidden @ weight.T + bias) /
+    softcap)`.
 
     Args:
         scale: factor of the product.
@@ -51,7 +57,9 @@ class Head:
     softcap: float | None = None
     after: float = 1.0
 
-    def logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def logits(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns a tile's logits, and the tanh where there is one.
 
         Args:
@@ -75,7 +83,9 @@ class Head:
         return bounded * (self.softcap * self.after), bounded
 
     def product_gradient_(self, grad: Tensor, bounded: Tensor | None) -> Tensor:
-        """Returns the gradient of the product from the logits', in the same memory; spends `bounded`."""
+        """Returns the gradient of the product from the logits', in the same memory; spends
+        `bounded`.
+        """
         if bounded is not None:
             grad.mul_(bounded.square_().neg_().add_(1.0))
         return _scaled_(grad, self.scale * self.after)
@@ -86,7 +96,9 @@ def _scaled_(tensor: Tensor, factor: float) -> Tensor:
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Turns `[tokens, V]` logits into probabilities in place, and returns their log-sum-exp `[tokens, 1]`."""
+    """Turns `[tokens, V]` logits into probabilities in place, and returns their log-sum-exp
+    `[tokens, 1]`.
+    """
     highest = logits.amax(-1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
     logits.div_(total)
@@ -114,12 +126,23 @@ class Inputs:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Inputs:
-        """Returns the rows of `hidden [.., D]` and `labels [..]`; the tensors are hidden states, weight and bias."""
+    def of(
+        cls, tensors: Sequence[Tensor | None], labels: Tensor, ignore_index: int, dtype: torch.dtype
+    ) -> Inputs:
+        """Returns the rows of `hidden [.., D]` and `labels [..]`; the tensors are hidden states,
+        weight and bias.
+        """
         hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors)
         assert hidden is not None
         assert weight is not None
-        return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, dtype)
+        return cls(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            labels.reshape(-1),
+            ignore_index,
+            dtype,
+        )
 
     def tiles(self, tokens: int) -> Iterator[Rows]:
         """Yields the rows of each tile: counted tokens only, whose places the host must know.
@@ -147,17 +170,25 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     """Refuses tensors that are not one head's on one set of tokens."""
-    if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
+    if (
+        weight.dim() != 2
+        or hidden.shape[-1] != weight.shape[1]
+        or hidden.shape[:-1] != labels.shape
+    ):
         raise ShapeError(
-            f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} don't "
+            f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "
+            f"{tuple(labels.shape)} don't "
             f"fit. Pass [.., D], [V, D] and [..]; a sharded weight must be gathered first."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ShapeError(f"a bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}. Pass [V].")
+        raise ShapeError(
+            f"a bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}. Pass [V]."
+        )
 
 
 class HeadGradients:
-    """Gradients of hidden states, written tile by tile, and of weight and bias, summed over the tiles unrounded.
+    """Gradients of hidden states, written tile by tile, and of weight and bias, summed over the
+    tiles unrounded.
 
     Args:
         inputs: what the head is computed on.
@@ -172,7 +203,9 @@ class HeadGradients:
         self.weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=exact) if needed[2] and bias is not None else None
 
-    def results(self, inputs: Inputs, shape: torch.Size) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def results(
+        self, inputs: Inputs, shape: torch.Size
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns the gradients in the tensors' dtypes, the hidden states' with their shape."""
         return (
             None if self.hidden is None else self.hidden.view(shape),
@@ -194,7 +227,8 @@ class HeadGradients:
             self.bias.add_(grad.sum(0))
         rounded = grad.to(tile.dtype)
         if self.weight is not None:
-            # On the CPU the sum is wide anyway, so the gradient need not be rounded for a fast product.
+            # On the CPU the sum is wide anyway, so the gradient need not be rounded for a fast
+            # product.
             add_product(self.weight, rounded if self.weight.is_cuda else grad, tile)
         if self.hidden is None:
             return
@@ -205,7 +239,9 @@ class HeadGradients:
 
 
 def scale_(tensor: Tensor, factor: Tensor, tokens: int) -> Tensor:
-    """Multiplies in place, `tokens` rows at a time; a factor that is not rounded to the tensor's dtype first."""
+    """Multiplies in place, `tokens` rows at a time; a factor that is not rounded to the tensor's
+    dtype first.
+    """
     if tensor.dtype == factor.dtype:
         return tensor.mul_(factor)
     for start in range(0, len(tensor), tokens):

@@ -1,8 +1,10 @@
-"""Logits that are not there: they stand in for a head's output from the head to the loss, which is made without them.
+"""Logits that are not there: they stand in for a head's output from the head to the loss, which is
+made without them.
 
-What models do to logits in between is written down (a factor, a bound, another shape), and anything else is refused by
-name. `torch.nn.functional.cross_entropy` on them is the tiled one, so that every loss function that ends there works as
-it is, with its own shift of the labels, its own normalisation and its own options.
+What models do to logits in between is written down (a factor, a bound, another shape), and anything
+else is refused by name. `torch.nn.functional.cross_entropy` on them is the tiled one, so that every
+loss function that ends there works as it is, with its own shift of the labels, its own
+normalisation and its own options.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class LossRequest:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a model does to its logits, in order: `after * tanh(scale * logits + offset)`, the tanh where `bounded`.
+    """What a model does to its logits, in order: `after * tanh(scale * logits + offset)`, the tanh
+    where `bounded`.
 
     Args:
         scale: factor of the logits.
@@ -84,7 +87,8 @@ class LazyLogits:
     """Stands in for the logits `[.., V]` of hidden states `[.., D]`.
 
     Args:
-        head: called with hidden states and a request; returns what was asked for, real logits without a request.
+        head: called with hidden states and a request; returns what was asked for, real logits
+            without a request.
         hidden: `[.., D]`.
         vocab_size: V.
         dtype: the dtype that the logits would have.
@@ -92,7 +96,12 @@ class LazyLogits:
     """
 
     def __init__(
-        self, head: Callable[..., Any], hidden: Tensor, vocab_size: int, dtype: torch.dtype, chain: Chain
+        self,
+        head: Callable[..., Any],
+        hidden: Tensor,
+        vocab_size: int,
+        dtype: torch.dtype,
+        chain: Chain,
     ) -> None:
         self._head, self._hidden, self._vocab_size, self._chain = head, hidden, vocab_size, chain
         self.dtype = dtype
@@ -130,7 +139,10 @@ class LazyLogits:
             if isinstance(value, torch.dtype):
                 if value != self.dtype and value not in _FLOATS:
                     raise refusal(f"casts its logits to {value}")
-            elif isinstance(value, str | torch.device) and torch.device(value).type != self.device.type:
+            elif (
+                isinstance(value, str | torch.device)
+                and torch.device(value).type != self.device.type
+            ):
                 raise refusal(f"moves its logits to {value}")
         casts = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
         return self._with(dtype=casts[-1]) if casts else self
@@ -149,19 +161,25 @@ class LazyLogits:
     def __getitem__(self, index: Any) -> LazyLogits:
         places = index if isinstance(index, tuple) else (index,)
         if not all(place is Ellipsis or isinstance(place, int | slice) for place in places):
-            raise refusal(f"indexes its logits by {', '.join(type(place).__name__ for place in places)}")
+            raise refusal(
+                f"indexes its logits by {', '.join(type(place).__name__ for place in places)}"
+            )
         reaches_vocabulary = len(places) == self.ndim or any(place is Ellipsis for place in places)
         if reaches_vocabulary and places[-1] is not Ellipsis and places[-1] != slice(None):
             raise refusal("takes some of the vocabulary's logits")
         return self._with(hidden=self._hidden[index])
 
     def __mul__(self, factor: Any) -> LazyLogits:
-        return self._chained(self._chain.times(factor) if _is_number(factor) else None, "multiplies its logits")
+        return self._chained(
+            self._chain.times(factor) if _is_number(factor) else None, "multiplies its logits"
+        )
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> LazyLogits:
-        return self._chained(self._chain.times(1.0 / divisor) if _is_number(divisor) else None, "divides its logits")
+        return self._chained(
+            self._chain.times(1.0 / divisor) if _is_number(divisor) else None, "divides its logits"
+        )
 
     def __add__(self, offset: Any) -> LazyLogits:
         chain = self._chain.plus(offset, self._vocab_size) if isinstance(offset, Tensor) else None
@@ -191,7 +209,9 @@ class LazyLogits:
     def loss(
         self, target: Tensor, ignore_index: int, label_smoothing: Any, *, per_token: bool
     ) -> tuple[Tensor, Tensor]:
-        """Returns the sum of the tokens' losses, or the losses one by one, and the number of counted tokens."""
+        """Returns the sum of the tokens' losses, or the losses one by one, and the number of
+        counted tokens.
+        """
         request = LossRequest(target, self._chain, ignore_index, label_smoothing, per_token)
         result: tuple[Tensor, Tensor] = self._head(self._hidden, request)
         return result
@@ -216,8 +236,15 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if weight is not None or size_average is not None or reduce is not None or target.shape != logits.shape[:-1]:
-        raise refusal("calls cross_entropy with class weights, probabilities or deprecated reductions")
+    if (
+        weight is not None
+        or size_average is not None
+        or reduce is not None
+        or target.shape != logits.shape[:-1]
+    ):
+        raise refusal(
+            "calls cross_entropy with class weights, probabilities or deprecated reductions"
+        )
     loss, count = logits.loss(target, ignore_index, label_smoothing, per_token=reduction == "none")
     # As torch's: the mean of no token is not a number.
     return loss / count if reduction == "mean" else loss
@@ -226,7 +253,8 @@ def _cross_entropy(
 def refusal(action: str) -> UnsupportedModelError:
     """Returns the error for a model that does something unknown to its logits."""
     return UnsupportedModelError(
-        f"the model {action}, which needs all of them at once: its loss can't be tiled. Pass return_logits=True to the "
+        f"the model {action}, which needs all of them at once: its loss can't be tiled. Pass "
+        "return_logits=True to the "
         f"model for the ordinary loss, or uninstall the tiled one."
     )
 

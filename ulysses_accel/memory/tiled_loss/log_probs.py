@@ -1,6 +1,8 @@
-"""Each token's log-probability from hidden states, without the logits of more than one tile of tokens at a time.
+"""Each token's log-probability from hidden states, without the logits of more than one tile of
+tokens at a time.
 
-For losses that are made of log-probabilities, as those of preference and reinforcement learning are.
+For losses that are made of log-probabilities, as those of preference and reinforcement learning
+are.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ def token_log_probs(
     tile_bytes: int | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the log-probability of each token's label, and the entropy of its prediction on request.
+    """Returns the log-probability of each token's label, and the entropy of its prediction on
+    request.
 
-    Backward makes the logits once more; in between only the inputs are held. It may run several times.
+    Backward makes the logits once more; in between only the inputs are held. It may run several
+    times.
 
     Args:
         hidden: `[.., D]`, hidden states.
@@ -54,11 +58,13 @@ def token_log_probs(
         temperature: divisor of the logits, behind the bound.
         ignore_index: the label of tokens that are left out: 0, without gradient.
         tile_tokens: tokens of a tile.
-        tile_bytes: bytes of a tile's logits where `tile_tokens` is not given; default 512 MiB, 8,192 tokens at most.
+        tile_bytes: bytes of a tile's logits where `tile_tokens` is not given; default 512 MiB,
+            8,192 tokens at most.
         entropy: whether to compute the entropy, in nats.
 
     Returns:
-        `[..]` in float32 (float64 for float64), differentiable; and the entropies `[..]` without gradient, or None.
+        `[..]` in float32 (float64 for float64), differentiable; and the entropies `[..]` without
+        gradient, or None.
 
     Raises:
         ShapeError: the tensors don't fit.
@@ -95,13 +101,19 @@ class _Call:
         return Inputs.of(tensors, labels, self.ignore_index, self.dtype)
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Returns log-probabilities and entropies, `[tokens]` each; the latter are 0 where they were not asked for."""
-        log_probs = torch.zeros(inputs.labels.shape, dtype=sum_dtype(self.dtype), device=inputs.labels.device)
+        """Returns log-probabilities and entropies, `[tokens]` each; the latter are 0 where they
+        were not asked for.
+        """
+        log_probs = torch.zeros(
+            inputs.labels.shape, dtype=sum_dtype(self.dtype), device=inputs.labels.device
+        )
         entropies = torch.zeros_like(log_probs) if self.entropy else log_probs.new_zeros(())
         with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
             weight = inputs.product_weight()
             for rows in inputs.tiles(self.tokens):
-                logits = self.head.logits(inputs.hidden[rows].to(self.dtype), weight, inputs.bias)[0]
+                logits = self.head.logits(inputs.hidden[rows].to(self.dtype), weight, inputs.bias)[
+                    0
+                ]
                 target = logits.gather(-1, inputs.labels[rows, None])
                 log_probs[rows] = (target - softmax_(logits)).squeeze(-1)
                 if self.entropy:
@@ -110,7 +122,9 @@ class _Call:
         return log_probs, entropies
 
     def add_gradients(self, inputs: Inputs, gradients: HeadGradients, factors: Tensor) -> None:
-        """Adds the gradients of hidden states, weight and bias, for the log-probabilities' gradient `[tokens]`."""
+        """Adds the gradients of hidden states, weight and bias, for the log-probabilities' gradient
+        `[tokens]`.
+        """
         with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
             weight = inputs.product_weight()
             for rows in inputs.tiles(self.tokens):
@@ -127,7 +141,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """Log-probabilities and entropies, with the gradients of the first computed in backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, labels: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, call: _Call, labels: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.call = call
         ctx.save_for_backward(labels, *tensors)
         log_probs, entropies = call.run(call.inputs(tensors, labels))

@@ -1,7 +1,7 @@
 """The tiled loss on a transformers model: `model(**batch).loss` without the logits.
 
-The head's forward is replaced on that one instance. It is still called as a module, when the loss is made too, so that
-ZeRO-3 gathers its weight around it; FSDP2 is asked to.
+The head's forward is replaced on that one instance. It is still called as a module, when the loss
+is made too, so that ZeRO-3 gathers its weight around it; FSDP2 is asked to.
 """
 
 from __future__ import annotations
@@ -53,9 +53,14 @@ class TiledLoss:
         """Notes whether this forward computes a loss that is to be tiled."""
         kwargs = dict(kwargs)
         # TRL's own head takes the place of this one, and computes in tiles too.
-        keeps_logits = kwargs.pop("return_logits", self.return_logits) or kwargs.get("fused_lm_head", False)
+        keeps_logits = kwargs.pop("return_logits", self.return_logits) or kwargs.get(
+            "fused_lm_head", False
+        )
         wants_log_probs = kwargs.pop("return_log_probs", False)
-        given = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)), **kwargs}
+        given = {
+            **dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)),
+            **kwargs,
+        }
         has_labels = given.get("labels") is not None or given.get("shift_labels") is not None
         self.running.append(has_labels and not keeps_logits)
         self.num_losses.append(0)
@@ -73,7 +78,8 @@ class TiledLoss:
             return _with_log_probs(output, labels)
         if num_losses == 0 and _loss_of(output) is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} computed its loss without its output layer's forward or without "
+                f"{type(model).__name__} computed its loss without its output layer's forward or "
+                "without "
                 f"cross_entropy, so it can't be tiled. Use tiled_loss=False for this model."
             )
         return _without_stand_ins(output, materialize=num_losses == 0)
@@ -105,7 +111,11 @@ class TiledLoss:
     def _call_head(self, hidden: Tensor, request: LossRequest | None = None) -> Any:
         if request is not None:
             owner = _fsdp_owner(self.model, self.head)
-            return self.head(hidden, request) if owner is None else self._loss_under_fsdp(owner, hidden, request)
+            return (
+                self.head(hidden, request)
+                if owner is None
+                else self._loss_under_fsdp(owner, hidden, request)
+            )
         self.running.append(False)
         try:
             return self.head(hidden)
@@ -113,7 +123,9 @@ class TiledLoss:
             self.running.pop()
 
     def _loss_under_fsdp(self, owner: FSDPModule, hidden: Tensor, request: LossRequest) -> Any:
-        """The loss without calling the head again: FSDP2 counts on one call of every module of a group."""
+        """The loss without calling the head again: FSDP2 counts on one call of every module of a
+        group.
+        """
         is_resharded = isinstance(self.head.weight, DTensor)
         if is_resharded:
             owner.unshard()
@@ -136,21 +148,31 @@ class TiledLoss:
         head, chain = self.head, request.chain
         if isinstance(head.weight, DTensor):
             raise UnsupportedModelError(
-                f"the output layer's weight is sharded {tuple(head.weight.placements)} while it computes the loss, "
-                f"which tiles tokens and not the vocabulary. Keep the output layer out of tensor parallelism."
+                f"the output layer's weight is sharded {tuple(head.weight.placements)} while it "
+                "computes the loss, "
+                "which tiles tokens and not the vocabulary. Keep the output layer out of tensor "
+                "parallelism."
             )
-        bias = head.bias if chain.offset is None else chain.offset + (0 if head.bias is None else head.bias)
+        bias = (
+            head.bias
+            if chain.offset is None
+            else chain.offset + (0 if head.bias is None else head.bias)
+        )
         kwargs: dict[str, Any] = {"bias": bias, "ignore_index": request.ignore_index}
         kwargs["logit_scale"] = chain.scale * chain.after
         kwargs["softcap"] = chain.after if chain.bounded else None
         options = dict(self.options)
         options["label_smoothing"] = request.label_smoothing or options["label_smoothing"]
         if self.liger is not None and not request.per_token:
-            return _liger_loss(self.liger, hidden, head.weight, request.labels, {**kwargs, **options})
+            return _liger_loss(
+                self.liger, hidden, head.weight, request.labels, {**kwargs, **options}
+            )
         if not request.per_token:
             return tiled_cross_entropy(hidden, head.weight, request.labels, **kwargs, **options)
         if options["label_smoothing"] or options["z_loss"]:
-            raise ConfigError("a loss per token has neither label smoothing nor z-loss here. Leave both out.")
+            raise ConfigError(
+                "a loss per token has neither label smoothing nor z-loss here. Leave both out."
+            )
         sizes = {name: options[name] for name in ("tile_tokens", "tile_bytes")}
         log_probs, _ = token_log_probs(hidden, head.weight, request.labels, **kwargs, **sizes)
         return -log_probs, (request.labels != request.ignore_index).sum()
@@ -179,11 +201,12 @@ def tile_loss(
 ) -> TiledLoss:
     """Makes a language model compute its loss without its logits; changed in place, reversibly.
 
-    With labels, the output's `logits` are then None. Without labels, or where a forward is passed `return_logits=True`,
-    the model does what it always did. Passed `return_log_probs=True` and `shift_labels` `[B, S]`, it computes no loss;
-    the output's `log_probs` `[B, S]` are those of the labels, differentiable, 0 where a label does not count. The
-    model's own loss function stays: whatever reaches `torch.nn.functional.cross_entropy` is tiled. Under ZeRO-3, and
-    under FSDP2 where the head is resharded after its forward, its weight is gathered twice in forward.
+    With labels, the output's `logits` are then None. Without labels, or where a forward is passed
+    `return_logits=True`, the model does what it always did. Passed `return_log_probs=True` and
+    `shift_labels` `[B, S]`, it computes no loss; the output's `log_probs` `[B, S]` are those of the
+    labels, differentiable, 0 where a label does not count. The model's own loss function stays:
+    whatever reaches `torch.nn.functional.cross_entropy` is tiled. Under ZeRO-3, and under FSDP2
+    where the head is resharded after its forward, its weight is gathered twice in forward.
 
     Args:
         model: a transformers model with a linear output layer, or a module that holds one.
@@ -204,10 +227,19 @@ def tile_loss(
     """
     causal, head = _model_and_head(model)
     if isinstance(head.__dict__.get("forward"), _HeadForward):
-        raise ConfigError(f"the loss of {type(causal).__name__} is tiled already. Call uninstall() of the first one.")
-    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "recompute": recompute}
+        raise ConfigError(
+            f"the loss of {type(causal).__name__} is tiled already. Call uninstall() of the first "
+            "one."
+        )
+    options: dict[str, Any] = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "recompute": recompute,
+    }
     options |= {"tile_tokens": tile_tokens, "tile_bytes": tile_bytes}
-    installed = TiledLoss(causal, head, options, return_logits, _liger_function() if use_liger else None)
+    installed = TiledLoss(
+        causal, head, options, return_logits, _liger_function() if use_liger else None
+    )
     head.forward = _HeadForward(installed)  # type: ignore[method-assign, assignment]
     installed.handles = [
         causal.register_forward_pre_hook(installed.before, with_kwargs=True),
@@ -217,17 +249,23 @@ def tile_loss(
 
 
 def tiles_loss(model: nn.Module) -> bool:
-    """Returns whether a model's forward with labels has no logits unless it is passed `return_logits=True`.
+    """Returns whether a model's forward with labels has no logits unless it is passed
+    `return_logits=True`.
 
     Args:
         model: any module.
     """
     heads = [part.__dict__.get("forward") for part in model.modules()]
-    return any(isinstance(forward, _HeadForward) and not forward.installed.return_logits for forward in heads)
+    return any(
+        isinstance(forward, _HeadForward) and not forward.installed.return_logits
+        for forward in heads
+    )
 
 
 def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """Returns the model that computes the loss and its output layer, by what the model says of itself."""
+    """Returns the model that computes the loss and its output layer, by what the model says of
+    itself.
+    """
     found = "none"
     for part in model.modules():
         # Of the class: adapter libraries' models hand on every attribute of the one inside of them.
@@ -237,17 +275,21 @@ def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
             return part, head
         found = found if head is None else f"{type(head).__module__}.{type(head).__name__}"
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no plain nn.Linear as its output layer (found: {found}), so its loss can't be "
+        f"{type(model).__name__} has no plain nn.Linear as its output layer (found: {found}), so "
+        "its loss can't be "
         f"tiled. Use tiled_loss=False for this model."
     )
 
 
 def _take_shifted(kwargs: dict[str, Any]) -> Tensor:
-    """Takes the labels out of a forward's arguments, so that neither the model nor anyone around computes a loss."""
+    """Takes the labels out of a forward's arguments, so that neither the model nor anyone around
+    computes a loss.
+    """
     labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     if shifted is None:
         raise BatchError(
-            f"return_log_probs=True needs shift_labels, each token's next one (labels: {_shape(labels)}). A prepared "
+            "return_log_probs=True needs shift_labels, each token's next one (labels: "
+            f"{_shape(labels)}). A prepared "
             f"data loader gives them for labels; otherwise shift them yourself."
         )
     return shifted  # type: ignore[no-any-return]
@@ -262,7 +304,8 @@ def _with_log_probs(output: Any, labels: Tensor) -> Any:
     logits = output.get("logits") if isinstance(output, dict) else None
     if not isinstance(logits, LazyLogits):
         raise UnsupportedModelError(
-            "return_log_probs=True needs an output with the logits of the model's output layer. Pass return_dict=True."
+            "return_log_probs=True needs an output with the logits of the model's output layer. "
+            "Pass return_dict=True."
         )
     # [B, S/P, D] -> [B, S/P]
     losses, _ = logits.loss(labels, IGNORE_INDEX, 0.0, per_token=True)
@@ -273,8 +316,12 @@ def _with_log_probs(output: Any, labels: Tensor) -> Any:
 
 
 def _fsdp_owner(model: nn.Module, head: nn.Module) -> FSDPModule | None:
-    """Returns the innermost module around the head, or the head, that FSDP2 gathers and reshards."""
-    owners = [part for part in model.modules() if isinstance(part, FSDPModule) and _holds(part, head)]
+    """Returns the innermost module around the head, or the head, that FSDP2 gathers and
+    reshards.
+    """
+    owners = [
+        part for part in model.modules() if isinstance(part, FSDPModule) and _holds(part, head)
+    ]
     return owners[-1] if owners else None
 
 
@@ -296,7 +343,8 @@ def _without_stand_ins(output: Any, *, materialize: bool) -> Any:
 
     if isinstance(output, tuple):
         return tuple(real(value) for value in output)
-    # Made anew, because an output does not count entries among its keys that are None from the beginning.
+    # Made anew, because an output does not count entries among its keys that are None from the
+    # beginning.
     return type(output)(**{name: real(value) for name, value in output.items()})
 
 
@@ -305,14 +353,19 @@ def _liger_function() -> Callable[..., Any]:
         module = importlib.import_module(_LIGER)
     except ImportError as error:
         raise ConfigError(
-            f"use_liger=True needs liger-kernel, which can't be imported ({error}). Install it, or leave use_liger out."
+            f"use_liger=True needs liger-kernel, which can't be imported ({error}). Install it, or "
+            "leave use_liger out."
         ) from error
     function: Callable[..., Any] = module.liger_fused_linear_cross_entropy
     return function
 
 
 def _liger_loss(
-    function: Callable[..., Any], hidden: Tensor, weight: Tensor, labels: Tensor, settings: dict[str, Any]
+    function: Callable[..., Any],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Returns Liger's sum, and the number of counted tokens."""
     count = (labels != settings["ignore_index"]).sum()

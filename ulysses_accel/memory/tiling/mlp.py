@@ -1,8 +1,10 @@
-"""Feed-forward and experts' blocks in tiles of tokens: what is wide about them exists for one tile at a time.
+"""Feed-forward and experts' blocks in tiles of tokens: what is wide about them exists for one tile
+at a time.
 
-A block is found by its structure, and what it computes is confirmed on a small copy before anything is installed. The
-module stays what it is, with its children and parameter names; only its instance's `forward` is another, until
-`uninstall`. How many tiles there are is arithmetic on shapes: no collective, and nothing is read back from a device.
+A block is found by its structure, and what it computes is confirmed on a small copy before anything
+is installed. The module stays what it is, with its children and parameter names; only its
+instance's `forward` is another, until `uninstall`. How many tiles there are is arithmetic on
+shapes: no collective, and nothing is read back from a device.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ Method = Callable[..., Any]
 
 
 class InstalledTiles:
-    """Methods of module instances that are computed in tiles; `uninstall` gives back the ones they had.
+    """Methods of module instances that are computed in tiles; `uninstall` gives back the ones they
+    had.
 
     Args:
-        originals: module, name of the method, and the instance's own attribute of that name, if it had one.
+        originals: module, name of the method, and the instance's own attribute of that name, if it
+            had one.
     """
 
     def __init__(self, originals: list[tuple[nn.Module, str, Method | None]]) -> None:
@@ -63,10 +67,12 @@ def install_method(module: nn.Module, method: str, tiled: Callable[..., Any]) ->
     Args:
         module: the instance; its class and other instances stay as they are.
         method: name of the method.
-        tiled: called as `tiled(original, module, *args, **kwargs)`, where `original` takes the module first.
+        tiled: called as `tiled(original, module, *args, **kwargs)`, where `original` takes the
+            module first.
 
     Raises:
-        UnsupportedModelError: the instance's own method is tied to another object, and can't be called for a copy.
+        UnsupportedModelError: the instance's own method is tied to another object, and can't be
+            called for a copy.
     """
     own, original = vars(module).get(method), own_method(module, method)
 
@@ -84,10 +90,10 @@ def tile_mlp(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
     """Computes a block tile by tile from now on.
 
     Args:
-        module: a feed-forward block (gated, fused or plain, LoRA-wrapped or not), an experts' block, or a layer that
-            has a `feed_forward_chunk`.
-        tile_bytes: bytes of one tile's widest intermediate. Default: a twentieth of the input's size, 128 MiB at most,
-            and not less than 256 tokens.
+        module: a feed-forward block (gated, fused or plain, LoRA-wrapped or not), an experts'
+            block, or a layer that has a `feed_forward_chunk`.
+        tile_bytes: bytes of one tile's widest intermediate. Default: a twentieth of the input's
+            size, 128 MiB at most, and not less than 256 tokens.
 
     Returns:
         What `uninstall` is called on.
@@ -99,7 +105,8 @@ def tile_mlp(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
     tiling = Tiling(module, _method_of(module), tile_bytes)
     installed = install_method(module, tiling.method, tiling)
     if tiling.method == "forward" and "_z3_leaf" not in vars(module):
-        # The children are not called; DeepSpeed gathers a leaf's parameters around the leaf's own forward and backward.
+        # The children are not called; DeepSpeed gathers a leaf's parameters around the leaf's own
+        # forward and backward.
         vars(module)["_z3_leaf"] = True
         installed.add(InstalledTiles([(module, "_z3_leaf", None)]))
     return installed
@@ -112,7 +119,8 @@ def _method_of(module: nn.Module) -> str:
 
 
 class Tiling:
-    """One block's tiles: decides at each call, from shapes and from what the block's children are by then.
+    """One block's tiles: decides at each call, from shapes and from what the block's children are
+    by then.
 
     Args:
         module: the block.
@@ -123,7 +131,8 @@ class Tiling:
     def __init__(self, module: nn.Module, method: str, tile_bytes: int | None) -> None:
         if tile_bytes is not None and tile_bytes < 1:
             raise ConfigError(
-                f"tile_bytes={tile_bytes} is not a positive number of bytes. Use some megabytes, or None."
+                f"tile_bytes={tile_bytes} is not a positive number of bytes. Use some megabytes, "
+                "or None."
             )
         self.method, self.tile_bytes = method, tile_bytes
         self.plan = make_plan(module, method)
@@ -146,20 +155,30 @@ class Tiling:
         copies = inputs[1].shape[-1] if plan.routed else 1
         size = first.element_size()
         row_bytes = plan.width * copies * size
-        return rows_per_tile(first.shape[:-1].numel(), row_bytes, first.shape[-1] * size, self.tile_bytes)
+        return rows_per_tile(
+            first.shape[:-1].numel(), row_bytes, first.shape[-1] * size, self.tile_bytes
+        )
 
-    def compute(self, original: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor], rows: int) -> Tensor:
-        """Returns the output, by the block's formula where it has one and autograd's help elsewhere."""
+    def compute(
+        self, original: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor], rows: int
+    ) -> Tensor:
+        """Returns the output, by the block's formula where it has one and autograd's help
+        elsewhere.
+        """
         formula = self.plan.formula
         if formula is not None and _is_plain(module, formula):
-            return tile_projections(formula.call(module, rows), inputs[0], formula.parameters(module))
+            return tile_projections(
+                formula.call(module, rows), inputs[0], formula.parameters(module)
+            )
         parameters = [module.get_parameter(name) for name in self.plan.parameters]
         return tile_rows(original, inputs, parameters, rows, random=self.plan.random)
 
     def _inputs(
         self, original: Method, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor] | None:
-        """The tensors to cut into rows; None for a call that has no rows, or arguments beside them."""
+        """The tensors to cut into rows; None for a call that has no rows, or arguments beside
+        them.
+        """
         try:
             given = inspect.signature(original).bind(module, *args, **kwargs).arguments
         except TypeError:
@@ -170,23 +189,34 @@ class Tiling:
         if extra or not isinstance(first, Tensor) or first.dim() < 2 or first.numel() == 0:
             return None
         lead = first.shape[:-1]
-        tensors = [it for it in inputs if isinstance(it, Tensor) and it.dim() == first.dim() and it.shape[:-1] == lead]
+        tensors = [
+            it
+            for it in inputs
+            if isinstance(it, Tensor) and it.dim() == first.dim() and it.shape[:-1] == lead
+        ]
         return tensors if len(tensors) == len(inputs) else None
 
     def _follow_changes(self, module: nn.Module, original: Method) -> None:
-        # An adapter may have been injected, or a dropout switched on, since the tiles were installed.
+        # An adapter may have been injected, or a dropout switched on, since the tiles were
+        # installed.
         signature = _signature(module)
         if signature != self.signature:
             self.plan, self.signature = make_plan(module, self.method, original), signature
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    """What a block's code depends on: its children's types, and settings such as a dropout's probability."""
+    """What a block's code depends on: its children's types, and settings such as a dropout's
+    probability.
+    """
     return tuple(
         (
             name,
             type(child),
-            tuple((key, value) for key, value in vars(child).items() if type(value) is float and key[0] != "_"),
+            tuple(
+                (key, value)
+                for key, value in vars(child).items()
+                if type(value) is float and key[0] != "_"
+            ),
         )
         for name, child in module.named_modules()
     )
@@ -197,13 +227,16 @@ def _is_plain(module: nn.Module, formula: Formula) -> bool:
     for name, child in module.named_children():
         if hasattr(child, "_get_fsdp_state"):
             raise UnsupportedModelError(
-                f"{type(module).__name__}.{name} is sharded by FSDP2 on its own, and would be gathered once for every "
+                f"{type(module).__name__}.{name} is sharded by FSDP2 on its own, and would be "
+                "gathered once for every "
                 f"tile. Shard the whole {type(module).__name__} or the layer around it."
             )
         if has_hooks(child) or "forward" in vars(child):
             return False
     weights = [weight for weight in formula.parameters(module) if weight is not None]
-    return all(type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() for weight in weights)
+    return all(
+        type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() for weight in weights
+    )
 
 
 def find_tileable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -213,7 +246,8 @@ def find_tileable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str
         model: any model, on any device, whole or in pieces.
 
     Returns:
-        The blocks to give to `tile_mlp`, by name; and, by name, why others that look like one can't be tiled.
+        The blocks to give to `tile_mlp`, by name; and, by name, why others that look like one can't
+        be tiled.
     """
     tileable: dict[str, nn.Module] = {}
     refused: dict[str, str] = {}
@@ -221,7 +255,11 @@ def find_tileable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in tileable) or not _is_candidate(module):
             continue
-        key = (type(module), _signature(module), tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
+        key = (
+            type(module),
+            _signature(module),
+            tuple((n, tuple(p.shape)) for n, p in module.named_parameters()),
+        )
         if key not in plans:
             plans[key] = _why_not(module)
         if plans[key]:
@@ -239,7 +277,8 @@ def _why_not(module: nn.Module) -> str:
     method = _method_of(module)
     if method == "forward" and not input_names(module):
         inner = ", ".join(linear_children(module)) or "its experts"
-        return f"{type(module).__name__} computes {inner} inside a forward that takes more than rows of features"
+        name = type(module).__name__
+        return f"{name} computes {inner} inside a forward that takes more than rows of features"
     try:
         make_plan(module, method)
     except UnsupportedModelError as error:
@@ -263,8 +302,13 @@ def tile_mlps(model: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
     """
     tileable, refused = find_tileable(model)
     if not tileable:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "no block looks like one"
-        raise UnsupportedModelError(f"{type(model).__name__} has no feed-forward block to tile. {reasons}")
+        reasons = (
+            "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            or "no block looks like one"
+        )
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no feed-forward block to tile. {reasons}"
+        )
     installed = InstalledTiles([])
     for module in tileable.values():
         installed.add(tile_mlp(module, tile_bytes=tile_bytes))

@@ -1,8 +1,9 @@
-"""The feed-forward formula, `down(act(gate(x)) * up(x))` or `down(act(up(x)))`, in tiles with a backward of its own.
+"""The feed-forward formula, `down(act(gate(x)) * up(x))` or `down(act(up(x)))`, in tiles with a
+backward of its own.
 
-Forward keeps x only. Backward recomputes a tile's first projections and not the last: eight products where six are the
-least, against nine when autograd reruns the block. Weight gradients are summed over the tiles in float32 and given to
-autograd once.
+Forward keeps x only. Backward recomputes a tile's first projections and not the last: eight
+products where six are the least, against nine when autograd reruns the block. Weight gradients are
+summed over the tiles in float32 and given to autograd once.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class _Weights:
 
     def __init__(self, parameters: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         # A fused weight serves two projections: cast it once.
-        self.parameters = [None if parameter is None else parameter.to(dtype) for parameter in parameters]
+        self.parameters = [
+            None if parameter is None else parameter.to(dtype) for parameter in parameters
+        ]
 
     def matrix(self, projection: Projection) -> Tensor:
         weight = self.parameters[projection.parameters]
@@ -90,10 +93,15 @@ class _WeightGradients:
         ]
 
     def needs(self, projection: Projection) -> bool:
-        return any(total is not None for total in self.totals[projection.parameters : projection.parameters + 2])
+        return any(
+            total is not None
+            for total in self.totals[projection.parameters : projection.parameters + 2]
+        )
 
     def add(self, projection: Projection, rows: Tensor, grad: Tensor) -> None:
-        """Adds one tile: `rows [rows, in]` went in, `grad [rows, out]` is the gradient of what came out."""
+        """Adds one tile: `rows [rows, in]` went in, `grad [rows, out]` is the gradient of what came
+        out.
+        """
         weight, bias = self.totals[projection.parameters : projection.parameters + 2]
         if weight is not None:
             if projection.in_by_out:
@@ -113,7 +121,9 @@ class _WeightGradients:
 
 
 class _TiledMlp(torch.autograd.Function):
-    """The block on `hidden [.., in]`; `parameters` are weight and bias (or None) of each linear layer."""
+    """The block on `hidden [.., in]`; `parameters` are weight and bias (or None) of each linear
+    layer.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: MlpCall, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -123,7 +133,9 @@ class _TiledMlp(torch.autograd.Function):
         weights, rows = _Weights(parameters, dtype), flat_rows(hidden)
         width = weights.matrix(call.down).shape[1]
         if recomputing():
-            return unneeded_output(rows.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], width))
+            return unneeded_output(
+                rows.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], width)
+            )
         # Not a view of what is filled: the caller may go on in place.
         output = rows.new_empty(*hidden.shape[:-1], width, dtype=dtype)
         output_rows = flat_rows(output)
@@ -139,10 +151,16 @@ class _TiledMlp(torch.autograd.Function):
         hidden, *parameters = ctx.saved_tensors
         call: MlpCall = ctx.call
         dtype = _compute_dtype(hidden, ctx.autocast)
-        backward = _Backward(call, _Weights(parameters, dtype), _WeightGradients(parameters, ctx.needs_input_grad[2:]))
+        backward = _Backward(
+            call,
+            _Weights(parameters, dtype),
+            _WeightGradients(parameters, ctx.needs_input_grad[2:]),
+        )
         rows, grad_rows = flat_rows(hidden), flat_rows(grad)
         grad_hidden = (
-            torch.empty(rows.shape, dtype=hidden.dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
+            torch.empty(rows.shape, dtype=hidden.dtype, device=hidden.device)
+            if ctx.needs_input_grad[1]
+            else None
         )
         with ctx.autocast.again():
             for tile in tiles(rows.shape[0], call.rows):
@@ -200,7 +218,13 @@ class _Backward:
         self._project_back(self.call.gate, rows, grad_gate, grad_rows, first=self.call.up is None)
 
     def _project_back(
-        self, projection: Projection, rows: Tensor, grad: Tensor, grad_rows: Tensor | None, *, first: bool
+        self,
+        projection: Projection,
+        rows: Tensor,
+        grad: Tensor,
+        grad_rows: Tensor | None,
+        *,
+        first: bool,
     ) -> None:
         self.sums.add(projection, rows, grad)
         if grad_rows is None:

@@ -1,8 +1,10 @@
-"""Norms in tiles of rows: transformers computes them in float32, and only a tile of that needs to exist at a time.
+"""Norms in tiles of rows: transformers computes them in float32, and only a tile of that needs to
+exist at a time.
 
-RMS norms of the usual kinds have a backward of their own, in one pass over the rows; others are rerun by autograd tile
-by tile. What they give is to the last bit what the module gives. torch's own `nn.LayerNorm` and `nn.RMSNorm` make no
-float32 copies and are left alone. A residual sum can't join in from outside: the sum is part of a layer's own forward.
+RMS norms of the usual kinds have a backward of their own, in one pass over the rows; others are
+rerun by autograd tile by tile. What they give is to the last bit what the module gives. torch's own
+`nn.LayerNorm` and `nn.RMSNorm` make no float32 copies and are left alone. A residual sum can't join
+in from outside: the sum is part of a layer's own forward.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class RmsFormula:
     Args:
         eps: name of the module's attribute.
         offset: 1 where the weight counts from one, as Gemma's.
-        rounds_first: the normalised rows are rounded to their own dtype before the weight, as Llama's.
+        rounds_first: the normalised rows are rounded to their own dtype before the weight, as
+            Llama's.
     """
 
     eps: str
@@ -59,7 +62,9 @@ class _TiledRmsNorm(torch.autograd.Function):
     """The norm of `hidden [.., D]`; saves it, and one float32 per row."""
 
     @staticmethod
-    def forward(ctx: Any, formula: RmsFormula, eps: float, num_rows: int, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, formula: RmsFormula, eps: float, num_rows: int, hidden: Tensor, weight: Tensor
+    ) -> Tensor:
         rows = flat_rows(hidden)
         dtype = formula.output(rows[:0], rows[:0].float(), weight).dtype
         output = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
@@ -77,8 +82,16 @@ class _TiledRmsNorm(torch.autograd.Function):
         hidden, weight, rstd = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[3:]
         rows, grads = flat_rows(hidden), flat_rows(grad)
-        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
-        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        grad_hidden = (
+            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            if needs_hidden
+            else None
+        )
+        total = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if needs_weight
+            else None
+        )
         factor = ctx.formula.weight(weight).float()
         for tile in tiles(rows.shape[0], ctx.num_rows):
             normed, part = rows[tile].float() * rstd[tile], grads[tile].float()
@@ -101,12 +114,20 @@ class _NormTiling(Tiling):
     def rows(self, inputs: list[Tensor]) -> int:
         first = inputs[0]
         width, num_rows = first.shape[-1], first.shape[:-1].numel()
-        return rows_per_tile(num_rows, width * torch.float32.itemsize, width * first.element_size(), self.tile_bytes)
+        return rows_per_tile(
+            num_rows, width * torch.float32.itemsize, width * first.element_size(), self.tile_bytes
+        )
 
-    def compute(self, original: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor], rows: int) -> Tensor:
+    def compute(
+        self, original: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor], rows: int
+    ) -> Tensor:
         weight = getattr(module, "weight", None)
         # In float64 the module's own float32 is the reference, down to autograd's roundings.
-        if self.rms is not None and type(weight) in (Tensor, nn.Parameter) and inputs[0].dtype in _DTYPES:
+        if (
+            self.rms is not None
+            and type(weight) in (Tensor, nn.Parameter)
+            and inputs[0].dtype in _DTYPES
+        ):
             eps = getattr(module, self.rms.eps)
             output: Tensor = _TiledRmsNorm.apply(self.rms, eps, rows, inputs[0], weight)  # type: ignore[no-untyped-call]
             return output
@@ -115,7 +136,8 @@ class _NormTiling(Tiling):
 
 
 def find_rms_formula(module: nn.Module) -> RmsFormula | None:
-    """Returns the formula that gives the very numbers of a norm in every mixture of dtypes, if one does.
+    """Returns the formula that gives the very numbers of a norm in every mixture of dtypes, if one
+    does.
 
     Args:
         module: a norm; its code is run on a small copy.
@@ -130,7 +152,9 @@ def find_rms_formula(module: nn.Module) -> RmsFormula | None:
     return None
 
 
-def _agrees(formula: RmsFormula, module: nn.Module, weight_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+def _agrees(
+    formula: RmsFormula, module: nn.Module, weight_dtype: torch.dtype, dtype: torch.dtype
+) -> bool:
     twin = small_copy(module, weight_dtype)
     weight = twin.get_parameter("weight")
     (hidden,) = inputs_like([weight.shape[0]], dtype)
@@ -141,7 +165,9 @@ def _agrees(formula: RmsFormula, module: nn.Module, weight_dtype: torch.dtype, d
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns True for what looks like a norm written in Python: a weight for each feature, and a small number."""
+    """Returns True for what looks like a norm written in Python: a weight for each feature, and a
+    small number.
+    """
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     native = isinstance(module, nn.LayerNorm | nn.RMSNorm) and type(module).forward in (
         nn.LayerNorm.forward,
@@ -163,8 +189,8 @@ def tile_norm(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledT
 
     Args:
         module: a norm over the last dim.
-        tile_bytes: bytes of one tile in float32. Default: a twentieth of the input's size, 128 MiB at most, and not
-            less than 256 rows.
+        tile_bytes: bytes of one tile in float32. Default: a twentieth of the input's size, 128 MiB
+            at most, and not less than 256 rows.
 
     Returns:
         What `uninstall` is called on.
@@ -176,7 +202,9 @@ def tile_norm(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledT
     return install_method(module, "forward", _NormTiling(module, tile_bytes))
 
 
-def tile_norms(model: nn.Module, *, tile_bytes: int | None = None) -> tuple[InstalledTiles, dict[str, str]]:
+def tile_norms(
+    model: nn.Module, *, tile_bytes: int | None = None
+) -> tuple[InstalledTiles, dict[str, str]]:
     """Computes every norm of a model that makes float32 copies tile by tile from now on.
 
     Args:

@@ -1,7 +1,8 @@
-"""What a block's code computes, seen on a small copy of it: a few features wide, float64, with weights of its own.
+"""What a block's code computes, seen on a small copy of it: a few features wide, float64, with
+weights of its own.
 
-The copy runs the block's own forward and none of its parameters, so that it says the same of a model on the meta device
-or in pieces on many ranks, and costs nothing.
+The copy runs the block's own forward and none of its parameters, so that it says the same of a
+model on the meta device or in pieces on many ranks, and costs nothing.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
 def small_copy(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     """Returns a copy with narrow random weights on the CPU, in training mode and without hooks.
 
-    Widths keep ratios of two: what makes gate and up at once stays twice as wide as what comes behind it.
+    Widths keep ratios of two: what makes gate and up at once stays twice as wide as what comes
+        behind it.
 
     Args:
         module: stays as it is.
         dtype: of the copy.
     """
-    widths = _narrow(sorted({size for parameter in module.parameters() for size in shape_of(parameter)}))
+    widths = _narrow(
+        sorted({size for parameter in module.parameters() for size in shape_of(parameter)})
+    )
     return _copy(module, _Weights(widths, dtype, torch.Generator().manual_seed(0)), {})
 
 
@@ -73,7 +77,8 @@ def own_method(module: nn.Module, name: str) -> Callable[..., Any]:
     """Returns the function behind an instance's method, which takes the module first.
 
     Raises:
-        UnsupportedModelError: the instance has one that is tied to another object, and can't be called for a copy.
+        UnsupportedModelError: the instance has one that is tied to another object, and can't be
+            called for a copy.
     """
     own = vars(module).get(name)
     if own is None:
@@ -81,7 +86,8 @@ def own_method(module: nn.Module, name: str) -> Callable[..., Any]:
         return found
     if getattr(own, "__self__", None) is not module:
         raise UnsupportedModelError(
-            f"{type(module).__name__}.{name} was replaced by {own!r}, which is not bound to the module. Install the "
+            f"{type(module).__name__}.{name} was replaced by {own!r}, which is not bound to the "
+            "module. Install the "
             f"tiles before whatever replaced it."
         )
     bound: Callable[..., Any] = own.__func__
@@ -91,7 +97,8 @@ def own_method(module: nn.Module, name: str) -> Callable[..., Any]:
 def _copy(module: nn.Module, weights: _Weights, seen: dict[int, nn.Module]) -> nn.Module:
     if id(module) in seen:
         return seen[id(module)]
-    # The class may have been changed to one whose constructor does something else, as FSDP2 does it.
+    # The class may have been changed to one whose constructor does something else, as FSDP2 does
+    # it.
     twin: nn.Module = object.__new__(type(module))
     seen[id(module)] = twin
     values = dict(vars(module))
@@ -109,10 +116,12 @@ def _copy(module: nn.Module, weights: _Weights, seen: dict[int, nn.Module]) -> n
         for name, parameter in module._parameters.items()
     }
     values["_buffers"] = {
-        name: None if buffer is None else weights.like(buffer) for name, buffer in module._buffers.items()
+        name: None if buffer is None else weights.like(buffer)
+        for name, buffer in module._buffers.items()
     }
     values["_modules"] = {
-        name: None if child is None else _copy(child, weights, seen) for name, child in module._modules.items()
+        name: None if child is None else _copy(child, weights, seen)
+        for name, child in module._modules.items()
     }
     vars(twin).update(values)
     return twin
@@ -126,14 +135,18 @@ def inputs_like(widths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
-    """Draws from generators that start at `seed`; the process's go on afterwards as if nothing had been drawn."""
+    """Draws from generators that start at `seed`; the process's go on afterwards as if nothing had
+    been drawn.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def draws_random_numbers(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Returns True when two calls that differ only in their random numbers differ in their result."""
+    """Returns True when two calls that differ only in their random numbers differ in their
+    result.
+    """
     results: list[Any] = []
     for seed in (0, 1):
         with own_random_numbers(seed), torch.no_grad():
@@ -141,7 +154,9 @@ def draws_random_numbers(function: Callable[..., Tensor], inputs: Sequence[Tenso
     return all(isinstance(result, Tensor) for result in results) and not torch.equal(*results)
 
 
-def treats_rows_alone(function: Callable[..., Tensor], inputs: Sequence[Tensor], row_dim: int) -> str:
+def treats_rows_alone(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], row_dim: int
+) -> str:
     """Returns why the function can't be computed in tiles of rows, or nothing where it can.
 
     Args:
@@ -155,25 +170,42 @@ def treats_rows_alone(function: Callable[..., Tensor], inputs: Sequence[Tensor],
         if not isinstance(whole, Tensor):
             return f"it returns {type(whole).__name__}, not one tensor"
         if whole.shape[: row_dim + 1] != inputs[0].shape[: row_dim + 1]:
-            return f"its output has shape {list(whole.shape)} for an input of {list(inputs[0].shape)}"
+            return (
+                f"its output has shape {list(whole.shape)} for an input of {list(inputs[0].shape)}"
+            )
         if any(not torch.equal(tensor, old) for tensor, old in zip(given, inputs)):
             return "it changes its input in place"
-        parts = [function(*[tensor.narrow(row_dim, *part) for tensor in inputs]) for part in ((0, 2), (2, ROWS - 2))]
+        parts = [
+            function(*[tensor.narrow(row_dim, *part) for tensor in inputs])
+            for part in ((0, 2), (2, ROWS - 2))
+        ]
     difference = (torch.cat(parts, row_dim) - whole).abs().max()
-    return "" if difference <= SAME_ROWS * whole.abs().max() else "what it makes of a token depends on other tokens"
+    return (
+        ""
+        if difference <= SAME_ROWS * whole.abs().max()
+        else "what it makes of a token depends on other tokens"
+    )
 
 
-def used_parameters(module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[str, ...]:
-    """Returns the names of the parameters that the function reads, those of `module` being asked."""
+def used_parameters(
+    module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[str, ...]:
+    """Returns the names of the parameters that the function reads, those of `module` being
+    asked.
+    """
     named = dict(module.named_parameters())
     asked = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     with torch.enable_grad():
-        grads = torch.autograd.grad(function(*inputs).sum(), list(asked.values()), allow_unused=True)
+        grads = torch.autograd.grad(
+            function(*inputs).sum(), list(asked.values()), allow_unused=True
+        )
     return tuple(name for name, grad in zip(asked, grads) if grad is not None)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Returns True when something watches a module's calls; DeepSpeed's parameter gathering is no such thing."""
+    """Returns True when something watches a module's calls; DeepSpeed's parameter gathering is no
+    such thing.
+    """
     return any(
         not getattr(hook, "__module__", "").startswith("deepspeed.")
         for kind in _HOOKS

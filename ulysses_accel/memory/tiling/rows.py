@@ -1,7 +1,9 @@
-"""A function of rows in tiles of rows: what treats each token alone needs its intermediates for one tile only.
+"""A function of rows in tiles of rows: what treats each token alone needs its intermediates for one
+tile only.
 
-Forward saves the inputs and nothing else; backward runs the function once more on each tile, under autograd. Gradients
-of parameters are summed over the tiles in float32 and handed to autograd once, so that an engine reduces them once.
+Forward saves the inputs and nothing else; backward runs the function once more on each tile, under
+autograd. Gradients of parameters are summed over the tiles in float32 and handed to autograd once,
+so that an engine reduces them once.
 """
 
 from __future__ import annotations
@@ -20,19 +22,22 @@ from ulysses_accel.memory.skip_output import recomputing, unneeded_output
 MAX_TILE_BYTES = 128 * 2**20
 # A product of fewer rows spends its time reading the weights.
 MIN_TILE_ROWS = 256
-# In the backward pass some eight tiles are alive at a time: with a twentieth each, they are less than half an input.
+# In the backward pass some eight tiles are alive at a time: with a twentieth each, they are less
+# than half an input.
 TILE_SHARE = 20
 
 
-def rows_per_tile(num_rows: int, row_bytes: int, input_row_bytes: int, tile_bytes: int | None = None) -> int:
+def rows_per_tile(
+    num_rows: int, row_bytes: int, input_row_bytes: int, tile_bytes: int | None = None
+) -> int:
     """Returns how many rows a tile has, tiles being as equal as they can.
 
     Args:
         num_rows: rows in all.
         row_bytes: bytes of the widest intermediate of one row.
         input_row_bytes: bytes of one row of the input.
-        tile_bytes: bytes of one tile's widest intermediate. Default: a twentieth of the input's size, 128 MiB at most,
-            and not less than 256 rows.
+        tile_bytes: bytes of one tile's widest intermediate. Default: a twentieth of the input's
+            size, 128 MiB at most, and not less than 256 rows.
     """
     if tile_bytes is None:
         target = min(MAX_TILE_BYTES, num_rows * input_row_bytes // TILE_SHARE)
@@ -78,11 +83,16 @@ class RandomState:
     @classmethod
     def now(cls, tensor: Tensor) -> RandomState:
         """Returns the state on the host and on this tensor's device."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(tensor.device) if tensor.is_cuda else None)
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(tensor.device) if tensor.is_cuda else None,
+        )
 
     @contextmanager
     def again(self, tensor: Tensor) -> Iterator[None]:
-        """Draws the same numbers inside; the generators go on afterwards as if nothing had been drawn."""
+        """Draws the same numbers inside; the generators go on afterwards as if nothing had been
+        drawn.
+        """
         with torch.random.fork_rng(devices=[tensor.device] if tensor.is_cuda else []):
             torch.set_rng_state(self.host)
             if self.device is not None:
@@ -97,7 +107,8 @@ class RowCall:
     Args:
         function: takes one tile of each input, and treats each row alone.
         rows: rows of a tile.
-        num_inputs: how many of the tensors are inputs; the others are the parameters that the function reads.
+        num_inputs: how many of the tensors are inputs; the others are the parameters that the
+            function reads.
         random: whether the function draws random numbers.
         may_skip: whether to leave the output out where `recomputing()` says so.
     """
@@ -159,7 +170,9 @@ class _TiledRows(torch.autograd.Function):
 
 
 class _Inputs:
-    """Inputs with the same leading dims, cut into tiles that have as many dims: `[B, S, D] -> [1, rows, D]`."""
+    """Inputs with the same leading dims, cut into tiles that have as many dims: `[B, S, D] -> [1,
+    rows, D]`.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.lead = tensors[0].shape[:-1]
@@ -173,7 +186,9 @@ class _Inputs:
 
 
 class _GradientSums:
-    """Gradients of the inputs, written tile by tile, and of the parameters, summed over the tiles."""
+    """Gradients of the inputs, written tile by tile, and of the parameters, summed over the
+    tiles.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], needed: Sequence[bool], num_inputs: int) -> None:
         self.tensors, self.needed, self.num_inputs = tensors, needed, num_inputs
@@ -208,7 +223,11 @@ class _GradientSums:
     def gradients(self) -> list[Tensor | None]:
         """Returns one gradient for each tensor that needs one, in the tensor's dtype."""
         return [
-            None if not need else self.totals[i].to(tensor.dtype) if i in self.totals else torch.zeros_like(tensor)
+            None
+            if not need
+            else self.totals[i].to(tensor.dtype)
+            if i in self.totals
+            else torch.zeros_like(tensor)
             for i, (tensor, need) in enumerate(zip(self.tensors, self.needed))
         ]
 

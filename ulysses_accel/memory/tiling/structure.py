@@ -1,4 +1,6 @@
-"""Which blocks can be tiled and by which formula: told by their structure, confirmed by what they compute."""
+"""Which blocks can be tiled and by which formula: told by their structure, confirmed by what they
+compute.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ class Plan:
     routed: bool
 
 
-def make_plan(module: nn.Module, method: str = "forward", original: Callable[..., Any] | None = None) -> Plan:
+def make_plan(
+    module: nn.Module, method: str = "forward", original: Callable[..., Any] | None = None
+) -> Plan:
     """Returns how the block is tiled.
 
     Args:
@@ -110,16 +114,22 @@ def make_plan(module: nn.Module, method: str = "forward", original: Callable[...
     """
     inputs = input_names(module, method)
     if not inputs:
-        raise _refusal(module, f"its {method} takes other arguments than one row of features per token")
+        raise _refusal(
+            module, f"its {method} takes other arguments than one row of features per token"
+        )
     try:
         return _probed_plan(module, method, inputs, original or own_method(module, method))
     except UnsupportedModelError:
         raise
     except Exception as error:
-        raise _refusal(module, f"a small copy of it could not be run ({type(error).__name__}: {error})") from error
+        raise _refusal(
+            module, f"a small copy of it could not be run ({type(error).__name__}: {error})"
+        ) from error
 
 
-def _probed_plan(module: nn.Module, method: str, inputs: tuple[str, ...], original: Callable[..., Any]) -> Plan:
+def _probed_plan(
+    module: nn.Module, method: str, inputs: tuple[str, ...], original: Callable[..., Any]
+) -> Plan:
     routed = is_experts(module)
     # Grouped products are not made in float64.
     twin = small_copy(module, torch.float32 if routed else torch.float64)
@@ -131,7 +141,11 @@ def _probed_plan(module: nn.Module, method: str, inputs: tuple[str, ...], origin
     why_not = treats_rows_alone(function, arguments, 0 if routed else 1)
     if why_not:
         raise _refusal(module, why_not)
-    formula = None if random or len(inputs) > 1 or method != "forward" else _find_formula(twin, arguments[0])
+    formula = (
+        None
+        if random or len(inputs) > 1 or method != "forward"
+        else _find_formula(twin, arguments[0])
+    )
     parameters = used_parameters(twin, function, arguments)
     width = formula.width(module) if formula is not None else _widest(module, parameters)
     return Plan(method, inputs, formula, random, parameters, width, routed)
@@ -139,13 +153,16 @@ def _probed_plan(module: nn.Module, method: str, inputs: tuple[str, ...], origin
 
 def _refusal(module: nn.Module, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(module).__name__} can't be computed in tiles of tokens: {reason}. Leave it as it is: its memory grows "
+        f"{type(module).__name__} can't be computed in tiles of tokens: {reason}. Leave it as it "
+        "is: its memory grows "
         f"with the sequence, its results are right."
     )
 
 
 def input_names(module: nn.Module, method: str = "forward") -> tuple[str, ...]:
-    """Returns the arguments that have one row per token; nothing where the method takes more than a block would."""
+    """Returns the arguments that have one row per token; nothing where the method takes more than a
+    block would.
+    """
     named = inspect.signature(getattr(module, method)).parameters.values()
     plain = [it for it in named if it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD)]
     if is_experts(module):
@@ -154,7 +171,9 @@ def input_names(module: nn.Module, method: str = "forward") -> tuple[str, ...]:
     return tuple(required) if 1 <= len(required) <= 2 and len(plain) - len(required) <= 2 else ()
 
 
-def _probe_arguments(twin: nn.Module, function: Callable[..., Any], num_inputs: int, routed: bool) -> list[Tensor]:
+def _probe_arguments(
+    twin: nn.Module, function: Callable[..., Any], num_inputs: int, routed: bool
+) -> list[Tensor]:
     """A few rows that the copy takes; of the widths that a block may have, the first that fits."""
     problem: Exception | None = None
     for width in _hidden_widths(twin, routed):
@@ -173,17 +192,25 @@ def _rows(num_inputs: int, width: int) -> list[Tensor]:
 
 
 def _routed_arguments(twin: nn.Module, width: int) -> list[Tensor]:
-    num_experts = next(parameter.shape[0] for parameter in twin.parameters(recurse=False) if parameter.dim() == 3)
+    num_experts = next(
+        parameter.shape[0] for parameter in twin.parameters(recurse=False) if parameter.dim() == 3
+    )
     chosen = min(2, num_experts)
     hidden, scores = (tensor[0] for tensor in inputs_like([width, chosen], torch.float32))
-    index = torch.stack([torch.arange(row, row + chosen) % num_experts for row in range(hidden.shape[0])])
+    index = torch.stack(
+        [torch.arange(row, row + chosen) % num_experts for row in range(hidden.shape[0])]
+    )
     return [hidden, index, scores]
 
 
 def _hidden_widths(twin: nn.Module, routed: bool) -> list[int]:
-    """Widths that a block's input may have: those that all of its projections have, or its norms'."""
+    """Widths that a block's input may have: those that all of its projections have, or its
+    norms'.
+    """
     if routed:
-        weights = [parameter for parameter in twin.parameters(recurse=False) if parameter.dim() == 3]
+        weights = [
+            parameter for parameter in twin.parameters(recurse=False) if parameter.dim() == 3
+        ]
         sizes: Sequence[set[int]] = [set(weight.shape[1:]) for weight in weights]
     else:
         sizes = [set(dims) for dims in linear_children(twin).values()]
@@ -194,32 +221,55 @@ def _hidden_widths(twin: nn.Module, routed: bool) -> list[int]:
 
 def _widest(module: nn.Module, names: tuple[str, ...]) -> int:
     shapes = [shape_of(module.get_parameter(name)) for name in names]
-    return max((max(shape[-2:]) for shape in shapes if len(shape) > 1), default=max(max(shape) for shape in shapes))
+    return max(
+        (max(shape[-2:]) for shape in shapes if len(shape) > 1),
+        default=max(max(shape) for shape in shapes),
+    )
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Returns True for a module that holds the matrices of several experts in one parameter each."""
-    return sum(len(shape_of(parameter)) == 3 for parameter in module._parameters.values() if parameter is not None) > 1
+    """Returns True for a module that holds the matrices of several experts in one parameter
+    each.
+    """
+    return (
+        sum(
+            len(shape_of(parameter)) == 3
+            for parameter in module._parameters.values()
+            if parameter is not None
+        )
+        > 1
+    )
 
 
 def linear_children(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the sizes of the linear layers right below a module, wrapped ones (LoRA, quantised) included."""
+    """Returns the sizes of the linear layers right below a module, wrapped ones (LoRA, quantised)
+    included.
+    """
     found = {}
     for name, child in module.named_children():
         sizes = (getattr(child, "in_features", None), getattr(child, "out_features", None))
         weight = getattr(child, "weight", None)
         if isinstance(sizes[0], int) and isinstance(sizes[1], int):
             found[name] = (sizes[0], sizes[1])
-        elif isinstance(weight, Tensor) and len(shape_of(weight)) == 2 and not isinstance(child, nn.Embedding):
+        elif (
+            isinstance(weight, Tensor)
+            and len(shape_of(weight)) == 2
+            and not isinstance(child, nn.Embedding)
+        ):
             rows, columns = shape_of(weight)
             found[name] = (rows, columns)
     return found
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Returns True for two or three linear layers that widen, or narrow, and come back to the same width."""
+    """Returns True for two or three linear layers that widen, or narrow, and come back to the same
+    width.
+    """
     sizes = [tuple(sorted(dims)) for dims in linear_children(module).values()]
-    if len(sizes) not in (2, 3) or len({min(dims) for dims in sizes} | {max(dims) for dims in sizes}) == 1:
+    if (
+        len(sizes) not in (2, 3)
+        or len({min(dims) for dims in sizes} | {max(dims) for dims in sizes}) == 1
+    ):
         return False
     first, *others = sizes
     if all(dims == first for dims in others):
@@ -244,16 +294,24 @@ def _find_formula(twin: nn.Module, hidden: Tensor) -> Formula | None:
             except (RuntimeError, TypeError, AttributeError):
                 continue
             same_shape = output.shape == expected.shape and output.dtype == expected.dtype
-            if same_shape and (output - expected).abs().max() <= SAME_FORMULA * expected.abs().max():
+            if (
+                same_shape
+                and (output - expected).abs().max() <= SAME_FORMULA * expected.abs().max()
+            ):
                 return formula
     return None
 
 
 def _candidates(twin: nn.Module) -> Iterator[Formula]:
     orientations = {
-        name: stored for name, child in twin.named_children() if (stored := _is_in_by_out(child)) is not None
+        name: stored
+        for name, child in twin.named_children()
+        if (stored := _is_in_by_out(child)) is not None
     }
-    if len(orientations) != sum(1 for _ in linear_children(twin)) or len(orientations) not in (2, 3):
+    if len(orientations) != sum(1 for _ in linear_children(twin)) or len(orientations) not in (
+        2,
+        3,
+    ):
         return
     for names in itertools.permutations(orientations):
         parts = [Projection(2 * i, orientations[name]) for i, name in enumerate(names)]
@@ -263,7 +321,9 @@ def _candidates(twin: nn.Module) -> Iterator[Formula]:
             else:
                 yield Formula(names, parts[0], None, parts[1], activation)
                 for half in (0, 1):
-                    halves = [Projection(0, parts[0].in_by_out, which) for which in (half, 1 - half)]
+                    halves = [
+                        Projection(0, parts[0].in_by_out, which) for which in (half, 1 - half)
+                    ]
                     yield Formula(names, halves[0], halves[1], parts[1], activation)
 
 
@@ -295,5 +355,7 @@ def _activations(twin: nn.Module) -> list[str]:
         for name, child in twin.named_children()
         if not any(True for _ in child.parameters()) and not isinstance(child, nn.Dropout)
     ]
-    attributes = [name for name, value in vars(twin).items() if callable(value) and not name.startswith("_")]
+    attributes = [
+        name for name, value in vars(twin).items() if callable(value) and not name.startswith("_")
+    ]
     return [*children, *attributes, *FUNCTIONS]

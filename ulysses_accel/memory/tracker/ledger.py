@@ -47,7 +47,9 @@ class Block:
 
 
 def storages(tensor: Tensor) -> list[UntypedStorage]:
-    """Returns the storages of a tensor; those of a wrapper's inner tensors, and none where there is no storage."""
+    """Returns the storages of a tensor; those of a wrapper's inner tensors, and none where there is
+    no storage.
+    """
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         inner = [getattr(tensor, name) for name in names]
@@ -79,7 +81,9 @@ class Ledger:
         """Books a storage, as allocated by `module` now or as there before."""
         size, key = storage.nbytes(), storage._cdata
         reference = weakref.ref(storage, partial(self._died, key))
-        block = Block(reference, storage.device.type, module, size if resident else 0, size if resident else 0)
+        block = Block(
+            reference, storage.device.type, module, size if resident else 0, size if resident else 0
+        )
         self.blocks[key] = block
         if not resident:
             self._resize(block, size)
@@ -111,21 +115,28 @@ class Ledger:
         self._rebook(block, num_saved=was + change)
         if block.kind == "temporary" and (was == 0) != (block.num_saved == 0):
             self.report.saved_bytes += block.size if was == 0 else -block.size
-            self.report.peak_saved_bytes = max(self.report.peak_saved_bytes, self.report.saved_bytes)
+            self.report.peak_saved_bytes = max(
+                self.report.peak_saved_bytes, self.report.saved_bytes
+            )
 
     def check_peak(self, operation: str, module: str, phase: str) -> None:
         """Keeps the highest live bytes and what they were made of."""
         report = self.report
         if report.live_bytes <= min(report.peak_bytes, report.peak_by_phase[phase]):
             return
-        # Storages that were resized behind the dispatcher's back, as FSDP2 does, are seen only here.
+        # Storages that were resized behind the dispatcher's back, as FSDP2 does, are seen only
+        # here.
         for block in list(self.blocks.values()):
             storage = block.reference()
             if storage is not None and storage.nbytes() != block.size:
                 self._resize(block, storage.nbytes())
         report.peak_by_phase[phase] = max(report.peak_by_phase[phase], report.live_bytes)
         if report.live_bytes > report.peak_bytes:
-            report.peak_bytes, report.peak_operation, report.peak_module = report.live_bytes, operation, module
+            report.peak_bytes, report.peak_operation, report.peak_module = (
+                report.live_bytes,
+                operation,
+                module,
+            )
             self._at_peak = (_live(report.by_kind), _live(report.by_module))
 
     def reset_peak(self) -> None:
@@ -139,7 +150,9 @@ class Ledger:
 
     def write_shares(self) -> None:
         """Writes into the report what the peak was made of."""
-        for tallies, shares in zip((self.report.by_kind, self.report.by_module), self._at_peak, strict=True):
+        for tallies, shares in zip(
+            (self.report.by_kind, self.report.by_module), self._at_peak, strict=True
+        ):
             for name, tally in tallies.items():
                 tally.at_peak = shares.get(name, 0)
 
@@ -147,7 +160,9 @@ class Ledger:
         """Returns a module's tally."""
         return self.report.by_module.setdefault(name, Tally())
 
-    def _rebook(self, block: Block, *, kind: str | None = None, num_saved: int | None = None) -> None:
+    def _rebook(
+        self, block: Block, *, kind: str | None = None, num_saved: int | None = None
+    ) -> None:
         """Moves a block's bytes to the kind that it has now."""
         self._charge(block, -block.counted)
         if block.num_saved and block.kind == "temporary" and kind not in (None, "temporary"):

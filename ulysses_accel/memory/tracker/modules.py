@@ -24,7 +24,8 @@ def running_node() -> Node | None:
 class ModulePlaces:
     """Hooks on a model's modules that say which of them an operation is part of.
 
-    Autograd numbers its nodes in the order of forward: the numbers at a module's entry and exit tell in backward whose
+    Autograd numbers its nodes in the order of forward: the numbers at a module's entry and exit
+        tell in backward whose
     a node is, and no hook needs to be in the graph.
 
     Args:
@@ -61,14 +62,20 @@ class ModulePlaces:
             self._ledger.note(tensor, "parameters")
         for name, module in model.named_modules():
             self._handles += [
-                module.register_forward_pre_hook(partial(self._enter, name or type(model).__name__)),
-                module.register_forward_hook(partial(self._leave, name or type(model).__name__), always_call=True),
+                module.register_forward_pre_hook(
+                    partial(self._enter, name or type(model).__name__)
+                ),
+                module.register_forward_hook(
+                    partial(self._leave, name or type(model).__name__), always_call=True
+                ),
             ]
         for parameter in model.parameters():
             if parameter.grad is not None:
                 self._ledger.note(parameter.grad, "gradients")
             if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._note_gradient))
+                self._handles.append(
+                    parameter.register_post_accumulate_grad_hook(self._note_gradient)
+                )
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self._stack.append(name)
@@ -85,7 +92,8 @@ class ModulePlaces:
 
     def _mark(self) -> None:
         """Notes that nodes from here on belong to the module on top."""
-        # Every thread numbers its own nodes; on CUDA what backward computes anew is built in another thread.
+        # Every thread numbers its own nodes; on CUDA what backward computes anew is built in
+        # another thread.
         if threading.get_ident() != self._thread:
             return
         number = torch._C._autograd._get_sequence_nr()

@@ -17,7 +17,8 @@ class Tally:
         at_peak: bytes that were live at the moment of the whole's peak.
         allocated: bytes that were ever allocated; by module only, for a kind is known later.
         copied: bytes that were written by copies, casts, concatenations and the like.
-        matmul_flops: floating-point operations of matrix products, two for each multiply and add; by module only.
+        matmul_flops: floating-point operations of matrix products, two for each multiply and add;
+            by module only.
     """
 
     live: int = 0
@@ -30,7 +31,8 @@ class Tally:
 
 @dataclass
 class Allocations:
-    """What was allocated inside of `track_allocations`, on one device; up to date also while it runs.
+    """What was allocated inside of `track_allocations`, on one device; up to date also while it
+    runs.
 
     Tensors from before count as resident, not as live: a peak is what was needed beside them.
 
@@ -40,23 +42,25 @@ class Allocations:
         resident_bytes: bytes of the model's parameters, buffers and gradients before.
         live_bytes: bytes that are allocated now.
         peak_bytes: the most that were live at once.
-        peak_by_phase: the most that were live at once in `forward` (all that is not backward) and in `backward`,
-            which has the recomputing of checkpoints in it.
+        peak_by_phase: the most that were live at once in `forward` (all that is not backward) and
+            in `backward`, which has the recomputing of checkpoints in it.
         peak_operation: the operation that reached the peak.
         peak_module: the module that it ran for.
         allocated_bytes: bytes that were ever allocated.
         copied_bytes: bytes that were written by copies, casts, concatenations and the like.
-        saved_bytes: bytes of the storages that autograd keeps for backward now: resident ones too, parameters apart.
+        saved_bytes: bytes of the storages that autograd keeps for backward now: resident ones too,
+            parameters apart.
         peak_saved_bytes: the most of them at once.
         by_kind: parameters, gradients, saved for backward, temporary (everything else).
-        by_module: by the module that allocated, innermost, in its forward or in its part of backward; "" is outside.
+        by_module: by the module that allocated, innermost, in its forward or in its part of
+            backward; "" is outside.
         matmul_calls: matrix products.
         matmul_flops: their floating-point operations.
         attention_forward_calls: forward calls of fused attention kernels.
         attention_backward_calls: their backward calls.
         other_devices: bytes on other device types.
-        allocator_peak_bytes: the CUDA allocator's peak beside what was allocated before, kernels' workspaces included;
-            None on other devices.
+        allocator_peak_bytes: the CUDA allocator's peak beside what was allocated before, kernels'
+            workspaces included; None on other devices.
     """
 
     device: str
@@ -87,11 +91,14 @@ class Allocations:
         return num_bytes / self.unit_bytes
 
     def matmul_units(self, tokens: int, in_features: int, out_features: int) -> float:
-        """Returns all matrix products as a multiple of one linear layer's forward on `tokens` tokens."""
+        """Returns all matrix products as a multiple of one linear layer's forward on `tokens`
+        tokens.
+        """
         return self.matmul_flops / (2 * tokens * in_features * out_features)
 
     def table(self, max_modules: int = 12) -> str:
-        """Returns the findings as lines of text: by kind, and the modules that held most at the peak.
+        """Returns the findings as lines of text: by kind, and the modules that held most at the
+        peak.
 
         Args:
             max_modules: modules to list.
@@ -99,25 +106,48 @@ class Allocations:
         lines = [f"{'':40}{'at peak':>12}{'own peak':>12}{'allocated':>12}{'copied':>12}"]
         lines += [self._line(kind, tally) for kind, tally in self.by_kind.items()]
         lines.append(self._line("all", self._total()))
-        ranked = sorted(self.by_module.items(), key=lambda entry: (entry[1].at_peak, entry[1].allocated), reverse=True)
-        lines += ["by module"] + [self._line(name or "(outside)", tally) for name, tally in ranked[:max_modules]]
-        lines.append(f"peak in {self.peak_module or '(outside)'} at {self.peak_operation or 'no operation'}")
-        phases = ", ".join(f"{phase} {self._size(peak)}" for phase, peak in self.peak_by_phase.items())
-        lines.append(f"peak by phase: {phases}; saved for backward: {self._size(self.peak_saved_bytes)}")
+        ranked = sorted(
+            self.by_module.items(),
+            key=lambda entry: (entry[1].at_peak, entry[1].allocated),
+            reverse=True,
+        )
+        lines += ["by module"] + [
+            self._line(name or "(outside)", tally) for name, tally in ranked[:max_modules]
+        ]
         lines.append(
-            f"{self.matmul_calls} matrix products ({self.matmul_flops:.3e} FLOPs), attention kernels "
+            f"peak in {self.peak_module or '(outside)'} at {self.peak_operation or 'no operation'}"
+        )
+        phases = ", ".join(
+            f"{phase} {self._size(peak)}" for phase, peak in self.peak_by_phase.items()
+        )
+        lines.append(
+            f"peak by phase: {phases}; saved for backward: {self._size(self.peak_saved_bytes)}"
+        )
+        lines.append(
+            f"{self.matmul_calls} matrix products ({self.matmul_flops:.3e} FLOPs), attention "
+            "kernels "
             f"{self.attention_forward_calls} forward and {self.attention_backward_calls} backward"
         )
         if self.allocator_peak_bytes is not None:
-            lines.append(f"peak of the {self.device} allocator: {self._size(self.allocator_peak_bytes)}")
+            lines.append(
+                f"peak of the {self.device} allocator: {self._size(self.allocator_peak_bytes)}"
+            )
         return "\n".join(lines)
 
     def _total(self) -> Tally:
-        return Tally(self.live_bytes, self.peak_bytes, self.peak_bytes, self.allocated_bytes, self.copied_bytes)
+        return Tally(
+            self.live_bytes,
+            self.peak_bytes,
+            self.peak_bytes,
+            self.allocated_bytes,
+            self.copied_bytes,
+        )
 
     def _line(self, name: str, tally: Tally) -> str:
         sizes = (tally.at_peak, tally.peak, tally.allocated, tally.copied)
         return f"{name[-40:]:40}" + "".join(f"{self._size(size):>12}" for size in sizes)
 
     def _size(self, num_bytes: int) -> str:
-        return f"{self.units(num_bytes):.2f}u" if self.unit_bytes else f"{num_bytes / 2**20:.2f} MiB"
+        return (
+            f"{self.units(num_bytes):.2f}u" if self.unit_bytes else f"{num_bytes / 2**20:.2f} MiB"
+        )

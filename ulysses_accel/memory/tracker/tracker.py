@@ -1,7 +1,8 @@
-"""Counts allocated bytes, copies, matrix products and attention calls, by module and by kind, on CPU and CUDA.
+"""Counts allocated bytes, copies, matrix products and attention calls, by module and by kind, on
+CPU and CUDA.
 
-A dispatch mode sees every operator's outputs; a weak reference to a storage tells when it is gone. What a kernel
-allocates inside of itself is not seen: on CUDA `allocator_peak_bytes` has it.
+A dispatch mode sees every operator's outputs; a weak reference to a storage tells when it is gone.
+What a kernel allocates inside of itself is not seen: on CUDA `allocator_peak_bytes` has it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,38 @@ from ulysses_accel.memory.tracker.modules import ModulePlaces
 from ulysses_accel.memory.tracker.report import Allocations, Tally
 
 _COPIES = {
-    *("copy_", "clone", "_to_copy", "cat", "stack", "index_select", "index", "constant_pad_nd", "repeat"),
-    *("_foreach_copy_", "split_with_sizes_copy", "slice_scatter", "select_scatter", "index_copy_", "_pin_memory"),
+    *(
+        "copy_",
+        "clone",
+        "_to_copy",
+        "cat",
+        "stack",
+        "index_select",
+        "index",
+        "constant_pad_nd",
+        "repeat",
+    ),
+    *(
+        "_foreach_copy_",
+        "split_with_sizes_copy",
+        "slice_scatter",
+        "select_scatter",
+        "index_copy_",
+        "_pin_memory",
+    ),
 }
 # Operator to the place of its left factor; the right one follows it.
 _PRODUCTS = {
     **{"mm": 0, "bmm": 0, "_grouped_mm": 0, "_scaled_mm": 0, "mv": 0, "linear": 0},
-    **{"addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addbmm": 1, "addmv": 1, "_addmm_activation": 1},
+    **{
+        "addmm": 1,
+        "addmm_": 1,
+        "baddbmm": 1,
+        "baddbmm_": 1,
+        "addbmm": 1,
+        "addmv": 1,
+        "_addmm_activation": 1,
+    },
 }
 _ATTENTION = (
     "_scaled_dot_product_",
@@ -47,7 +73,8 @@ class AllocationTracker(Allocations):
         self._ledger.reset_peak()
 
     def exclude(self, tensor: Tensor) -> None:
-        """Takes a tensor out of the count, for example a host buffer where host and device are the same.
+        """Takes a tensor out of the count, for example a host buffer where host and device are the
+        same.
 
         Args:
             tensor: any tensor; its whole storage is taken out.
@@ -65,16 +92,18 @@ def track_allocations(
 ) -> Iterator[AllocationTracker]:
     """Counts what is allocated inside of it, forward and backward.
 
-    Backward's operators are seen on CPU, which runs them in the calling thread, and on CUDA, where autograd takes the
-    mode along to its own thread. Names of modules in backward are right where the graph was built in the calling
-    thread; what a reentrant checkpoint builds anew on CUDA counts for the module around it.
+    Backward's operators are seen on CPU, which runs them in the calling thread, and on CUDA, where
+    autograd takes the mode along to its own thread. Names of modules in backward are right where
+    the graph was built in the calling thread; what a reentrant checkpoint builds anew on CUDA
+    counts for the module around it.
 
     Args:
         model: its modules are told apart, and its parameters and gradients known.
         unit_bytes: bytes of one u, for reports.
         device: whose bytes to follow; default: the model's, or the CPU.
-        saved: count what autograd saves for backward, by saved-tensor hooks. False where these are not allowed. What
-            torch's checkpoint holds while it recomputes, under hooks of its own, counts as temporary.
+        saved: count what autograd saves for backward, by saved-tensor hooks. False where these are
+            not allowed. What torch's checkpoint holds while it recomputes, under hooks of its own,
+            counts as temporary.
 
     Yields:
         The report, up to date while it runs; its `table()` is for reading.
@@ -107,7 +136,9 @@ def _reset_allocator(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _finish(report: AllocationTracker, places: ModulePlaces, device: torch.device, before: int) -> None:
+def _finish(
+    report: AllocationTracker, places: ModulePlaces, device: torch.device, before: int
+) -> None:
     places.remove()
     report._ledger.closed = True
     report._ledger.write_shares()
@@ -147,7 +178,11 @@ class _Watch(TorchDispatchMode):
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
         output = func(*args, **(kwargs or {}))
-        tensors = [output] if isinstance(output, Tensor) else [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        tensors = (
+            [output]
+            if isinstance(output, Tensor)
+            else [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        )
         module, phase = self._places.current()
         name = getattr(getattr(func, "overloadpacket", func), "__name__", str(func))
         for tensor in tensors:
@@ -188,10 +223,19 @@ class _Watch(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> _Saved:
         """Books a tensor that autograd saves."""
-        blocks = [self._ledger.find(x) or self._ledger.add(x, "", resident=True) for x in storages(tensor)]
-        parameter = blocks[0].parameter() if len(blocks) == 1 and blocks[0].parameter is not None else None
-        # ZeRO-3 takes a parameter's storage away by giving it another: an alias would keep the gathered one alive.
-        if parameter is not None and parameter.shape == tensor.shape and parameter.stride() == tensor.stride():
+        blocks = [
+            self._ledger.find(x) or self._ledger.add(x, "", resident=True) for x in storages(tensor)
+        ]
+        parameter = (
+            blocks[0].parameter() if len(blocks) == 1 and blocks[0].parameter is not None else None
+        )
+        # ZeRO-3 takes a parameter's storage away by giving it another: an alias would keep the
+        # gathered one alive.
+        if (
+            parameter is not None
+            and parameter.shape == tensor.shape
+            and parameter.stride() == tensor.stride()
+        ):
             tensor = parameter
         elif tensor.grad_fn is not None:
             # A node that saves its own output would hold itself.
@@ -200,10 +244,15 @@ class _Watch(TorchDispatchMode):
 
 
 def _is_input(storage: UntypedStorage, args: Any, kwargs: Any) -> bool:
-    """True where an operator's output lies in the storage of one of its inputs, which is from before then."""
+    """True where an operator's output lies in the storage of one of its inputs, which is from
+    before then.
+    """
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and any(storage._cdata == x._cdata for x in storages(value)):
             return True
-        if isinstance(value, UntypedStorage | torch.TypedStorage) and value._cdata == storage._cdata:
+        if (
+            isinstance(value, UntypedStorage | torch.TypedStorage)
+            and value._cdata == storage._cdata
+        ):
             return True
     return False
