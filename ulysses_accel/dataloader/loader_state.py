@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import CheckpointError
 
 VERSION = 1
@@ -208,8 +209,7 @@ _REBUILD_SHARD = (
     "device",
     "rng_types",
     "synchronized_generator",
-    "_drop_last",
-    "_non_blocking",
+    *_private_api.SHARD_LOADER_ATTRIBUTES,
     "iteration",
 )
 

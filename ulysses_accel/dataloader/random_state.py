@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import CheckpointError
 
 _PATHS = (
@@ -107,7 +108,7 @@ class SeedAside:
 
     def __init__(self, loader: Any, warm: bool) -> None:
         self._base = getattr(loader, "base_dataloader", loader)
-        self._active = warm and getattr(self._base, "_iterator", None) is None
+        self._active = warm and _private_api.live_iterator(self._base) is None
         self._generator = getattr(self._base, "generator", None)
         if self._active:
             self._base.generator = torch.Generator()

@@ -31,6 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from ulysses_accel import _private_api
 from ulysses_accel.distributed.collectives import all_to_all
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
 from ulysses_accel.introspection.structure import transformers_model
@@ -135,7 +136,7 @@ class ExpertDispatch:
     @contextmanager
     def _local_parameters(self) -> Iterator[None]:
         """Lets the experts' own code see this rank's part as plain tensors."""
-        parameters = self.module._parameters
+        parameters = _private_api.module_parameters(self.module)
         dealt = {name: parameters[name] for name in self.names}
         parameters.update({name: parameter.to_local() for name, parameter in dealt.items()})
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.mesh import build_expert_mesh
 from ulysses_accel.errors import ConfigError
@@ -33,7 +34,7 @@ _WRAPPED = (
 )
 
 # Where DDP, when it is made, finds the names of parameters that it leaves alone.
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
+_IGNORED = _private_api.DDP_IGNORED
 
 
 class ExpertAttachment:
@@ -87,7 +88,9 @@ class ExpertAttachment:
         """Gives optimizers, prepared before or behind their models, the dealt experts, and sees to
         what they save.
         """
-        for optimizer in (prepared.optimizer for prepared in self.accelerator._optimizers):
+        for optimizer in (
+            prepared.optimizer for prepared in _private_api.prepared_optimizers(self.accelerator)
+        ):
             for dealt in self.dealt:
                 dealt.update(optimizer)
             _step_one_by_one(optimizer)

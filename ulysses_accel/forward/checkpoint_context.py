@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention import active_description, describe_forward
 from ulysses_accel.forward.router_loss import active_record, running_for
 from ulysses_accel.memory.checkpoint.layers import CheckpointedLayers
 
-_ATTRIBUTE = "_gradient_checkpointing_func"
+_ATTRIBUTE = _private_api.CHECKPOINT_FUNCTION
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import ShapeError
 
 _SHARD_MARK = "ulysses_accel_shard"
@@ -63,7 +64,7 @@ def is_marked_shard(value: Any) -> bool:
     known.
     """
     return isinstance(value, Tensor) and (
-        hasattr(value, _SHARD_MARK) or hasattr(value._base, _SHARD_MARK)
+        hasattr(value, _SHARD_MARK) or hasattr(_private_api.view_base(value), _SHARD_MARK)
     )
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.huggingface.registry import active_description
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.consensus import same_everywhere
@@ -146,7 +147,7 @@ class TensorParallel:
             args: for `stock`.
             kwargs: for `stock`.
         """
-        if not getattr(model, "_is_accelerate_prepared", False):
+        if not _private_api.is_prepared(model):
             self._replicate(model, joint_axis(self.mesh, "dp_cp"))
             inner = transformers_model(model)
             inner.save_pretrained = partial(_save_whole, inner.save_pretrained)
@@ -156,12 +157,10 @@ class TensorParallel:
     def _replicate(self, model: nn.Module, axis: DeviceMesh) -> None:
         if axis.size() == 1:
             return
-        from torch.distributed._composable.replicate_with_fsdp import replicate
-
         before = dict(_parameters(model))
         for layer in transformers_model(model).get_decoder().layers:
-            replicate(layer, mesh=axis)
-        replicate(model, mesh=axis)
+            _private_api.replicate(layer, axis)
+        _private_api.replicate(model, axis)
         for (module, name), old in before.items():
             self._moved[id(old)] = (old, getattr(module, name))
             old.to_local().untyped_storage().resize_(0)  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from accelerate.data_loader import prepare_data_loader as accelerate_loader
 from accelerate.utils.dataclasses import RNGType
 from torch.utils.data import RandomSampler
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter
 from ulysses_accel.distributed.mesh import SequenceGroups
@@ -45,9 +46,9 @@ def prepare_loader(
         device_placement: whether batches go to the accelerator's device; its own setting when None.
         rules: what the prepared models ask of a batch, or what tells it once they are prepared.
     """
-    if getattr(data_loader, "_is_accelerate_prepared", False):
-        if not any(known is data_loader for known in accelerator._dataloaders):
-            accelerator._dataloaders.append(data_loader)
+    if _private_api.is_prepared(data_loader):
+        if not any(known is data_loader for known in _private_api.prepared_loaders(accelerator)):
+            _private_api.prepared_loaders(accelerator).append(data_loader)
         return data_loader  # type: ignore[no-any-return]
     placed = accelerator.device_placement if device_placement is None else device_placement
     handler = config.sp_handler
@@ -66,7 +67,7 @@ def prepare_loader(
         ring_layout=config.cp_handler.layout,
         rules=rules,
     )
-    accelerator._dataloaders.append(adapter)
+    _private_api.prepared_loaders(accelerator).append(adapter)
     return adapter
 
 
@@ -172,7 +173,7 @@ def register_loader_state(accelerator: Any) -> None:
 
     Called by `prepare`, since the accelerator's hooks do not exist yet while it is constructed.
     """
-    hooks = list(accelerator._save_model_state_pre_hook.values())
+    hooks = _private_api.save_state_pre_hooks(accelerator)
     if any(getattr(hook, "__qualname__", "").startswith("_LoaderState.") for hook in hooks):
         return
     state = _LoaderState(accelerator)
@@ -191,7 +192,7 @@ class _LoaderState:
     def _files(self, folder: str) -> list[tuple[Path, UlyssesSPDataLoaderAdapter]]:
         loaders = [
             loader
-            for loader in self.accelerator._dataloaders
+            for loader in _private_api.prepared_loaders(self.accelerator)
             if isinstance(loader, UlyssesSPDataLoaderAdapter)
         ]
         return [

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.memory import MemoryConfig
 from ulysses_accel.memory.apply import InstalledMemory, apply_memory
 
@@ -63,7 +64,7 @@ class MemoryAttachment:
 
     def _install(self, model: nn.Module) -> None:
         is_known = any(known is model or model in known.modules() for known, _ in self.installed)
-        if not is_known and not getattr(model, "_is_accelerate_prepared", False):
+        if not is_known and not _private_api.is_prepared(model):
             shares_sequence = hasattr(self.accelerator, "sequence_parallel")
             self.installed.append(
                 (model, apply_memory(model, self.config, shares_sequence=shares_sequence))
@@ -75,7 +76,7 @@ class MemoryAttachment:
             prepared, DistributedDataParallel
         ):
             return
-        if not prepared._comm_hooks:
+        if not _private_api.has_comm_hook(prepared):
             # A lambda has no annotations: DDP compares them, which are texts here, with its own
             # classes.
             prepared.register_comm_hook(
@@ -111,7 +112,7 @@ def _average_in_bfloat16(group: dist.ProcessGroup, bucket: Any) -> Any:
 def _expand_segments() -> None:
     """Lets the GPU's allocator grow its blocks, unless the environment says how it is to work."""
     if not any(os.environ.get(name) for name in _ALLOCATOR_VARIABLES):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        _private_api.set_allocator_settings("expandable_segments:True")
 
 
 def _reduce_in_bfloat16(accelerator: Any) -> None:

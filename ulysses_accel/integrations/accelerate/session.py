@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention import SequenceAttention
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.mesh import SequenceGroups
@@ -153,7 +154,7 @@ class Attachment:
         replicated ones have.
         """
         if self.tensor_parallel is not None:
-            self.tensor_parallel.update(self.accelerator._optimizers)
+            self.tensor_parallel.update(_private_api.prepared_optimizers(self.accelerator))
 
     def prepare_data_loader(
         self, data_loader: Any, device_placement: bool | None = None, **_: Any
@@ -209,7 +210,7 @@ class Attachment:
         """Installs the sharded forward into a model, once."""
         if any(known is model or model in known.modules() for known, _ in self.forwards):
             return
-        if getattr(model, "_is_accelerate_prepared", False):
+        if _private_api.is_prepared(model):
             return
         ring, handler = self.config.cp_handler, self.config.sp_handler
         core = handler.sp_attn_implementation

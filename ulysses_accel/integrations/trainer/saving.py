@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import replaced
 
-_WRAPPED = ("_save", "_save_optimizer_and_scheduler")
+_WRAPPED = (_private_api.TRAINER_SAVE, _private_api.TRAINER_SAVE_OPTIMIZER)
 
 
 def whole_saves(trainer: Any, accelerator: Any, config: ParallelismConfig) -> WholeSaves | None:
@@ -71,7 +72,7 @@ class WholeSaves:
         """Stands in for `Trainer._save`, which every rank calls."""
         if state_dict is None:
             state_dict = self.accelerator.get_state_dict(self.trainer.model)
-        self._stock["_save"](output_dir, state_dict=state_dict)
+        self._stock[_private_api.TRAINER_SAVE](output_dir, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Stands in for `Trainer._save_optimizer_and_scheduler`, which every rank calls."""
@@ -80,8 +81,8 @@ class WholeSaves:
             self.trainer.optimizer,
         )
         if experts is None or optimizer is None:
-            self._stock["_save_optimizer_and_scheduler"](output_dir)
+            self._stock[_private_api.TRAINER_SAVE_OPTIMIZER](output_dir)
             return
         state = experts.whole_state(optimizer)
         with replaced(optimizer, state_dict=lambda: state):
-            self._stock["_save_optimizer_and_scheduler"](output_dir)
+            self._stock[_private_api.TRAINER_SAVE_OPTIMIZER](output_dir)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import replaced
@@ -85,8 +86,9 @@ class TrlTrainer:
         sizes = {"get_tp_size": replicas, "get_sp_size": 1, "get_cp_size": 1}
         self._methods: dict[str, Any] = {name: partial(int, size) for name, size in sizes.items()}
         # These it sums over all ranks.
-        track, operations = trainer._track_num_input_tokens, trainer.floating_point_ops
-        self._methods["_track_num_input_tokens"] = partial(self._track, track)
+        count_tokens = _private_api.TRAINER_COUNT_INPUT_TOKENS
+        track, operations = getattr(trainer, count_tokens), trainer.floating_point_ops
+        self._methods[count_tokens] = partial(self._track, track)
         self._methods["floating_point_ops"] = lambda inputs: operations(inputs) / replicas
         for name, method in self._methods.items():
             setattr(trainer, name, method)
@@ -128,13 +130,13 @@ class TrlTrainer:
         """Stands in for `Accelerator.prepare_data_loader`: whole batches, the same on all ranks of
         a sequence group.
         """
-        if getattr(data_loader, "_is_accelerate_prepared", False):
+        if _private_api.is_prepared(data_loader):
             return self._below["prepare_data_loader"](data_loader, device_placement)
         placed = self.accelerator.device_placement if device_placement is None else device_placement
         loader = data_parallel_loader(
             self.accelerator, data_loader, self.groups, put_on_device=placed
         )
-        self.accelerator._dataloaders.append(loader)
+        _private_api.prepared_loaders(self.accelerator).append(loader)
         return loader
 
     def _prepare_others(self) -> None:
@@ -155,7 +157,7 @@ class TrlTrainer:
     def _take_whole_batches(self, model: nn.Module) -> None:
         if any(known is model or model in known.modules() for known, _ in self.forwards):
             return
-        if getattr(model, "_is_accelerate_prepared", False):
+        if _private_api.is_prepared(model):
             return
         config = self.attached.config
         layout = BatchLayout(
