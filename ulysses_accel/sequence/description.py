@@ -10,15 +10,19 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ulysses_accel.errors import ConfigError
-from ulysses_accel.sequence.documents import Rows, document_pieces, find_documents, joined
+from ulysses_accel.sequence.documents import (
+    Rows,
+    Segment,
+    document_pieces,
+    documents_of_ids,
+    joined,
+)
 from ulysses_accel.sequence.layout import Layout
 
 DESCRIPTION_KEY = "sequence_description"
-Segment = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,8 @@ class SequenceDescription:
             layout: how the tokens are dealt over the ring.
         """
         ids = document_ids.cpu()
-        counting = torch.arange(ids.shape[1]).expand_as(ids)
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        # Positions that count from each document's first token, as `find_documents` reads them.
-        first = torch.where(starts, counting, 0).cummax(dim=1).values
-        return cls(
-            ids.shape[1], num_shards, find_documents(counting - first, ids >= 0), ring_size, layout
-        )
+        rows = documents_of_ids(ids).rows
+        return cls(ids.shape[1], num_shards, rows, ring_size, layout)
 
     @property
     def batch_size(self) -> int:

@@ -94,12 +94,3 @@ def pad_position_ids(position_ids: Tensor, length: int) -> Tensor:
         return position_ids
     steps = torch.arange(1, missing + 1, dtype=position_ids.dtype, device=position_ids.device)
     return torch.cat([position_ids, position_ids[..., -1:] + steps], dim=-1)
-
-
-def default_position_ids(
-    batch_size: int, length: int, device: torch.device | None = None
-) -> Tensor:
-    """Returns positions `[B, S]` that count 0 to S - 1 in each row, as transformers does for a
-    batch without them.
-    """
-    return torch.arange(length, device=device).unsqueeze(0).expand(batch_size, length).contiguous()

@@ -59,7 +59,7 @@ def prepare_loader(
         groups.size,
         accelerator.device if placed else None,
         same_batch=True,
-        key_rules=config.batch_schema,
+        batch_schema=config.batch_schema,
         sequence_length=None if handler.sp_seq_length_is_variable else handler.sp_seq_length,
         pad_multiple=config.non_data_parallel_size if config.tp_size > 1 else None,
         cpu_group=groups.cpu_group,

@@ -166,7 +166,7 @@ class TrlTrainer:
             if config.sp_handler.sp_seq_length_is_variable
             else config.sp_handler.sp_seq_length,
             pad_multiple=config.non_data_parallel_size if config.tp_size > 1 else None,
-            key_rules=dict.fromkeys(_REPLICATED, "replicate"),
+            batch_schema=dict.fromkeys(_REPLICATED, "replicate"),
             ring_size=config.cp_size,
             ring_layout=config.cp_handler.layout,
         )
