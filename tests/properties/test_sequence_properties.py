@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ulysses_accel.dataloader.completion.labels import shift_labels
 from ulysses_accel.sequence.documents import Rows, documents_from_lengths, find_documents
-from ulysses_accel.sequence.labels import num_counted, shift_labels
+from ulysses_accel.sequence.labels import num_counted
 from ulysses_accel.sequence.sharding import (
     next_multiple,
     pad_position_ids,

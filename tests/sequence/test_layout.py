@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ulysses_accel.dataloader.completion.labels import shift_labels
 from ulysses_accel.errors import BatchError, ShapeError
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.documents import (
@@ -13,7 +14,7 @@ from ulysses_accel.sequence.documents import (
     documents_of_ids,
     find_documents,
 )
-from ulysses_accel.sequence.labels import num_counted, shift_labels
+from ulysses_accel.sequence.labels import num_counted
 from ulysses_accel.sequence.sharding import (
     next_multiple,
     pad_position_ids,

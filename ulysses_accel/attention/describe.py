@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ulysses_accel.errors import BatchError, ConfigError, ShapeError
 from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.documents import find_prefixes
 from ulysses_accel.sequence.layout import Layout
-from ulysses_accel.sequence.prefixes import find_prefixes
 
 
 def describe(

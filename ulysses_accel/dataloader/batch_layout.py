@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ulysses_accel.config.batch_schema import BatchSchema, Rule
-from ulysses_accel.errors import BatchError, ConfigError
+from ulysses_accel.errors import ConfigError
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.labels import IGNORE_INDEX
 from ulysses_accel.sequence.layout import Layout, multiple_of
@@ -90,19 +90,3 @@ class BatchLayout:
         """What the padded length is a multiple of."""
         of_layout = multiple_of(self.ring_size, self.ring_layout, self.num_shards // self.ring_size)
         return math.lcm(of_layout, self.pad_multiple or 1)
-
-    def padded_length(self, length: int) -> int:
-        """Returns the tokens of a batch of `length` after padding.
-
-        Raises:
-            BatchError: the batch is longer than the fixed length.
-        """
-        if self.sequence_length is None:
-            return next_multiple(length, self.multiple)
-        if length > self.sequence_length:
-            raise BatchError(
-                f"the batch has {length} tokens in a row, but "
-                f"sequence_length={self.sequence_length} is fixed. "
-                "Truncate in the collate function, raise sequence_length, or let it vary (None)."
-            )
-        return self.sequence_length

@@ -1,8 +1,9 @@
 """Where the documents of a batch lie, from whatever the batch says about them.
 
 In this order: `cu_seq_lens_q`, `seq_idx`, an attention mask that numbers its documents, and
-positions that start over. A plain attention mask takes padding out of them. Works on the host: a
-batch that lies on a device is read once here.
+positions that start over. A plain attention mask takes padding out of them. Beside them a batch may
+say, for prefix language modelling, how many of a document's first tokens all of its tokens see.
+Works on the host: a batch that lies on a device is read once here.
 
 A segment is `(start, stop)` in token positions of one row; a row's segments are in order.
 """
@@ -22,10 +23,14 @@ from ulysses_accel.errors import BatchError
 
 Segment = tuple[int, int]
 Rows = tuple[tuple[Segment, ...], ...]
+Prefixes = tuple[tuple[int, ...], ...]
+"""For each row and document the tokens of its prefix; empty where no document has one."""
+
 Numbers = Literal["ids", "positions", "time"]
 """What the numbers of a row's tokens are, see `_row`."""
 
 T = TypeVar("T", bound=Hashable)
+PREFIX_KEY = "prefix_lengths"
 CUMULATIVE_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -47,7 +52,7 @@ class Documents:
 
     @cached_property
     def spans(self) -> Tensor:
-        """`[B, S]` of bool, on the host: whether a token lies in a document, or in a hole of one."""
+        """`[B, S]` of bool, on the host: whether a token lies in a document, its holes included."""
         return _covered(self.rows, self.length)
 
     @cached_property
@@ -78,7 +83,7 @@ def _covered(rows: Rows, length: int) -> Tensor:
 
 
 def find_documents(
-    batch: Mapping[str, Any], batch_size: int, length: int, prefix: str = ""
+    batch: Mapping[str, Any], batch_size: int, length: int, key_prefix: str = ""
 ) -> Documents:
     """Returns the documents of a batch.
 
@@ -90,12 +95,12 @@ def find_documents(
             `position_ids` `[B, S]`, `[1, S]` or `[k, B, S]`.
         batch_size: rows B.
         length: tokens S, before padding.
-        prefix: of the mask's and the positions' names.
+        key_prefix: of the mask's and the positions' names.
 
     Raises:
         BatchError: a mask that is not `[B, S]`, or cumulative lengths that don't fit the batch.
     """
-    mask_name, positions_name = f"{prefix}attention_mask", f"{prefix}position_ids"
+    mask_name, positions_name = f"{key_prefix}attention_mask", f"{key_prefix}position_ids"
     mask = _mask(batch.get(mask_name), mask_name, batch_size, length)
     valid = torch.ones(batch_size, length, dtype=torch.bool) if mask is None else mask != 0
     ids = _document_ids(batch, mask, batch_size, length)
@@ -239,6 +244,66 @@ def _cumulative(bounds: Any, batch_size: int, length: int) -> tuple[Segment, ...
             "Use batch size 1 with it, or position_ids that start over in each row."
         )
     return documents_from_lengths([int(value) for value in values], length)
+
+
+def find_prefixes(prefix_lengths: Any, rows: Rows, missing_is_zero: bool = False) -> Prefixes:
+    """Returns for each row and document the tokens of its prefix; empty where no document has one.
+
+    Args:
+        prefix_lengths: `[B]` where each row is one document, or `[B, documents]`, zero after a
+            row's last document: an integer tensor or a list. None where there are no prefixes.
+        rows: the documents of each row.
+        missing_is_zero: whether a row may name the prefixes of its first documents only.
+
+    Raises:
+        BatchError: the numbers don't fit the documents.
+    """
+    if prefix_lengths is None:
+        return ()
+    numbers = _plain_numbers(prefix_lengths)
+    if len(numbers) != len(rows):
+        raise BatchError(
+            f"'{PREFIX_KEY}' has {len(numbers)} rows, the batch has {len(rows)}. Give [batch] or "
+            "[batch, documents]."
+        )
+    prefixes = []
+    for row, (lengths, documents) in enumerate(zip(numbers, rows)):
+        if missing_is_zero:
+            lengths = lengths + [0] * (len(documents) - len(lengths))
+        prefixes.append(_prefixes_of_row(row, lengths, documents))
+    return tuple(prefixes) if any(any(row) for row in prefixes) else ()
+
+
+def _plain_numbers(prefix_lengths: Any) -> list[list[int]]:
+    values = prefix_lengths
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().tolist()
+    if isinstance(values, (list, tuple)):
+        nested = [list(value) if isinstance(value, (list, tuple)) else [value] for value in values]
+        if all(type(number) is int for row in nested for number in row):
+            return nested
+    raise BatchError(
+        f"'{PREFIX_KEY}' is {prefix_lengths!r:.80}, but it should be the number of tokens in each "
+        "document's prefix. Give whole numbers, [batch] or [batch, documents]."
+    )
+
+
+def _prefixes_of_row(
+    row: int, lengths: list[int], documents: tuple[Segment, ...]
+) -> tuple[int, ...]:
+    prefixes, rest = lengths[: len(documents)], lengths[len(documents) :]
+    if len(prefixes) < len(documents) or any(rest):
+        raise BatchError(
+            f"'{PREFIX_KEY}' has {lengths} for row {row}, which has {len(documents)} documents. "
+            "Give one number for each document, and 0 after the last."
+        )
+    for length, (start, stop) in zip(prefixes, documents):
+        if not 0 <= length <= stop - start:
+            raise BatchError(
+                f"'{PREFIX_KEY}' has {length} for a document of row {row} with {stop - start} "
+                f"tokens (from {start} on). Use 0 to {stop - start}."
+            )
+    return tuple(prefixes)
 
 
 def documents_from_lengths(cu_seq_lens: Sequence[int], length: int) -> tuple[Segment, ...]:

@@ -345,7 +345,7 @@ def test_labels_of_whole_samples_need_a_rule() -> None:
         ({"input_ids": IDS, "seq_idx": torch.ones(3, 5)}, r"'seq_idx' has shape \[3, 5\]"),
         ({"input_ids": IDS, "shift_labels": IDS[:, :3]}, r"'shift_labels' has shape \[1, 3\]"),
         ({"input_ids": IDS, "token_type_ids": IDS[:, :3]}, r"'token_type_ids' has shape \[1, 3\]"),
-        ({"input_ids": IDS, DESCRIPTION_KEY: 0}, "one rank's shard, not a whole batch"),
+        ({"input_ids": IDS, DESCRIPTION_KEY: 0}, "one rank's shard, not a full batch"),
     ],
 )
 def test_batches_that_cannot_be_sharded(batch: Any, message: str) -> None:

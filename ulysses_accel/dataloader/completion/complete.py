@@ -20,14 +20,18 @@ from ulysses_accel.dataloader.completion.labels import place_labels
 from ulysses_accel.dataloader.completion.masks import number_documents
 from ulysses_accel.dataloader.completion.padding import pad_tensors
 from ulysses_accel.dataloader.completion.positions import place_positions
-from ulysses_accel.dataloader.completion.sequences import refuse_packed_pair, split_sequences
+from ulysses_accel.dataloader.completion.sequences import packed_pair_error, split_sequences
 from ulysses_accel.dataloader.keys import DECODER
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, BatchRules, RulesSource, resolve_rules
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
-from ulysses_accel.sequence.documents import CUMULATIVE_KEYS, find_documents
-from ulysses_accel.sequence.layout import ring_order
-from ulysses_accel.sequence.prefixes import PREFIX_KEY, find_prefixes
+from ulysses_accel.sequence.documents import (
+    CUMULATIVE_KEYS,
+    PREFIX_KEY,
+    find_documents,
+    find_prefixes,
+)
+from ulysses_accel.sequence.layout import in_ring_order
 
 # They tell documents and prefixes apart, and are of no use to a model that gets a shard.
 _READ_HERE = (*CUMULATIVE_KEYS, PREFIX_KEY)
@@ -50,18 +54,22 @@ def complete(batch: Any, layout: BatchLayout, rules: BatchRules = PLAIN_RULES) -
     number_documents(draft, rules)
     split_sequences(draft, layout, rules)
     for sequence in draft.sequences:
-        sequence.documents = find_documents(
-            {**draft.entries, **sequence.tensors},
-            sequence.batch_size,
-            sequence.length,
-            sequence.prefix,
-        )
+        size = (sequence.batch_size, sequence.length)
+        entries = {**draft.entries, **sequence.tensors}
+        sequence.documents = find_documents(entries, *size, sequence.key_prefix)
+        sequence.prefixes = find_prefixes(sequence.prefix_lengths, sequence.documents.rows)
         place_positions(sequence, rules)
         place_labels(sequence, layout, rules)
         pad_tensors(sequence, layout, rules)
-        _describe(sequence, layout)
-        _put_in_ring_order(sequence)
-    return _joined(draft, rules)
+        sequence.tensors = in_ring_order(
+            sequence.tensors,
+            sequence.dims,
+            sequence.padded_length,
+            layout.ring_size,
+            layout.ring_layout,
+        )
+        _describe(sequence, layout, rules)
+    return _joined(draft)
 
 
 def _read(batch: Any) -> BatchDraft:
@@ -95,46 +103,34 @@ def _read(batch: Any) -> BatchDraft:
     return BatchDraft(entries, tensors)
 
 
-def _describe(sequence: SequenceDraft, layout: BatchLayout) -> None:
-    """Describes the padded sequence."""
+def _describe(sequence: SequenceDraft, layout: BatchLayout, rules: BatchRules) -> None:
+    """Describes the padded sequence; one of an encoder and a decoder holds no packed documents."""
+    documents = sequence.documents
     sequence.description = SequenceDescription(
-        layout.padded_length(sequence.length),
+        sequence.padded_length,
         layout.num_shards,
-        sequence.documents.rows,
+        documents.rows,
         layout.ring_size,
         layout.ring_layout,
-        sequence.documents.holes,
-        longest_position=sequence.longest_position,
+        documents.holes,
+        sequence.prefixes,
+        sequence.longest_position,
     )
+    if rules.decoder_inputs is not None and sequence.description.is_packed:
+        name = "decoder" if sequence.key_prefix else "encoder"
+        raise packed_pair_error(f"the {name}'s positions or mask mark")
 
 
-def _put_in_ring_order(sequence: SequenceDraft) -> None:
-    """Puts the tokens in the order in which consecutive shards go to the ranks."""
-    description = sequence.description
-    order = ring_order(description.sequence_length, description.ring_size, description.layout)
-    if order is None:
-        return
-    for name, tensor in sequence.tensors.items():
-        dim = sequence.dims[name]
-        if dim is not None:
-            sequence.tensors[name] = tensor.index_select(dim, order.to(tensor.device))
-
-
-def _joined(draft: BatchDraft, rules: BatchRules) -> FullBatch:
+def _joined(draft: BatchDraft) -> FullBatch:
     """Returns the batch of all completed sequences, described by the first of them."""
-    if rules.decoder_inputs is not None:
-        refuse_packed_pair(draft.sequences)
     tensors = dict(draft.tensors)
     dims: dict[str, int | None] = dict.fromkeys(draft.tensors)
     for sequence in reversed(draft.sequences):
         tensors.update(sequence.tensors)
         dims.update(sequence.dims)
-    first, *encoder = (sequence.description for sequence in draft.sequences)
-    description = replace(
-        first,
-        prefixes=find_prefixes(draft.entries.get(PREFIX_KEY), first.rows),
-        encoder=encoder[0] if encoder else None,
-    )
+    description, *encoder = (sequence.description for sequence in draft.sequences)
+    if encoder:
+        description = replace(description, encoder=encoder[0])
     extras = {
         key: value
         for key, value in draft.entries.items()

@@ -1,5 +1,5 @@
-"""A batch's labels, as the model's loss takes them: shifted before they are sharded, only sharded,
-or replicated.
+"""A batch's labels, as the model's loss takes them: moved to the token that predicts them and then
+sharded, only sharded, or replicated.
 """
 
 from __future__ import annotations
@@ -7,14 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.dataloader.completion.draft import SequenceDraft
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import BatchRules
-from ulysses_accel.sequence.documents import Documents
-from ulysses_accel.sequence.labels import shift_labels
+from ulysses_accel.sequence.documents import Documents, Rows, Segment
+from ulysses_accel.sequence.labels import IGNORE_INDEX
 
 
 def place_labels(sequence: SequenceDraft, layout: BatchLayout, rules: BatchRules) -> None:
@@ -57,6 +58,48 @@ def place_labels(sequence: SequenceDraft, layout: BatchLayout, rules: BatchRules
         tensors["shift_labels"] = shift_labels(
             labels, documents.rows, layout.ignore_index, documents.holes
         )
+
+
+def shift_labels(
+    labels: Tensor, rows: Rows, ignore_index: int = IGNORE_INDEX, holes: Rows = ()
+) -> Tensor:
+    """Returns labels moved one token to the left, so that a token's label is its successor in the
+    same document.
+
+    Args:
+        labels: `[B, S]`, unshifted, as transformers' data collators return them.
+        rows: the documents of each row.
+        ignore_index: the label of tokens that don't count.
+        holes: the padding inside of each row's documents; empty where there is none.
+
+    Returns:
+        `[B, S]`; the last token of every document, the last one before a hole, and padding, have
+        `ignore_index`.
+    """
+    shifted = torch.full_like(labels, ignore_index)
+    for row, documents in enumerate(rows):
+        # One copy for the row, then the few seams: documents are many, seams are one token each.
+        shifted[row, :-1] = labels[row, 1:]
+        last = torch.tensor(
+            [stop - 1 for _, stop in documents], dtype=torch.long, device=labels.device
+        )
+        shifted[row, last] = ignore_index
+        _ignore_outside(shifted[row], documents, ignore_index)
+    for row, gaps in enumerate(holes):
+        for start, stop in gaps:
+            # A hole begins after its document's first token, so there is one before it.
+            shifted[row, start - 1 : stop] = ignore_index
+    return shifted
+
+
+def _ignore_outside(row: Tensor, documents: tuple[Segment, ...], ignore_index: int) -> None:
+    """Sets `ignore_index` on every token of the row that lies in no document."""
+    end = 0
+    for start, stop in documents:
+        if start > end:
+            row[end:start] = ignore_index
+        end = stop
+    row[end:] = ignore_index
 
 
 def token_label_keys(batch: Mapping[str, Any], layout: BatchLayout, rules: BatchRules) -> list[str]:

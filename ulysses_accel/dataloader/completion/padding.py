@@ -12,7 +12,7 @@ from ulysses_accel.dataloader.completion.draft import SequenceDraft
 from ulysses_accel.dataloader.keys import MERGED_KEYS, known_key
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import BatchRules
-from ulysses_accel.sequence.sharding import pad_position_ids, pad_sequence_dim
+from ulysses_accel.sequence.sharding import next_multiple, pad_position_ids, pad_sequence_dim
 
 
 def pad_tensors(sequence: SequenceDraft, layout: BatchLayout, rules: BatchRules) -> None:
@@ -24,10 +24,10 @@ def pad_tensors(sequence: SequenceDraft, layout: BatchLayout, rules: BatchRules)
         rules: whether the model merges images or audio into tokens.
 
     Raises:
-        BatchError: a tensor's shape contradicts its rule, or there is none and the shape doesn't
-            tell.
+        BatchError: the sequence is longer than the fixed length; or a tensor's shape contradicts
+            its rule, or there is none and the shape doesn't tell.
     """
-    length = layout.padded_length(sequence.length)
+    length = sequence.padded_length = _padded_length(sequence.length, layout)
     merges = rules.merges and any(name in sequence.tensors for name in MERGED_KEYS)
     for name, tensor in sequence.tensors.items():
         if name not in sequence.dims:
@@ -45,6 +45,19 @@ def pad_tensors(sequence: SequenceDraft, layout: BatchLayout, rules: BatchRules)
             # model counts none.
             is_placed = name == sequence.positions_key and sequence.positions_placed
             sequence.dims[name] = dim if is_placed else None
+
+
+def _padded_length(length: int, layout: BatchLayout) -> int:
+    """Returns the tokens of a sequence of `length` after padding."""
+    if layout.sequence_length is None:
+        return next_multiple(length, layout.multiple)
+    if length > layout.sequence_length:
+        raise BatchError(
+            f"the batch has {length} tokens in a row, but "
+            f"sequence_length={layout.sequence_length} is fixed. Truncate in the collate function, "
+            "raise sequence_length, or let it vary (None)."
+        )
+    return layout.sequence_length
 
 
 def _padded_positions(positions: Tensor, length: int, sequence: SequenceDraft) -> Tensor:

@@ -53,8 +53,8 @@ def _as_the_model_counts(sequence: SequenceDraft, rules: BatchRules) -> Tensor:
 
 def _tokens(sequence: SequenceDraft) -> Tensor:
     """Returns the tokens' ids, or their embeddings where the batch has no ids."""
-    ids = sequence.tensors.get(f"{sequence.prefix}input_ids")
-    return sequence.tensors[f"{sequence.prefix}inputs_embeds"] if ids is None else ids
+    ids = sequence.tensors.get(f"{sequence.key_prefix}input_ids")
+    return sequence.tensors[f"{sequence.key_prefix}inputs_embeds"] if ids is None else ids
 
 
 def _expanded(positions: Tensor, key: str, batch_size: int, length: int) -> Tensor:

@@ -4,7 +4,7 @@ the decoder's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from ulysses_accel.dataloader.completion.draft import BatchDraft, SequenceDraft
 from ulysses_accel.dataloader.keys import DECODER, known_key
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import BatchRules
+from ulysses_accel.sequence.documents import PREFIX_KEY
 
 _DECODER_IDS, _DECODER_EMBEDS = f"{DECODER}input_ids", f"{DECODER}inputs_embeds"
 # What goes with the labels goes with the tokens that are compared with them.
@@ -37,14 +38,14 @@ def split_sequences(draft: BatchDraft, layout: BatchLayout, rules: BatchRules) -
     Raises:
         BatchError: no tokens, or sequences that don't fit each other.
     """
-    tensors = draft.tensors
+    tensors, prefix_lengths = draft.tensors, draft.entries.get(PREFIX_KEY)
     if rules.decoder_inputs is None:
-        draft.sequences = [SequenceDraft("", *_token_size(tensors), tensors)]
+        draft.sequences = [SequenceDraft("", *_token_size(tensors), tensors, prefix_lengths)]
         draft.tensors = {}
         return
     for name in ("cu_seq_lens_q", "seq_idx"):
         if draft.entries.get(name) is not None:
-            raise _packed_pair(f"'{name}' marks")
+            raise packed_pair_error(f"'{name}' marks")
     if _DECODER_IDS not in tensors and _DECODER_EMBEDS not in tensors:
         tensors[_DECODER_IDS] = _decoder_ids(tensors, rules)
     rows, decoder_length = _token_size(tensors, DECODER)
@@ -62,19 +63,19 @@ def split_sequences(draft: BatchDraft, layout: BatchLayout, rules: BatchRules) -
             of_decoder[name] = tensor
         else:
             of_encoder[name] = tensor
-    draft.sequences = [SequenceDraft(DECODER, rows, decoder_length, of_decoder)]
+    draft.sequences = [SequenceDraft(DECODER, rows, decoder_length, of_decoder, prefix_lengths)]
     draft.tensors = of_encoder
     if encoder_length is not None:
         draft.sequences.append(SequenceDraft("", rows, encoder_length, of_encoder))
         draft.tensors = {}
 
 
-def _token_size(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[int, int]:
+def _token_size(tensors: Mapping[str, Tensor], key_prefix: str = "") -> tuple[int, int]:
     """Returns rows B and tokens S of the sequence whose keys have the prefix."""
     tokens = {}
     for name, num_dims, dims in (
-        (f"{prefix}input_ids", 2, "[batch, sequence]"),
-        (f"{prefix}inputs_embeds", 3, "[batch, sequence, features]"),
+        (f"{key_prefix}input_ids", 2, "[batch, sequence]"),
+        (f"{key_prefix}inputs_embeds", 3, "[batch, sequence, features]"),
     ):
         if name not in tensors:
             continue
@@ -86,8 +87,8 @@ def _token_size(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[int, i
             )
     if not tokens:
         raise BatchError(
-            f"the batch has neither '{prefix}input_ids' nor '{prefix}inputs_embeds' (its tensors: "
-            f"{sorted(tensors)}). Return one of them from the collate function."
+            f"the batch has neither '{key_prefix}input_ids' nor '{key_prefix}inputs_embeds' (its "
+            f"tensors: {sorted(tensors)}). Return one of them from the collate function."
         )
     sizes = {tuple(tensor.shape[:2]) for tensor in tokens.values()}
     if len(sizes) > 1:
@@ -136,21 +137,10 @@ def _is_decoders(
     return -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == decoder_length
 
 
-def refuse_packed_pair(sequences: Sequence[SequenceDraft]) -> None:
-    """Refuses documents in the sequences of an encoder and a decoder.
-
-    Args:
-        sequences: the decoder's first.
-
-    Raises:
-        BatchError: a row of one of them holds more than one document.
+def packed_pair_error(mark: str) -> BatchError:
+    """Returns the error for packed documents in a batch of two sequences, `mark` being what marks
+    them.
     """
-    for name, sequence in zip(("decoder", "encoder"), sequences):
-        if sequence.description.is_packed:
-            raise _packed_pair(f"the {name}'s positions or mask mark")
-
-
-def _packed_pair(mark: str) -> BatchError:
     return BatchError(
         f"{mark} packed documents, but the batch has an encoder's sequence and a decoder's, and a "
         "decoder token sees all of the encoder's row. Give each pair its own row."
