@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 
 from ulysses_accel import _private_api
-from ulysses_accel.config.settings import AXES, Setting, Source
+from ulysses_accel.config.settings import Setting, Source
 from ulysses_accel.config.sources import Layer
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import ConfigError
 
 Sizes = Mapping[str, int]

@@ -41,7 +41,6 @@ from ulysses_accel.config.mesh_sizes import (
 )
 from ulysses_accel.config.settings import (
     AUTO,
-    AXES,
     FIELDS,
     HANDLER_FIELDS,
     MEMORY_FIELDS,
@@ -56,6 +55,7 @@ from ulysses_accel.config.sources import (
     resolve,
     yaml_layer,
 )
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import ConfigError, MeshError, closest
 from ulysses_accel.sequence.layout import multiple_of
 

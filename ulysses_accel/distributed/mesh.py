@@ -17,9 +17,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ulysses_accel import _private_api
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import MeshError
 
-AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 JOINT_AXES = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp", "sp"),
