@@ -39,7 +39,7 @@ class BatchLayout:
             to shard, or a function that shards, see `ShardFunction`.
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
-        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
+        ring_size: size of the ring; each of its members is a group of P / ring_size Ulysses ranks.
         ring_layout: how the tokens are distributed over the ring.
 
     Raises:

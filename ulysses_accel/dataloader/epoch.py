@@ -43,7 +43,7 @@ class EpochRun:
     Args:
         loader: the wrapped loader.
         refiller: turns batches into micro-steps.
-        start: where to begin; with recorded random states or the loader's own state to resume,
+        start: where to begin; with recorded random states or the wrapped loader's state to resume,
             without to start again.
         lookahead: draw a refill before the last micro-step of the one before it, to know whether it
             is the last of all; without, the loader's own `end_of_dataloader` says so.

@@ -1,9 +1,9 @@
-"""Moves the shards of each rank's own batch to the ranks that will hold them: one all-to-all of
-bytes per refill.
+"""Moves the shards of each rank's batch to the ranks that will hold them: one all-to-all of bytes
+per refill.
 
-Rank i cuts its batch and sends shard j, with the description and the non-tensor entries, to rank j;
-no rank ever holds another rank's whole batch. All sizes follow from the headers that were agreed on
-before. Non-tensors travel as JSON.
+Rank i shards its batch and sends shard j, with the description and the non-tensor entries, to rank
+j; no rank ever holds another rank's full batch. All sizes follow from the headers that were agreed
+on before. Non-tensors travel as JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def keys_text(full: FullBatch, with_shapes: bool) -> str:
     for name in sorted(full.tensors):
         dtype, dim, shape = _kind(full, name)
         size = "[" + " x ".join(map(str, shape)) + "]" if with_shapes else f"{len(shape)}-D"
-        where = "whole" if dim == REPLICATED else f"sharded on dim {dim}"
+        where = "replicated" if dim == REPLICATED else f"sharded on dim {dim}"
         parts.append(f"'{name}' {str(dtype).removeprefix('torch.')} {size} {where}")
     return ", ".join(parts)
 

@@ -1,5 +1,5 @@
 """The ecosystem's batch keys as one table: which dim is the sequence, what pads it, what belongs to
-the whole sample.
+the sample.
 
 A key that is not here is told by its shape. `ParallelismConfig(batch_schema={...})` wins over both.
 The keys that mark packed documents for flash attention (`sequence.documents.CUMULATIVE_KEYS`) are
@@ -33,7 +33,7 @@ class KnownKey:
     replicated_with_merged: bool = False
 
 
-REPLICATED = KnownKey(None)
+_REPLICATED = KnownKey(None)
 
 
 _TOKENS: dict[str, KnownKey] = {
@@ -72,7 +72,7 @@ _REWARDS = {
             "scores",
             "margin",
         ),
-        REPLICATED,
+        _REPLICATED,
     ),
 }
 
@@ -122,7 +122,7 @@ _OF_SAMPLES = (
 KNOWN_KEYS: dict[str, KnownKey] = {
     **_TOKENS,
     **_REWARDS,
-    **dict.fromkeys((*MERGED_KEYS, *_BESIDE_MERGED, *_OF_SAMPLES), REPLICATED),
+    **dict.fromkeys((*MERGED_KEYS, *_BESIDE_MERGED, *_OF_SAMPLES), _REPLICATED),
 }
 """By name; an encoder-decoder's decoder has the same keys with `decoder_` in front."""
 

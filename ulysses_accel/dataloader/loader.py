@@ -35,7 +35,7 @@ _POLICIES = ("error", "drop", "pad")
 class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
     """Shards the batches of a data loader over the ranks that share a sequence.
 
-    Every attribute that is not its own is the wrapped loader's (`dataset`, `sampler`, `batch_size`,
+    Every other attribute is the wrapped loader's (`dataset`, `sampler`, `batch_size`,
     ...). Set `on_micro_step` to a function that is to be called before each yield with whether it
     is the last one.
 
@@ -62,10 +62,10 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         pad_token_id: pads `input_ids`.
         allow_duplicates: with `same_batch=False`, don't refuse a first batch that is the same on
             all ranks.
-        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
+        ring_size: size of the ring; each of its members is a group of P / ring_size Ulysses ranks.
         ring_layout: how the tokens are distributed over the ring.
-        rules: what the model asks of a batch; a function that tells it is asked at the start of
-            each epoch, so that a loader may be made before its model.
+        rules: what the model requires of a batch; a function that returns it is called at the start
+            of each epoch, so that a loader may be built before its model.
 
     Raises:
         ConfigError: an argument is not legal.
@@ -92,8 +92,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         ring_layout: Layout = "contiguous",
         rules: RulesSource = PLAIN_RULES,
     ) -> None:
-        # Not DataLoader's own constructor: this loader has no dataset and no workers besides the
-        # wrapped loader's.
+        # DataLoader's constructor is not called: this loader has no dataset and no workers besides
+        # the wrapped loader's.
         layout = BatchLayout(
             sp_world_size,
             sequence_length,
@@ -373,7 +373,7 @@ def _checked_group(
         )
     if dist.get_world_size(group) != size or dist.get_rank(group) != rank:
         raise ConfigError(
-            f"sp_rank={rank} and sp_world_size={size} don't fit the group given, where this "
+            f"sp_rank={rank} and sp_world_size={size} don't fit the group, where this "
             "process is rank "
             f"{dist.get_rank(group)} of {dist.get_world_size(group)}. Take both from the group."
         )

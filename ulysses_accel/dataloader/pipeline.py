@@ -1,4 +1,4 @@
-"""One refill: a drawn batch, the agreement on it, and the micro-steps that come of it on this
+"""One refill: a drawn batch, the agreement on it, and the micro-steps that follow from it on this
 rank.
 """
 
@@ -33,15 +33,15 @@ class Refiller:
     group.
 
     Args:
-        layout: how batches are padded and cut.
+        layout: how batches are padded and sharded.
         rank: of this process in the sequence group.
         group: whose ranks agree; None when this process is alone.
-        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings its
-            own.
+        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings
+            another.
         on_uneven: "error", "drop" or "pad", see `UlyssesSPDataLoaderAdapter`.
-        allow_duplicates: whether ranks that should bring their own may all bring the same first
-            batch.
-        rules: what the model asks of a batch, or what will tell it.
+        allow_duplicates: whether ranks that should bring different batches may all bring the same
+            first one.
+        rules: what the model requires of a batch, or a function that returns it.
     """
 
     layout: BatchLayout

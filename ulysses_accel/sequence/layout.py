@@ -59,7 +59,7 @@ def runs(length: int, ring_size: int, rank: int, layout: Layout) -> tuple[Run, .
     """Returns the tokens that one rank of the ring holds, in local order.
 
     Args:
-        length: tokens of the whole sequence.
+        length: tokens of the full sequence.
         ring_size: ranks R.
         rank: which of them.
         layout: `contiguous`: the rank-th part; `zigzag`: the rank-th part of 2R from the front and

@@ -1,9 +1,8 @@
-"""A sequence padded to a length that divides, cut into the shards of its ranks, and put together
-again.
+"""A sequence padded to a length that divides, sharded over its ranks, and put together again.
 
 Invariant: `unshard(shard(x)) == x`, every token of every sample is on exactly one rank.
 
-Shapes: B = batch rows, S = tokens of the whole (padded) sequence, P = ranks that share one
+Shapes: B = batch rows, S = tokens of the full (padded) sequence, P = ranks that share one
 sequence.
 """
 
@@ -69,7 +68,7 @@ def is_marked_shard(value: Any) -> bool:
 
 
 def unshard(shards: Sequence[Tensor], dim: int = 1) -> Tensor:
-    """Returns the whole tensor from all ranks' shards, in rank order: the inverse of `shard`."""
+    """Returns the full tensor from all ranks' shards, in rank order: the inverse of `shard`."""
     return torch.cat(list(shards), dim=dim)
 
 
