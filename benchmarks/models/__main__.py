@@ -8,8 +8,8 @@ float32 by itself is computed in float64 in both runs, so that rounding does not
 table goes to `docs/models.md`.
 
     python -m benchmarks.models [--only llama masked.bert] [--heads masked] [--no-write]
-    python -m benchmarks.models --part 1/4 --out FOLDER      (a quarter of the walk; then, with all
-    four) python -m benchmarks.models --merge --out FOLDER
+    python -m benchmarks.models --part 1/4 --out FOLDER      (a quarter of the walk)
+    python -m benchmarks.models --merge --out FOLDER         (then, with all four)
 """
 
 from __future__ import annotations

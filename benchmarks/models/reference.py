@@ -170,9 +170,8 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
 def share_of_work(rows: dict[str, int], right: Reference, form: Form) -> float:
     """Returns this rank's part of the linear layers' rows.
 
-    An encoder whose input is no tokens runs whole on every rank: there only the layers that see the
-        decoder's tokens
-    are measured, which are those with as many rows as the batch has labels.
+    An encoder whose input is no tokens runs on every rank in full: there only the layers that see
+    the decoder's tokens are measured, which are those with as many rows as the batch has labels.
     """
     measured = right.linear_rows
     if form == "features":

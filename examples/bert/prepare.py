@@ -1,9 +1,8 @@
 """Prepares real text for `train.py`: sentences, a WordPiece vocabulary trained on them, and pairs
 of segments on disk.
 
-    python prepare.py --output data                                     # the documentation in
-    Python's own library python prepare.py --output data --text books/ --sequence-length 4096
-    --vocab-size 30000
+    python prepare.py --output data     # the documentation in Python's standard library
+    python prepare.py --output data --text books/ --sequence-length 4096 --vocab-size 30000
 
 Writes `OUTPUT/dataset`, which the `datasets` package loads, and `OUTPUT/vocab`, a tokenizer of
 transformers.
@@ -126,7 +125,7 @@ def make_pairs(
         sentences: the token ids of each sentence.
         length: of a pair in tokens at most, its special tokens included.
         tokenizer: knows the special tokens.
-        number: of the document; decides where its pairs are cut and which are swapped.
+        number: of the document; decides where its pairs are split and which are swapped.
 
     Yields:
         `input_ids`, `token_type_ids` (0 up to the first separator), and `next_sentence_label`: 1
@@ -134,10 +133,10 @@ def make_pairs(
     """
     draw = random.Random(number)
     for chunk in _chunks(sentences, length - NUM_SPECIAL_TOKENS):
-        cut = draw.randrange(1, len(chunk))
+        middle = draw.randrange(1, len(chunk))
         segments = [
             [token for sentence in part for token in sentence]
-            for part in (chunk[:cut], chunk[cut:])
+            for part in (chunk[:middle], chunk[middle:])
         ]
         is_swapped = draw.random() < 0.5
         first, second = reversed(segments) if is_swapped else segments
@@ -151,7 +150,7 @@ def make_pairs(
 
 def _chunks(sentences: list[list[int]], room: int) -> Iterator[list[list[int]]]:
     """Yields runs of at least two sentences that fit; a sentence that is longer than half of the
-    room is cut.
+    room is truncated.
     """
     chunk: list[list[int]] = []
     for sentence in (sentence[: room // 2] for sentence in sentences):

@@ -2,9 +2,8 @@
 `accelerate.Accelerator`.
 
     python prepare.py --output data --sequence-length 4096
-    torchrun --nproc-per-node 2 train.py --sp-size 2 --max-positions 4096                   # shared
-    by 2: Ulysses torchrun --nproc-per-node 4 train.py --sp-size 2 --cp-size 2 --max-positions 4096
-    # by 4: and a ring
+    torchrun --nproc-per-node 2 train.py --sp-size 2 --max-positions 4096    # Ulysses
+    torchrun --nproc-per-node 4 train.py --sp-size 2 --cp-size 2 --max-positions 4096    # and a ring
 
 Two losses: masked words, each process computes those of its tokens; and which segment comes first,
 computed of the first token's vector, which one process has. The model returns their sum, the same
@@ -108,10 +107,10 @@ def sums(accelerator: Accelerator, output: Any, batch: Row) -> torch.Tensor:
     right_orders = output.seq_relationship_logits.argmax(-1) == orders
     words = [(output.loss - order_loss) * is_word.sum(), right_words.sum(), is_word.sum()]
     pairs = [order_loss * len(orders), right_orders.sum(), orders.ne(IGNORED).sum()]
-    found = torch.stack(
+    sums = torch.stack(
         [torch.stack([value.double() for value in values]) for values in (words, pairs)]
     )
-    return accelerator.reduce(found, "sum")  # type: ignore[no-any-return]
+    return accelerator.reduce(sums, "sum")  # type: ignore[no-any-return]
 
 
 def means(totals: torch.Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ times it.
     torchrun --nproc-per-node 4 benchmark.py --tp 2 --sp 2 --mode all_to_all
     torchrun --nproc-per-node 4 benchmark.py --tp 2 --sp 2 --mode ring_attn
 
-The loss does not depend on how the work is dealt. What a process computes with does: the last line
+The loss does not depend on how the work is partitioned. What a process computes with does: the last line
 says how many tokens of each row its norms saw, and how many query heads its attention had.
 """
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def watch(model: LlamaForCausalLM) -> dict[str, int]:
-    """Returns what is filled in by each forward: tokens at the first norm, and heads behind the
+    """Returns what is filled in by each forward: tokens at the first norm, and heads after the
     query projection.
     """
     seen = {"tokens": 0, "heads": 0}

@@ -1,12 +1,11 @@
 """Distills a teacher into a smaller student on texts too long for one device; both are sharded over
 the sequence.
 
-    torchrun --nproc_per_node 2 examples/distillation/train.py --sp-size 2      # tiny models, on
-    CPU or GPU
+    torchrun --nproc_per_node 2 examples/distillation/train.py --sp-size 2   # on CPU or GPU
 
 The teacher is trained for some steps first, because nothing is downloaded; `--teacher PATH` takes a
 trained one. Teacher and student share an accelerator and its batches, and may have different heads.
-Each rank compares the logits of its own tokens, `aggregate_loss` makes the mean over all ranks'
+Each rank compares the logits of its local tokens, `aggregate_loss` returns the mean over all ranks'
 counted tokens of it; no logits travel.
 """
 
@@ -86,16 +85,18 @@ def distillation_loss(
         temperature: that both are softened by.
     """
     with torch.no_grad():
-        wanted = teacher(
-            **{key: value for key, value in batch.items() if key != "shift_labels"}
-        ).logits
+        output = teacher(**{key: value for key, value in batch.items() if key != "shift_labels"})
     labels = batch["shift_labels"]
     counted = labels != -100
-    ours, theirs = (F.log_softmax(one / temperature, dim=-1) for one in (logits, wanted))
-    of_tokens = F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    student_log_probs = F.log_softmax(logits / temperature, dim=-1)
+    teacher_log_probs = F.log_softmax(output.logits / temperature, dim=-1)
+    # [B, S / P, V] -> [B, S / P]
+    divergences = F.kl_div(
+        student_log_probs, teacher_log_probs, log_target=True, reduction="none"
+    ).sum(-1)
     # A rank may have no token that counts.
-    own = (of_tokens * counted).sum() / counted.sum().clamp(min=1)
-    return aggregate_loss(own, labels, accelerator.sequence_parallel.group) * temperature**2
+    local_loss = (divergences * counted).sum() / counted.sum().clamp(min=1)
+    return aggregate_loss(local_loss, labels, accelerator.sequence_parallel.group) * temperature**2
 
 
 @torch.no_grad()
@@ -104,11 +105,11 @@ def divergence(
 ) -> float:
     """Returns the mean divergence over the loader's batches."""
     student.eval()
-    found = [
+    losses = [
         distillation_loss(accelerator, student(**batch).logits, teacher, batch, temperature).item()
         for batch in loader
     ]
-    return sum(found) / len(found)
+    return sum(losses) / len(losses)
 
 
 def train_teacher(accelerator: Accelerator, loader: Any, args: Any) -> Any:

@@ -1,9 +1,8 @@
 """Trains an encoder whose pooled vectors find the text that goes on from another, among those of
 all others.
 
-    torchrun --nproc_per_node 2 examples/embedding/train.py --sp-size 2      # a tiny model, on CPU
-    or GPU torchrun --nproc_per_node 4 examples/embedding/train.py --sp-size 2      # and two data
-    parallel groups
+    torchrun --nproc_per_node 2 examples/embedding/train.py --sp-size 2    # on CPU or GPU
+    torchrun --nproc_per_node 4 examples/embedding/train.py --sp-size 2    # two data parallel groups
 
 Every text is sharded over `--sp-size` × `--cp-size` ranks. `embed` pools it, padding left out, in
 one exchange of a vector for each text; `contrastive_loss` compares it with the texts of all data
@@ -103,8 +102,10 @@ def accuracy(accelerator: Accelerator, model: Any, loader: Any, pooling: str) ->
     """
     model.eval()
     firsts, seconds = embed(accelerator, model, next(iter(loader)), pooling).chunk(2)
-    found = (firsts @ seconds.T).argmax(dim=1) == torch.arange(len(firsts), device=firsts.device)
-    return float(found.float().mean())
+    is_nearest = (firsts @ seconds.T).argmax(dim=1) == torch.arange(
+        len(firsts), device=firsts.device
+    )
+    return float(is_nearest.float().mean())
 
 
 def make_model(args: Any) -> BertModel:

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/moe/train.py
 
 Each process has half of every sequence and half of every layer's experts; tokens travel to the
-experts that they chose. The router loss, which keeps experts evenly used, is that of the whole
+experts that they chose. The router loss, which keeps experts evenly used, is that of the full
 sequence.
 """
 

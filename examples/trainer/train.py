@@ -1,7 +1,7 @@
 """A stock `transformers.Trainer` script on sequences that processes share; what makes it so is one
 argument.
 
-torchrun --nproc-per-node 2 examples/trainer/train.py --sp-size 2
+    torchrun --nproc-per-node 2 examples/trainer/train.py --sp-size 2
 """
 
 from __future__ import annotations

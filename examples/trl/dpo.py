@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--cp-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", default="runs/dpo")
-    given = parser.parse_args()
+    options = parser.parse_args()
 
     set_seed(0)
     tokenizer = make_tokenizer()
@@ -32,13 +32,13 @@ def main() -> None:
         model=policy,
         ref_model=copy.deepcopy(policy),
         args=DPOConfig(
-            output_dir=given.output,
+            output_dir=options.output,
             parallelism_config=ulysses_accel.ParallelismConfig(
-                sp_size=given.sp_size, cp_size=given.cp_size
+                sp_size=options.sp_size, cp_size=options.cp_size
             ),
             max_length=512,
             per_device_train_batch_size=2,
-            max_steps=given.steps,
+            max_steps=options.steps,
             learning_rate=1e-3,
             logging_steps=1,
             save_strategy="no",

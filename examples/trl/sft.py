@@ -25,21 +25,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--output", default="runs/sft")
-    given = parser.parse_args()
+    options = parser.parse_args()
 
     set_seed(0)
     tokenizer = make_tokenizer()
     trainer = SFTTrainer(
         model=make_model(tokenizer),
         args=SFTConfig(
-            output_dir=given.output,
+            output_dir=options.output,
             parallelism_config=ulysses_accel.ParallelismConfig(
-                sp_size=given.sp_size, cp_size=given.cp_size
+                sp_size=options.sp_size, cp_size=options.cp_size
             ),
             packing=True,
             max_length=512,
             per_device_train_batch_size=2,
-            max_steps=given.steps,
+            max_steps=options.steps,
             learning_rate=1e-3,
             logging_steps=1,
             save_strategy="no",
@@ -51,7 +51,7 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"text": documents(32, 700)}),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-        if given.lora
+        if options.lora
         else None,
     )
     trainer.train()

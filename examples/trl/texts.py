@@ -1,4 +1,4 @@
-"""Real texts, a tokenizer and a tiny model for the two jobs; the texts are Python's own standard
+"""Real texts, a tokenizer and a tiny model for the two jobs; the texts are Python's standard
 library.
 """
 
@@ -21,14 +21,14 @@ def documents(count: int, length: int) -> list[str]:
 
 
 def pairs(texts: list[str]) -> Dataset:
-    """Returns preferences: how a document goes on is better than how the next one does."""
+    """Returns preferences: a document's continuation is better than the next one's."""
     half = min(len(text) for text in texts) // 2
-    goes_on = [text[half:] for text in texts]
+    continuations = [text[half:] for text in texts]
     return Dataset.from_dict(
         {
             "prompt": [text[:half] for text in texts],
-            "chosen": goes_on,
-            "rejected": goes_on[1:] + goes_on[:1],
+            "chosen": continuations,
+            "rejected": continuations[1:] + continuations[:1],
         }
     )
 
@@ -39,7 +39,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any) -> LlamaForCausalLM:
-    """Returns a byte-level Llama that is made here."""
+    """Returns a byte-level Llama that is built here."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

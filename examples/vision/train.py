@@ -145,8 +145,8 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def count_tokens(decoder: Any) -> list[int]:
-    """Returns a list to which the decoder's first layer adds how many tokens of a row it is
-    given.
+    """Returns a list to which the decoder's first layer adds how many tokens of a row it
+    receives.
     """
     seen: list[int] = []
     decoder.layers[0].register_forward_pre_hook(lambda _layer, args: seen.append(args[0].shape[1]))

@@ -5,7 +5,7 @@ torchrun or Slurm.
     sbatch examples/xtuner/slurm.sh
 
 Only the imports differ from a script for XTuner. Loss and gradients are those of one process with
-whole sequences.
+full sequences.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train(args: Any) -> list[float]:
     init_sequence_parallel(args.sequence_parallel_size)
     torch.manual_seed(args.seed)
     tokenizer, model = load_model(args)
-    # The attention: behind init_sequence_parallel, and before anything wraps the model.
+    # The attention: after init_sequence_parallel, and before anything wraps the model.
     dispatch_modules(model)
     model = DistributedDataParallel(model.to(device).train())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
@@ -90,10 +90,10 @@ def make_loader(args: Any, tokenizer: Any) -> DataLoader[Batch]:
     """Returns batches of documents, the same ones on all ranks that share a sequence."""
     documents = load_documents(args.data)[: args.documents]
     # The beginnings of documents, of different lengths.
-    cuts = [args.sequence_length - 16 * (number % 4) for number in range(len(documents))]
+    lengths = [args.sequence_length - 16 * (number % 4) for number in range(len(documents))]
     samples: Any = [
-        torch.tensor(tokenizer(text, verbose=False)["input_ids"][:cut])
-        for text, cut in zip(documents, cuts)
+        torch.tensor(tokenizer(text, verbose=False)["input_ids"][:length])
+        for text, length in zip(documents, lengths)
     ]
     sampler = SequenceParallelSampler(samples, seed=args.seed)
     pad = tokenizer.pad_token_id or 0
