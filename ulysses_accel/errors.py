@@ -1,4 +1,4 @@
-"""The exception family: one base class, one subclass for each thing a user can put right.
+"""The exceptions of this package: one base class, one subclass for each thing a user can correct.
 
 Every message says the fact with its values, where the value came from, and what to change.
 """
@@ -26,7 +26,7 @@ class BatchError(UlyssesAccelError, ValueError):
 
 
 class ShapeError(UlyssesAccelError, ValueError):
-    """A tensor's shape does not fit the exchange it is given to."""
+    """A tensor's shape does not fit the operation it is passed to."""
 
 
 class RankDisagreementError(UlyssesAccelError):
@@ -49,7 +49,7 @@ def closest(name: str, legal: Iterable[str]) -> str:
         legal: every name that is allowed in its place.
 
     Returns:
-        A sentence that starts with a space, to be put behind the fact.
+        A sentence that starts with a space, to follow the fact.
     """
     names = sorted(legal)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

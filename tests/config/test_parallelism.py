@@ -141,7 +141,7 @@ def test_a_fixed_length_must_be_given_and_divide() -> None:
         ParallelismConfig(cp_size=2, sp_size=2, sp_handler=handler)
     zigzag = DeepSpeedSequenceParallelConfig(sp_seq_length=6, sp_seq_length_is_variable=False)
     with pytest.raises(
-        ConfigError, match=r"dealt zigzag, so must be a multiple of 4\. Use 4 or 8 tokens"
+        ConfigError, match=r"in zigzag layout, so must be a multiple of 4\. Use 4 or 8 tokens"
     ):
         ParallelismConfig(cp_size=2, sp_handler=zigzag)
     striped = ParallelismConfig(

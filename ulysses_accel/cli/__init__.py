@@ -7,7 +7,7 @@ import sys
 
 from ulysses_accel.errors import UlyssesAccelError, closest
 
-# Each function takes the arguments behind the command and returns the exit code. A command is
+# Each function takes the arguments after the command and returns the exit code. A command is
 # imported only when it runs, so that `ulysses-accel --help` needs neither torch nor accelerate.
 COMMANDS: dict[str, str] = {
     "launch": "ulysses_accel.cli.launch:launch",
@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the arguments behind the program's name, those of this process where `None`.
+        argv: the arguments after the program's name, those of this process where `None`.
 
     Returns:
-        The exit code: the command's own, 2 for a wrong command or setting, 130 after an interrupt.
+        The exit code: the command's, 2 for a wrong command or setting, 130 after an interrupt.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     usage = _USAGE.format(commands=", ".join(COMMANDS))

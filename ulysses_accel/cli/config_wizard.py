@@ -1,5 +1,5 @@
-"""`ulysses-accel config`: asks what `accelerate config` never asks and writes accelerate's YAML
-file.
+"""`ulysses-accel config`: asks for the settings of a job, those of `accelerate config` and ours,
+and writes accelerate's YAML file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Answers:
         processes: the number of processes of all machines together.
         engine: one of `ddp`, `fsdp2`, `zero0` to `zero3`, `zero3-offload`.
         precision: `no`, `bf16` or `fp16`.
-        settings: the settings of parallelism and memory that the file makes.
+        settings: the settings of parallelism and memory.
     """
 
     processes: int
@@ -63,7 +63,7 @@ def configure(argv: list[str]) -> int:
     path = parser.parse_args(argv).output or _default_path()
     try:
         if path.exists() and not ask(f"{path} exists. Overwrite it?", "no", _yes_or_no):
-            print("Kept the file; nothing is written. Choose another place with --output.")
+            print("Kept the file; nothing is written. Choose another path with --output.")
             return 1
         answers = ask_all()
     except (EOFError, KeyboardInterrupt):
@@ -80,7 +80,7 @@ def ask(question: str, default: str, parse: Callable[[str], T]) -> T:
 
     Args:
         question: the words to show.
-        default: the answer that an empty line gives.
+        default: the answer of an empty line.
         parse: turns the answer into the value, or raises `ConfigError`.
 
     Returns:
@@ -122,9 +122,9 @@ def ask_all() -> Answers:
     attention = FIELDS["sp_attn_implementation"]
     cores = ", ".join(ATTENTION_CORES)
     settings[attention.name] = ask(
-        f"Which attention ({cores})?", "sdpa", lambda text: attention.settle(text, _ANSWER)
+        f"Which attention ({cores})?", "sdpa", lambda text: attention.check(text, _ANSWER)
     )
-    length = ask("Tokens of the whole sequence, or 'variable'?", "variable", _length_of(settings))
+    length = ask("Tokens of the full sequence, or 'variable'?", "variable", _length_of(settings))
     settings["sp_seq_length_is_variable"] = Setting(length.value is None, _ANSWER)
     if length.value is not None:
         settings["sp_seq_length"] = length
@@ -133,10 +133,10 @@ def ask_all() -> Answers:
         "bf16",
         _one_of("mixed_precision", _PRECISIONS),
     )
-    saving = ask(
+    memory = ask(
         f"What saves memory ({', '.join(_MEMORY)})?", "none", _one_of("memory", tuple(_MEMORY))
     )
-    settings |= {name: Setting(value, _ANSWER) for name, value in _MEMORY[saving].items()}
+    settings |= {name: Setting(value, _ANSWER) for name, value in _MEMORY[memory].items()}
     if engine == "fsdp2" and processes > degree:
         settings["dp_shard_size"] = Setting(processes // degree, _ANSWER)
     elif processes > degree:
@@ -146,32 +146,32 @@ def ask_all() -> Answers:
 
 
 def _ask_for_ring(degree: int) -> dict[str, Setting]:
-    """Asks how many of the processes of a sequence form a ring; the others exchange heads."""
+    """Asks for the ring attention degree; the rest of the degree is Ulysses'."""
     if degree == 1:
         return {}
-    question = (
-        "How many of them pass keys around a ring (more than there are heads, or many nodes)?"
-    )
+    question = "How many of them in a ring (for more processes than heads, or several nodes)?"
     ring = ask(question, "1", _ring_of(degree))
     if ring == 1:
         return {}
     layout = FIELDS["cp_layout"]
     kinds = "zigzag for causal attention, contiguous, striped"
-    dealt = ask(
-        f"How are its tokens dealt ({kinds})?", "zigzag", lambda text: layout.settle(text, _ANSWER)
+    layout_setting = ask(
+        f"How are tokens distributed over the ring ({kinds})?",
+        "zigzag",
+        lambda text: layout.check(text, _ANSWER),
     )
     return {
         "sp_size": Setting(degree // ring, _ANSWER),
         "cp_size": Setting(ring, _ANSWER),
-        "cp_layout": dealt,
+        "cp_layout": layout_setting,
     }
 
 
 def write(path: Path, answers: Answers) -> None:
-    """Writes the file, after reading back what is to be written.
+    """Writes the file, after checking that its text reads back.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         answers: what `ask_all` returned.
 
     Raises:
@@ -186,7 +186,7 @@ def write(path: Path, answers: Answers) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path}: can't write the file: {error}. Choose another place with --output."
+            f"{path}: can't write the file: {error}. Choose another path with --output."
         ) from error
 
 
@@ -197,7 +197,7 @@ def stock_file(answers: Answers) -> dict[str, Any]:
         answers: what `ask_all` returned.
 
     Returns:
-        The keys and values, which accelerate's own loader takes.
+        The keys and values that accelerate's loader accepts.
     """
     content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -224,7 +224,7 @@ def stock_file(answers: Answers) -> dict[str, Any]:
             "zero3_init_flag": False,
             "deepspeed_multinode_launcher": "standard",
         }
-    # accelerate copies these into its arguments as they are, so the names need the prefix; it
+    # accelerate 1.15 copies these into its arguments unchanged, so the names need the prefix; it
     # refuses other sections.
     section = {FIELDS[name].key: setting.value for name, setting in answers.settings.items()}
     backends = ["sp_backend", *(["cp_backend"] if "cp_size" in answers.settings else [])]
@@ -246,12 +246,12 @@ def _default_path() -> Path:
 
 
 def _size(answer: str) -> int:
-    return int(FIELDS["dp_replicate_size"].settle(answer, _ANSWER).value or 1)
+    return int(FIELDS["dp_replicate_size"].check(answer, _ANSWER).value or 1)
 
 
 def _degree_of(processes: int) -> Callable[[str], Setting]:
     def parse(answer: str) -> Setting:
-        setting = FIELDS["sp_size"].settle(answer, _ANSWER)
+        setting = FIELDS["sp_size"].check(answer, _ANSWER)
         ParallelismConfig.from_layers({"sp_size": setting}).fit_world_size(processes)
         return setting
 
@@ -260,7 +260,7 @@ def _degree_of(processes: int) -> Callable[[str], Setting]:
 
 def _ring_of(degree: int) -> Callable[[str], int]:
     def parse(answer: str) -> int:
-        ring = FIELDS["cp_size"].settle(answer, _ANSWER).value
+        ring = FIELDS["cp_size"].check(answer, _ANSWER).value
         if not isinstance(ring, int) or degree % ring:
             raise ConfigError(
                 f"cp_size={answer[:40]} (from your answer) does not divide {degree}. Use a divisor."
@@ -273,7 +273,7 @@ def _ring_of(degree: int) -> Callable[[str], int]:
 def _length_of(settings: dict[str, Setting]) -> Callable[[str], Setting]:
     def parse(answer: str) -> Setting:
         text = "None" if answer.lower() in ("variable", "none") else answer
-        setting = FIELDS["sp_seq_length"].settle(text, _ANSWER)
+        setting = FIELDS["sp_seq_length"].check(text, _ANSWER)
         if setting.value is not None:
             fixed = Setting(False, _ANSWER)
             ParallelismConfig.from_layers(

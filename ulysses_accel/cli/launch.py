@@ -2,9 +2,9 @@
 flags say.
 
 The flags are those of `accelerate launch`, and accelerate's own launchers start the workers. The
-parallelism settings take another way than accelerate's: they are resolved and checked here, as are
-those of memory, and travel to the workers as `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*`, with
-`ULYSSES_ACCEL_SOURCES` to say where each came from. Whenever processes share a batch,
+parallelism and memory settings don't pass through accelerate: they are resolved and checked here,
+and reach the workers as `PARALLELISM_CONFIG_*` and `MEMORY_CONFIG_*`, with
+`ULYSSES_ACCEL_SOURCES` to say where each came from. Where processes share a batch,
 `ACCELERATE_USE_PARALLELISM_CONFIG` is exported too: a script that forgets to pass our config then
 builds accelerate's own, which refuses `sp_backend=ulysses`, so that the degree is never silently
 ignored.
@@ -48,7 +48,7 @@ _OTHER_LAUNCHERS = "Use `accelerate launch`, which starts TPU, SageMaker and Meg
 
 @dataclass
 class LaunchPlan:
-    """Everything that `start` needs, and nothing started yet.
+    """Everything that `start` needs.
 
     Args:
         arguments: accelerate's launch arguments, merged with the YAML file.
@@ -104,26 +104,26 @@ def plan_launch(argv: list[str]) -> LaunchPlan:
         arguments.config_file = default_config_file
     file_layer = yaml_layer(arguments.config_file) if arguments.config_file else {}
     layers = (file_layer, environment_layer(), command_line_layer(flags))
-    # Errors in our own section are told before those that accelerate finds in the file.
-    wishes = resolve(*layers)
+    # Errors in our section are reported before those that accelerate reports for the file.
+    settings = resolve(*layers)
     file = _load_stock_file(arguments.config_file)
     config = ParallelismConfig.from_layers(*layers, cluster=_cluster(arguments, file))
-    if is_auto(wishes):
+    if is_auto(settings):
         notices.append(
             f"sp_size={config.sp_size}, cp_size={config.cp_size}: {config.source_of('sp_size')}"
         )
     engine = _choose_engine(arguments, file)
-    _settle_processes(arguments, config, file, engine, notices)
+    _set_num_processes(arguments, config, file, engine, notices)
     cpu_file = file is not None and (file.use_cpu or file.distributed_type == "MULTI_CPU")
     on_cpu = bool(arguments.cpu or cpu_file or _accelerator_count() == 0)
-    _settle_fsdp_version(arguments, config, file, engine, notices)
+    _set_fsdp_version(arguments, config, file, engine, notices)
     wants_config = bool(arguments.use_parallelism_config)
-    _take_shadowed_values(arguments, file)
+    _restore_shadowed_values(arguments, file)
     merged = _merge_stock_arguments(arguments, engine, on_cpu)
-    _settle_machines(merged)
+    _check_machines(merged)
     environment = _worker_environment(config, engine, on_cpu, wants_config)
     if on_cpu and merged.num_cpu_threads_per_process:
-        # accelerate's DeepSpeed launcher leaves this out, and torch would give each worker a single
+        # accelerate 1.15's DeepSpeed launcher leaves this out, and torch would give each worker one
         # thread.
         environment["OMP_NUM_THREADS"] = str(merged.num_cpu_threads_per_process)
     if engine == "deepspeed":
@@ -166,7 +166,9 @@ def start(plan: LaunchPlan) -> int:
 
 def _exit_code(code: int) -> int:
     # A worker killed by a signal has a negative code; shells write it as 128 + the signal's number.
-    return code if code > 0 else 128 - code if code < 0 else int(signal.SIGTERM)
+    if code < 0:
+        return 128 - code
+    return code or int(signal.SIGTERM)
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -176,22 +178,21 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
         argv: as for `launch`.
 
     Returns:
-        The arguments, and the text of our own flags that were written, by field name.
+        The arguments, and the text of our flags that were written, by field name.
 
     Raises:
         ConfigError: a flag before the script is unknown.
     """
     parser = stock.launch_command_parser()
     parser.prog = "ulysses-accel launch"
-    # accelerate's formatter hides groups of flags by what the program's own arguments say, and all
-    # of ours.
+    # accelerate 1.15's formatter hides groups of flags depending on sys.argv, and all of ours.
     parser.formatter_class = argparse.HelpFormatter
     _add_our_flags(parser)
     options: set[str] = set()
     for action in _private_api.parser_options(parser):
         options.update(option for option in action.option_strings if option.startswith("--"))
         if action.dest.startswith(_FLAG_PREFIXES):
-            # Our own code checks these: accelerate reads `False` as True and refuses the backends'
+            # Our fields check these: accelerate 1.15 reads `False` as True and refuses the backends'
             # other names.
             action.type, action.choices = str, None
     arguments, unknown = parser.parse_known_args(argv)
@@ -221,9 +222,7 @@ def _add_our_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _cluster(arguments: argparse.Namespace, file: Any) -> Cluster:
-    """Returns the ranks of the job as far as flags, file and devices tell, for degrees that are
-    `auto`.
-    """
+    """Returns the ranks of the job, from flags, file and devices, for degrees that are `auto`."""
     in_file = getattr(file, "num_processes", -1)
     processes = (
         arguments.num_processes or (in_file if in_file > 0 else 0) or _accelerator_count() or None
@@ -233,7 +232,7 @@ def _cluster(arguments: argparse.Namespace, file: Any) -> Cluster:
 
 
 def _closest_flag(name: str, options: set[str]) -> str:
-    # The list of all flags would be longer than a screen: only the likely ones are named.
+    # The list of all flags is longer than a screen: only the likely ones are named.
     if "parallelism" in name or "memory" in name:
         return closest(name, [field.flag for field in FIELDS.values()])
     suggestion = closest(name, options)
@@ -270,7 +269,8 @@ def _choose_engine(arguments: argparse.Namespace, file: Any) -> Engine:
             f"{_OTHER_LAUNCHERS}"
         )
     name = flags[chosen[0]] if chosen else _engine_of_file(arguments.config_file, file)
-    return "deepspeed" if name == "deepspeed" else "fsdp" if name == "fsdp" else "ddp"
+    engines: dict[str, Engine] = {"deepspeed": "deepspeed", "fsdp": "fsdp"}
+    return engines.get(name, "ddp")
 
 
 def _engine_of_file(path: str | None, file: Any) -> str:
@@ -289,15 +289,15 @@ def _engine_of_file(path: str | None, file: Any) -> str:
     return {"DEEPSPEED": "deepspeed", "FSDP": "fsdp"}.get(kind, "ddp")
 
 
-def _settle_processes(
+def _set_num_processes(
     arguments: argparse.Namespace,
     config: ParallelismConfig,
     file: Any,
     engine: Engine,
     notices: list[str],
 ) -> None:
-    """Decides the number of processes: the flag, else the file's where the sizes fit it, else the
-    sizes' product.
+    """Sets the number of processes: the flag, else the file's where the sizes fit it, else the
+    product of the sizes.
     """
     axis: Literal["dp_replicate", "dp_shard"] = "dp_shard" if engine == "fsdp" else "dp_replicate"
     if arguments.num_processes is None:
@@ -334,7 +334,7 @@ def _default_processes(config: ParallelismConfig, in_file: int) -> int:
     return config.total_size
 
 
-def _settle_fsdp_version(
+def _set_fsdp_version(
     arguments: argparse.Namespace,
     config: ParallelismConfig,
     file: Any,
@@ -373,9 +373,8 @@ def _accelerator_count() -> int:
     )
 
 
-def _take_shadowed_values(arguments: argparse.Namespace, file: Any) -> None:
-    # accelerate's parser gives these a default, behind which its merging never sees the file's
-    # value.
+def _restore_shadowed_values(arguments: argparse.Namespace, file: Any) -> None:
+    # accelerate 1.15's parser has defaults for these, so that its merging ignores the file's value.
     for name in ("rdzv_backend", "same_network"):
         value = getattr(file, name, None)
         if value is not None and name not in getattr(arguments, "nondefault", set()):
@@ -385,12 +384,12 @@ def _take_shadowed_values(arguments: argparse.Namespace, file: Any) -> None:
 def _merge_stock_arguments(
     arguments: argparse.Namespace, engine: Engine, on_cpu: bool
 ) -> argparse.Namespace:
-    """Lets accelerate merge the file into the arguments, without the parallelism flags that it
+    """Has accelerate merge the file into the arguments, without the parallelism flags, which it
     would drop or refuse.
     """
     arguments.use_deepspeed, arguments.use_fsdp = engine == "deepspeed", engine == "fsdp"
     arguments.multi_gpu = engine == "ddp" and arguments.num_processes > 1
-    # accelerate excludes --cpu beside an engine; the workers learn of the CPU from the environment.
+    # accelerate 1.15 refuses --cpu with an engine; the workers read it from the environment.
     arguments.cpu, arguments.use_parallelism_config = False, False
     arguments.use_cpu = on_cpu or None
     if arguments.config_file is None:
@@ -421,22 +420,21 @@ def _merge_stock_arguments(
     merged.deepspeed_fields_from_accelerate_config = ",".join(
         [*fields, *(["mixed_precision"] if precision_from_file else [])]
     )
-    # The file's section sets this again; our own variables carry the settings instead.
+    # The file's section sets this again; our variables carry the settings instead.
     merged.use_parallelism_config = False
     return merged
 
 
-def _settle_machines(arguments: argparse.Namespace) -> None:
+def _check_machines(arguments: argparse.Namespace) -> None:
     machines = arguments.num_machines
     if machines <= 1:
-        # Two jobs on one machine must not meet on accelerate's fixed port.
+        # Two jobs on one machine must not use accelerate's one default port.
         arguments.main_process_port = arguments.main_process_port or 0
         return
     if arguments.num_processes % machines:
         raise ConfigError(
             f"num_processes={arguments.num_processes} is not divisible by num_machines={machines}. "
-            "Pass the number of "
-            "processes of all machines together as --num_processes."
+            "Pass the number of processes of all machines together as --num_processes."
         )
     if not arguments.main_process_ip:
         raise ConfigError(
@@ -446,12 +444,11 @@ def _settle_machines(arguments: argparse.Namespace) -> None:
     if arguments.machine_rank is None or not 0 <= int(arguments.machine_rank) < machines:
         raise ConfigError(
             f"machine_rank={arguments.machine_rank} must be from 0 to {machines - 1}. Pass "
-            "--machine_rank, a different "
-            "one on each machine."
+            "--machine_rank, a different one on each machine."
         )
     if arguments.deepspeed_multinode_launcher is None and arguments.deepspeed_hostfile is None:
-        # accelerate would start `deepspeed` with pdsh, which needs a hostfile; this command runs on
-        # every machine.
+        # accelerate 1.15 would start `deepspeed` with pdsh, which needs a hostfile; this command
+        # runs on every machine.
         arguments.deepspeed_multinode_launcher = "standard"
 
 
@@ -471,8 +468,7 @@ def _worker_environment(
         # The allocator reads this once, before any of our code runs in the worker.
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if on_cpu and engine == "deepspeed":
-        # accelerate drops DeepSpeed where it is told to use the CPU: DeepSpeed itself has to choose
-        # it.
+        # accelerate 1.15 drops DeepSpeed where it is told to use the CPU: DeepSpeed chooses it.
         environment["DS_ACCELERATOR"] = "cpu"
         if _accelerator_count() > 0:
             environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,6 +1,4 @@
-"""Gives stock accelerate a config file that it can read, where ours has a section that it
-refuses.
-"""
+"""A config file that stock accelerate can read, where ours has a section that it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ def readable_by_accelerate(path: str | None) -> Iterator[str | None]:
     know.
 
     Args:
-        path: a file that our own reader has accepted, or `None`.
+        path: a file that our reader has accepted, or `None`.
 
     Yields:
         The same path where the file has no such section, else that of a copy, which is removed
@@ -32,7 +30,7 @@ def readable_by_accelerate(path: str | None) -> Iterator[str | None]:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        # accelerate chooses its reader by the ending.
+        # accelerate chooses its reader by the file's suffix.
         copy = Path(folder, "config.yaml")
         copy.write_text(
             yaml.safe_dump({key: value for key, value in content.items() if key != MEMORY})

@@ -1,1 +1,1 @@
-"""The settings: fields, their sources, and the `ParallelismConfig` that they make."""
+"""`ParallelismConfig`, `MemoryConfig`, and where each of their values comes from."""

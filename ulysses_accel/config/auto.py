@@ -16,21 +16,20 @@ from ulysses_accel.config.split_cost import Split, SplitRequest, candidates, cho
 from ulysses_accel.errors import ConfigError, MeshError
 
 _LOGGER = logging.getLogger(__name__)
-_NOBODY = ("default", "launcher")
-# Where only head counts are known: it scales the bytes of every split alike.
+_UNSET_KINDS = ("default", "launcher")
+# Used where only head counts are known: it scales the bytes of every split alike.
 _ANY_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks of a job and how fast they send; only the ratio of the two bandwidths matters for a
-    choice.
+    """The ranks of a job and their bandwidths, of which only the ratio matters for a choice.
 
     Args:
         num_ranks: processes of the whole job; None where that is not known yet.
         ranks_per_node: processes on one node; all of them where None.
-        bandwidth_inside: GB/s at which a rank sends to ranks of its node; the default is NVLink's
-            of an H100.
+        bandwidth_inside: GB/s at which a rank sends to ranks of its node; by default the NVLink of
+            an H100.
         bandwidth_between: GB/s at which a rank sends to other nodes; the default is a 400 Gb/s card
             for each rank.
     """
@@ -42,11 +41,11 @@ class Cluster:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Cluster:
-        """Returns what the launcher said in `WORLD_SIZE` and `LOCAL_WORLD_SIZE`; one process where
-        it said nothing.
+        """Returns the cluster of the launcher's `WORLD_SIZE` and `LOCAL_WORLD_SIZE`; one process
+        where they are not set.
 
         Raises:
-            ConfigError: a variable is no whole number above 0.
+            ConfigError: a variable is not a positive integer.
         """
         environ = os.environ if environ is None else environ
         return cls(_count(environ, "WORLD_SIZE") or 1, _count(environ, "LOCAL_WORLD_SIZE"))
@@ -58,8 +57,8 @@ def _count(environ: Mapping[str, str], variable: str) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) <= MAX_SIZE):
         raise ConfigError(
-            f"{variable}={show(text)} (from env {variable}) is no number of processes. Let a "
-            "launcher set it."
+            f"{variable}={show(text)} (from env {variable}) is not a number of "
+            "processes. Let a launcher set it."
         )
     return int(text)
 
@@ -100,9 +99,8 @@ def heads_of(model: Any) -> Heads:
     queries = getattr(config, "num_attention_heads", None)
     if not isinstance(queries, int) or queries < 1:
         raise ConfigError(
-            f"{source} has no num_attention_heads, so sp_size='auto' can't be solved. Pass a "
-            "transformers model or "
-            f"config, or set sp_auto_heads, such as '32/8'."
+            f"{source} has no num_attention_heads, so sp_size='auto' can't be chosen. Pass a "
+            "transformers model or config, or set sp_auto_heads, such as '32/8'."
         )
     keys = getattr(config, "num_key_value_heads", None) or queries
     size = getattr(config, "head_dim", None) or max(
@@ -116,9 +114,9 @@ def is_auto(settings: Layer) -> bool:
     return AUTO in (settings["sp_size"].value, settings["cp_size"].value)
 
 
-def settle_degrees(settings: Layer, model: Any, cluster: Cluster) -> dict[str, Setting]:
-    """Chooses the degrees that are `auto`, and a ring degree that nobody set beside
-    `sp_size="auto"`.
+def choose_degrees(settings: Layer, model: Any, cluster: Cluster) -> dict[str, Setting]:
+    """Chooses the degrees that are `auto`, and with `sp_size="auto"` a ring degree that was left
+    out.
 
     Args:
         settings: every field's setting.
@@ -131,13 +129,18 @@ def settle_degrees(settings: Layer, model: Any, cluster: Cluster) -> dict[str, S
     Raises:
         ConfigError: the heads or the number of processes are not known, or no choice is legal.
     """
-    wish = next(settings[name] for name in ("sp_size", "cp_size") if settings[name].value == AUTO)
+    requested = next(
+        settings[name] for name in ("sp_size", "cp_size") if settings[name].value == AUTO
+    )
     request = _request(
-        settings, _known_heads(settings, model, wish), _ranks_left(settings, cluster, wish), cluster
+        settings,
+        _known_heads(settings, model, requested),
+        _ranks_left(settings, cluster, requested),
+        cluster,
     )
     split = _choose(settings, request)
     heads = f"{request.num_heads}/{request.num_key_value_heads} heads"
-    reason = f"auto from {wish.source}, {request.num_ranks} ranks and {heads}: {split.reason}"
+    reason = f"auto from {requested.source}, {request.num_ranks} ranks and {heads}: {split.reason}"
     if os.environ.get("RANK", "0") == "0":
         _LOGGER.info("sp_size=%d, cp_size=%d: %s", split.sp_size, split.cp_size, reason)
     chosen = {"sp_size": split.sp_size, "cp_size": split.cp_size}
@@ -149,33 +152,30 @@ def settle_degrees(settings: Layer, model: Any, cluster: Cluster) -> dict[str, S
 
 
 def _is_open(settings: Layer, name: str) -> bool:
-    """Returns whether a degree is to be chosen: it is `auto`, or nobody gave a number."""
-    return settings[name].value == AUTO or settings[name].source.kind in _NOBODY
+    """Returns whether a degree is to be chosen: it is `auto`, or was left out."""
+    return settings[name].value == AUTO or settings[name].source.kind in _UNSET_KINDS
 
 
-def _known_heads(settings: Layer, model: Any, wish: Setting) -> Heads:
+def _known_heads(settings: Layer, model: Any, requested: Setting) -> Heads:
     if model is not None:
         return heads_of(model)
     written = settings["sp_auto_heads"]
     if written.value is None:
         raise ConfigError(
-            f"sp_size={AUTO} (from {wish.source}) needs the model's heads, which nobody gave. Pass "
-            "model=... (a model, "
-            "its config or its name) to ParallelismConfig, or set sp_auto_heads, such as '32/8' "
-            "for 32 query and 8 "
-            f"key/value heads."
+            f"sp_size={AUTO} (from {requested.source}) needs the model's heads, which are not "
+            "known. Pass model=... (a model, its config or its name) to ParallelismConfig, or set "
+            "sp_auto_heads, such as '32/8' for 32 query and 8 key/value heads."
         )
     queries, keys = str(written.value).split("/")
     return Heads(int(queries), int(keys), _ANY_HEAD_DIM, str(written.source))
 
 
-def _ranks_left(settings: Layer, cluster: Cluster, wish: Setting) -> int:
+def _ranks_left(settings: Layer, cluster: Cluster, requested: Setting) -> int:
     """Returns how many ranks the other axes leave for a sequence."""
     if cluster.num_ranks is None:
         raise ConfigError(
-            f"sp_size={AUTO} (from {wish.source}) needs the number of processes, which nobody "
-            "gave. "
-            f"Pass --num_processes."
+            f"sp_size={AUTO} (from {requested.source}) needs the number of processes, which is not "
+            "known. Pass --num_processes."
         )
     ranks = cluster.num_ranks
     for name in ("dp_replicate_size", "dp_shard_size", "tp_size"):
@@ -183,10 +183,8 @@ def _ranks_left(settings: Layer, cluster: Cluster, wish: Setting) -> int:
         if ranks % size:
             raise MeshError(
                 f"{name}={size} (from {settings[name].source}) does not divide the {ranks} "
-                "processes that are left of "
-                f"{cluster.num_ranks}, so none can be chosen for a sequence. Use sizes whose "
-                "product divides "
-                f"{cluster.num_ranks}."
+                f"processes that are left of {cluster.num_ranks}, so none can be chosen for a "
+                f"sequence. Use sizes whose product divides {cluster.num_ranks}."
             )
         ranks //= size
     return ranks
@@ -197,9 +195,8 @@ def _request(settings: Layer, heads: Heads, num_ranks: int, cluster: Cluster) ->
     if heads.num_heads % tensor_ranks or heads.num_key_value_heads % tensor_ranks:
         raise ConfigError(
             f"tp_size={tensor_ranks} (from {settings['tp_size'].source}) does not divide "
-            f"{heads.num_heads} query and "
-            f"{heads.num_key_value_heads} key/value heads ({heads.source}). Use a tp_size that "
-            "does."
+            f"{heads.num_heads} query and {heads.num_key_value_heads} key/value heads "
+            f"({heads.source}). Use a tp_size that does."
         )
     length = (
         settings["sp_seq_length"].value
@@ -236,5 +233,5 @@ def _choose(settings: Layer, request: SplitRequest) -> Split:
         raise ConfigError(
             f"{written} leaves cp_size={cp_size}, sp_size={sp_size}: {why}. Let both be '{AUTO}'."
         )
-    split = next(found for found in candidates(request) if found.cp_size == cp_size)
-    return replace(split, reason=f"what {fixed}={size} leaves")
+    split = next(split for split in candidates(request) if split.cp_size == cp_size)
+    return replace(split, reason=f"the ranks that {fixed}={size} leaves")

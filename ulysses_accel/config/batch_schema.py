@@ -1,7 +1,7 @@
-"""`batch_schema`: how the tensors of keys that only the user knows are sharded, as a
-mapping and as text.
+"""`batch_schema`: how tensors under keys that the defaults don't know are sharded, as a mapping and
+as text.
 
-Imports neither torch nor accelerate, as `config.settings` does not.
+Imports neither torch nor accelerate, like `settings`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _FORMS = (
 
 
 class BatchSchema(dict[str, Rule]):
-    """A checked rule for each key; its text is `key=rule, key=rule`, functions by their
-    names.
+    """A checked rule for each key; its text is `key=rule, key=rule`, with `name()` for
+    functions.
 
     Args:
         raw: a mapping from key to rule, or such text, which has no functions.
 
     Raises:
-        ValueError: with the end of a sentence that begins with the setting and its value.
+        ValueError: with the end of a sentence that begins with the value.
     """
 
     def __init__(self, raw: object) -> None:
@@ -53,9 +53,9 @@ class BatchSchema(dict[str, Rule]):
 
 
 def _written(rule: Rule) -> str:
-    if callable(rule):
-        return f"{getattr(rule, '__qualname__', type(rule).__name__)}()"
-    return str(rule)
+    return (
+        f"{getattr(rule, '__qualname__', type(rule).__name__)}()" if callable(rule) else str(rule)
+    )
 
 
 def _read(text: str) -> dict[str, Rule]:

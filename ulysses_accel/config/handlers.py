@@ -1,4 +1,4 @@
-"""The handlers of the axes: accelerate's classes, ours where the values need checking."""
+"""The handlers of the mesh axes: subclasses of accelerate's where values need checking."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from accelerate.utils import DeepSpeedSequenceParallelConfig as _Stock
 
 from ulysses_accel.config.settings import EXCHANGES, HANDLER_FIELDS, RING_FIELDS
-from ulysses_accel.config.settings_class import CONSTRUCTOR, Settled
+from ulysses_accel.config.settings_class import CONSTRUCTOR, SettingsClass
 from ulysses_accel.config.sources import Layer, argument_layer
 from ulysses_accel.errors import ConfigError, closest
 from ulysses_accel.sequence.layout import Layout
@@ -18,18 +18,18 @@ STOCK_SEQUENCE_CONFIG: type[Any] = _Stock
 
 
 @dataclass
-class DeepSpeedSequenceParallelConfig(Settled, _Stock):  # type: ignore[misc]
+class DeepSpeedSequenceParallelConfig(SettingsClass, _Stock):  # type: ignore[misc]
     """How the sequence is split: its length, and the attention that runs on the gathered heads.
 
     Args:
-        sp_seq_length: tokens of the whole, unsharded sequence; `None` where batches differ in
+        sp_seq_length: tokens of the full, unsharded sequence; `None` where batches differ in
             length.
         sp_seq_length_is_variable: whether batches may differ in length; `None` reads the
             environment, then true.
         sp_attn_implementation: `sdpa`, `flash_attention_2`, `_3`, `_4`, `eager`, or a flash-attn
             kernel of the `kernels-community` hub organization; `None` reads the environment, then
             `sdpa`.
-        sp_head_chunks: in how many parts a rank's heads are exchanged and attended to, one after
+        sp_head_chunks: in how many chunks a rank's heads are exchanged and computed, one after
             another; attention's working set shrinks by it, the result and the bytes sent don't
             change. `None` reads the environment, then 1.
 
@@ -49,24 +49,22 @@ class DeepSpeedSequenceParallelConfig(Settled, _Stock):  # type: ignore[misc]
             source = self._settings["sp_seq_length_is_variable"].source
             raise ConfigError(
                 f"sp_seq_length_is_variable=False (from {source}) needs sp_seq_length, which is "
-                "None "
-                f"({self._settings['sp_seq_length'].source}). Set sp_seq_length to the tokens of "
-                "the whole sequence, "
-                "or let the length vary."
+                f"None ({self._settings['sp_seq_length'].source}). Set sp_seq_length to the tokens "
+                "of the full sequence, or let the length vary."
             )
 
 
 @dataclass
-class RingAttentionConfig(Settled):
-    """How a ring works: the `cp_handler`. A `None` reads the environment
+class RingAttentionConfig(SettingsClass):
+    """How ring attention works: the `cp_handler`. A `None` reads the environment
     (`PARALLELISM_CONFIG_CP_*`), then the default.
 
     Args:
-        layout: how tokens are dealt over the ring: `zigzag` (the default: causal work is even, and
-            a quarter of the bytes is dropped), `contiguous` or `striped`.
-        exchange: how keys travel: `p2p` (the default) rotates them in memory of one shard;
-            `all_gather` sends each rank the keys it sees in one collective, with a sliding window
-            only those.
+        layout: how tokens are distributed over the ring: `zigzag` (the default: causal work is
+            balanced, and a quarter of the bytes need not be sent), `contiguous` or `striped`.
+        exchange: how keys and values reach the other ranks: `p2p` (the default) rotates them, in
+            memory of one shard; `all_gather` sends each rank all that it attends to in one
+            collective, with a sliding window only those in it.
         head_stride: with `all_gather`, how many key/value heads are gathered at a time; all where
             `None`.
 
@@ -82,17 +80,16 @@ class RingAttentionConfig(Settled):
 
     @property
     def cp_comm_strategy(self) -> str:
-        """The exchange in accelerate's words, `allgather` or `alltoall`."""
+        """The exchange by accelerate's name, `allgather` or `alltoall`."""
         return next(theirs for theirs, ours in EXCHANGES.items() if ours == self.exchange)
 
     def _check(self) -> None:
         if self.head_stride is not None and self.exchange != "all_gather":
             raise ConfigError(
                 f"cp_head_stride={self.head_stride} (from "
-                f"{self._settings['cp_head_stride'].source}) divides an "
-                f"all_gather, but cp_exchange={self.exchange} "
-                f"({self._settings['cp_exchange'].source}). "
-                f"Use exchange='all_gather', or leave the stride out."
+                f"{self._settings['cp_head_stride'].source}) divides an all_gather, but "
+                f"cp_exchange={self.exchange} ({self._settings['cp_exchange'].source}). "
+                "Use exchange='all_gather', or leave the stride out."
             )
 
 
@@ -102,7 +99,7 @@ def check_handler(name: str, handler: object, *expected: type[Any]) -> None:
     Args:
         name: the argument's name.
         handler: what the user passed.
-        expected: the classes that are taken.
+        expected: the accepted classes.
 
     Raises:
         ConfigError: the handler is neither `None` nor of one of the classes.
@@ -116,9 +113,9 @@ def check_handler(name: str, handler: object, *expected: type[Any]) -> None:
 
 
 def handler_layer(handler: object) -> Layer:
-    """Returns what the user gave to the handler, ours or accelerate's."""
-    if isinstance(handler, Settled):
-        return handler._given()
+    """Returns what the user set on a handler, ours or accelerate's."""
+    if isinstance(handler, SettingsClass):
+        return handler.explicit_settings()
     names: tuple[str, ...] = HANDLER_FIELDS
     if not isinstance(handler, STOCK_SEQUENCE_CONFIG):
         names = ("cp_comm_strategy",)
@@ -126,17 +123,17 @@ def handler_layer(handler: object) -> Layer:
 
 
 def ring_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the ring's settings from the mapping given to `from_dict`; see `handler_values`."""
+    """Returns the ring's settings from the mapping passed to `from_dict`; see `handler_values`."""
     fields = {attribute: name for name, attribute in RING_FIELDS.items()}
-    found = handler_values(values, "cp_handler", (*fields, "cp_comm_strategy"))
-    return {fields.get(attribute, attribute): value for attribute, value in found.items()}
+    handler = handler_values(values, "cp_handler", (*fields, "cp_comm_strategy"))
+    return {fields.get(attribute, attribute): value for attribute, value in handler.items()}
 
 
 def handler_values(values: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> dict[str, Any]:
-    """Returns a handler's values from the mapping given to `from_dict`.
+    """Returns a handler's values from the mapping passed to `from_dict`.
 
     Args:
-        values: the whole mapping.
+        values: the full mapping.
         name: the handler's key.
         legal: the handler's fields.
 

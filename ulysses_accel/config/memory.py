@@ -1,6 +1,4 @@
-"""`MemoryConfig`: what saves memory in training, with every value checked and every source
-known.
-"""
+"""`MemoryConfig`: the techniques that save memory in training, each value with its source."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ulysses_accel.config.settings import FIELDS, MEMORY_FIELDS, Setting, Source, show
-from ulysses_accel.config.settings_class import CONSTRUCTOR, Settled
+from ulysses_accel.config.settings_class import CONSTRUCTOR, SettingsClass
 from ulysses_accel.config.sources import (
     Layer,
     argument_layer,
@@ -21,8 +19,8 @@ from ulysses_accel.config.sources import (
 )
 from ulysses_accel.errors import ConfigError, closest
 
-# What the paper on Arctic Long Sequence Training switches on; the settings that nobody gives keep
-# their defaults.
+# What the paper on Arctic Long Sequence Training switches on; all other settings keep their
+# defaults.
 ALST: dict[str, bool] = {
     "tiled_mlp": True,
     "tiled_norm": True,
@@ -32,7 +30,7 @@ ALST: dict[str, bool] = {
     "expandable_segments": True,
     "bf16_gradient_reduction": True,
 }
-# Each of these says how another setting works, and means nothing without it.
+# Each of these configures another setting, and has no effect without it.
 _NEEDS = {
     "tiled_mlp_bytes": "tiled_mlp",
     "tiled_loss_tokens": "tiled_loss",
@@ -56,37 +54,36 @@ _ALST_SOURCE = Source("constructor", "MemoryConfig.alst()")
 
 
 @dataclass
-class MemoryConfig(Settled):
-    """What saves memory: `ParallelismConfig(memory_config=...)`, or `memory.apply_memory(model,
-    config)` alone.
+class MemoryConfig(SettingsClass):
+    """Techniques that save memory: `ParallelismConfig(memory_config=...)`, or
+    `memory.apply_memory(model, config)` alone.
 
     A value that is `None` here is taken from the environment (`MEMORY_CONFIG_*`), then from the
-    default. Losses and gradients change by rounding at most, which only `bf16_gradient_reduction`
-    makes coarser.
+    default. Losses and gradients change by rounding only; `bf16_gradient_reduction` rounds to
+    bfloat16.
 
     Args:
         tiled_mlp: compute the MLP blocks in tiles of tokens; false.
-        tiled_mlp_bytes: bytes of a tile's intermediate values; fitted to the model where nobody set
-            it.
+        tiled_mlp_bytes: bytes of a tile's intermediate values; chosen for the model by default.
         tiled_norm: compute the norms in tiles of tokens; false.
         tiled_loss: compute the loss in tiles of tokens, without the full logits; false.
-        tiled_loss_tokens: tokens of a tile; fitted to the vocabulary where nobody set it.
+        tiled_loss_tokens: tokens of a tile; chosen for the vocabulary by default.
         use_liger_loss: with `tiled_loss`, compute with Liger's fused linear cross-entropy; false.
-        checkpoint: keep only the inputs of the layers, and compute the rest again in backward;
-            false.
-        checkpoint_every_n_layers: how many layers share one kept input; 1.
-        checkpoint_offload: put the inputs away on the host; false.
+        checkpoint: save only the inputs of the layers, and recompute the rest in the backward
+            pass; false.
+        checkpoint_every_n_layers: how many layers share one saved input; 1.
+        checkpoint_offload: move the inputs to host memory; false.
         checkpoint_keep_last: how many of the last inputs stay on the device; 1.
-        save_attention: with `checkpoint`, keep what attention computed: `no`, on the `device` or on
-            the `host`; `no`.
-        save_exchange: with `save_attention`, keep too what the exchanges delivered; false.
-        save_attention_bytes: how much `save_attention` may take on a process; all layers where
-            nobody set it.
+        save_attention: with `checkpoint`, also save the output of attention: `no`, on the `device`
+            or on the `host`; `no`.
+        save_exchange: with `save_attention`, also save what the exchanges received; false.
+        save_attention_bytes: bytes that `save_attention` may use on a process; all layers by
+            default.
         expandable_segments: let the GPU's allocator grow its blocks, against fragmentation; false.
         bf16_gradient_reduction: reduce gradients in bfloat16; false.
 
     Raises:
-        ConfigError: a value is not legal, or says how something works that is switched off.
+        ConfigError: a value is not legal, or configures something that is switched off.
 
     Source:
         Bekman et al., Arctic Long Sequence Training, 2025, arXiv:2506.13996.
@@ -112,12 +109,11 @@ class MemoryConfig(Settled):
 
     @classmethod
     def alst(cls, **overrides: Any) -> MemoryConfig:
-        """Builds what the paper on Arctic Long Sequence Training uses: everything but what needs a
-        choice.
+        """Builds the configuration of the paper on Arctic Long Sequence Training.
 
         Args:
-            overrides: constructor arguments, which win; a feature that they switch off takes its
-                details with it.
+            overrides: constructor arguments, which take precedence; where they switch a feature
+                off, its details are left out too.
 
         Returns:
             The config.
@@ -125,18 +121,19 @@ class MemoryConfig(Settled):
         Raises:
             ConfigError: as for the constructor.
         """
-        given = _layer(overrides, CONSTRUCTOR)
-        switched_off = {name for name, setting in given.items() if setting.value is False}
+        arguments = _layer(overrides, CONSTRUCTOR)
+        switched_off = {name for name, setting in arguments.items() if setting.value is False}
         preset = {
             name: value for name, value in ALST.items() if _NEEDS.get(name) not in switched_off
         }
         return cls._from_settings(
-            resolve(environment_layer(), argument_layer(preset, _ALST_SOURCE), given)
+            resolve(environment_layer(), argument_layer(preset, _ALST_SOURCE), arguments)
         )
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> MemoryConfig:
-        """Builds a config from a YAML file, the environment and arguments, the later ones winning.
+        """Builds a config from a YAML file, the environment and arguments; later ones take
+        precedence.
 
         Args:
             path: a file with a section `memory_config:`, or with `memory_config_*` keys in
@@ -217,13 +214,12 @@ class MemoryConfig(Settled):
                 raise ConfigError(
                     f"{name}={setting.value} (from {setting.source}) means nothing with {switch}="
                     f"{self._settings[switch].value} ({self._settings[switch].source}). Use "
-                    f"{switch}={use}, or leave "
-                    f"{name} out."
+                    f"{switch}={use}, or leave {name} out."
                 )
 
 
 def dict_layer(values: Mapping[str, Any]) -> Layer:
-    """Makes a layer of what `MemoryConfig.to_dict` returned.
+    """Builds a layer from what `MemoryConfig.to_dict` returned.
 
     Args:
         values: field name to value; a `None` is a value where it is the default.
@@ -238,25 +234,25 @@ def dict_layer(values: Mapping[str, Any]) -> Layer:
     layer = dict(_layer(values, source))
     for name in values:
         if values[name] is None and FIELDS[name].default is None:
-            # Unlike an argument that was left out, a None that was written down is a value.
+            # Unlike an argument that was left out, a None that to_dict wrote is a value.
             layer[name] = Setting(None, source)
     return layer
 
 
-def settle_memory(settings: Layer, given: MemoryConfig | None) -> MemoryConfig | None:
-    """Builds the config that settings ask for.
+def memory_from_settings(settings: Layer, config: MemoryConfig | None) -> MemoryConfig | None:
+    """Builds the config that the settings describe.
 
     Args:
         settings: every field's setting.
-        given: the user's config, whose values are among the settings.
+        config: the user's config, whose values are among the settings.
 
     Returns:
-        The config; `None` where the user gave none and nobody set anything about memory.
+        The config; `None` where the user passed none and set no memory field.
 
     Raises:
         ConfigError: two values contradict each other.
     """
-    if given is None and all(settings[name].source.kind == "default" for name in MEMORY_FIELDS):
+    if config is None and all(settings[name].source.kind == "default" for name in MEMORY_FIELDS):
         return None
     return MemoryConfig._from_settings(settings)
 

@@ -1,8 +1,5 @@
-"""The mesh axes of a config: their sizes, and the names that stock code asks for.
-
-Which sizes of the mesh axes fit a number of processes.
-
-`sequence_parallelism_mode`: one word for how a sequence is shared, as ColossalAI's plugin has it.
+"""The mesh axes of a config: their sizes, the properties that accelerate reads, the sizes that fit
+a number of processes, and `sequence_parallelism_mode`, ColossalAI's word for them.
 """
 
 from __future__ import annotations
@@ -39,8 +36,8 @@ class MeshAxes:
 
     @property
     def _sizes(self) -> dict[str, int]:
-        # Stock code and the Trainer assign to `tp_size` and friends: one truth, read from the
-        # attributes.
+        # accelerate 1.15 keeps a second copy in `_sizes`, and its own code and the Trainer assign
+        # to `tp_size`: the attributes are the only copy here.
         return self.sizes
 
     @property
@@ -67,17 +64,16 @@ class MeshAxes:
     def cp_enabled(self) -> bool:
         """Always false; read `cp_size` for the ring degree.
 
-        Stock accelerate and the Trainer act on true: they force causal attention on every module
-            named `self_attn`,
-        demand an FSDP2 plugin and wrap each step in torch's own context parallelism. Our ring does
-        none of that.
+        Where it is true, accelerate 1.15 and the Trainer force causal attention on every module
+        named `self_attn`, require an FSDP2 plugin and wrap each step in torch's context
+        parallelism. Our ring attention needs none of that.
         """
         return False
 
     @property
     def tp_enabled(self) -> bool:
-        """True where `tp_size` is above 1; false while stock code prepares a model that is cut
-        already.
+        """True where `tp_size` is above 1; false while accelerate prepares a model whose weights
+        are sharded already.
         """
         return self.tp_size > 1 and not self._tp_hidden
 
@@ -112,7 +108,7 @@ class MeshAxes:
     @property
     def fsdp_dim_names(self) -> list[str]:
         """The mesh axes that FSDP2 takes; only axes that exist in the mesh."""
-        # The mesh has the joint axis always, of one rank where there is nothing but replicas and
+        # The mesh always has the joint axis; it has one rank where there are only replicas and
         # tensor parallelism.
         return self._active("dp_replicate") + (
             ["dp_shard_cp"] if self.dp_shard_cp_dim_names or self.tp_size > 1 else []
@@ -133,24 +129,24 @@ def divisors(number: int) -> list[int]:
 def legal_factorizations(
     world_size: int, sizes: Sizes, free: frozenset[str]
 ) -> list[dict[str, int]]:
-    """Lists a few sizes whose product is the number of processes, those nearest to the wish first.
+    """Lists a few sizes whose product is the number of processes, the nearest ones first.
 
     Args:
         world_size: the number of processes.
-        sizes: the size of every axis that was wished for.
-        free: the axes that nobody set; these are changed before the others.
+        sizes: the requested size of every axis.
+        free: the axes left at their defaults; these are changed before the others.
 
     Returns:
         At most `MAX_SUGGESTIONS` complete assignments, never empty for a positive number of
         processes.
     """
-    found: list[dict[str, int]] = []
+    legal: list[dict[str, int]] = []
     for candidate in _candidates(world_size, sizes, free):
-        if candidate not in found:
-            found.append(candidate)
-        if len(found) == MAX_SUGGESTIONS:
+        if candidate not in legal:
+            legal.append(candidate)
+        if len(legal) == MAX_SUGGESTIONS:
             break
-    return found
+    return legal
 
 
 def describe_sizes(sizes: Sizes) -> str:
@@ -163,13 +159,13 @@ def describe_sizes(sizes: Sizes) -> str:
 
 def _candidates(world_size: int, sizes: Sizes, free: frozenset[str]) -> Iterator[dict[str, int]]:
     ones = dict.fromkeys(AXES, 1)
-    # One axis changed: the free ones first, then the wished ones, data parallelism before the
-    # model's own axes.
+    # One axis changed: the free ones first, then the requested ones, data parallelism before the
+    # axes that share a batch.
     for axis in sorted(AXES, key=lambda name: name not in free):
         others = math.prod(size for name, size in sizes.items() if name != axis)
         if world_size % others == 0:
             yield {**ones, **sizes, axis: world_size // others}
-    # The model's axes kept, all data parallelism on one axis.
+    # The axes that share a batch kept, all data parallelism on one axis.
     kept = {axis: sizes[axis] for axis in ("cp", "sp", "tp")}
     rest, remainder = divmod(world_size, math.prod(kept.values()))
     if remainder == 0:
@@ -182,7 +178,7 @@ def _candidates(world_size: int, sizes: Sizes, free: frozenset[str]) -> Iterator
 
 
 def warn_of_earlier_accelerator(cp_size: int, sp_size: int) -> None:
-    """Says that an accelerator without a config exists already: stock code ignores the config of
+    """Warns that an accelerator without a config exists already: accelerate ignores the config of
     any later one.
 
     Args:
@@ -196,21 +192,21 @@ def warn_of_earlier_accelerator(cp_size: int, sp_size: int) -> None:
         and shared["parallelism_config"] is None
     ):
         warnings.warn(
-            f"sp_size={sp_size} and cp_size={cp_size} come too late: an Accelerator was made in "
-            "this process without a "
-            f"parallelism_config, and accelerate ignores that of later ones. Make this one first.",
+            f"sp_size={sp_size} and cp_size={cp_size} come too late: an Accelerator was created in "
+            "this process without a parallelism_config, and accelerate ignores that of later ones. "
+            "Create this one first.",
             stacklevel=4,
         )
 
 
-def settle_mode(settings: Layer) -> dict[str, Setting]:
-    """Returns the sizes that a mode decides, and refuses sizes that contradict it.
+def sizes_of_mode(settings: Layer) -> dict[str, Setting]:
+    """Returns the sizes that `sequence_parallelism_mode` implies.
 
     `split_gather` shards the sequence over the `tp` axis between the linear layers, which every
-    `tp_size` above 1 does, so the word only asks for it; sp_size and cp_size keep what they were
-    given. `all_to_all` is Ulysses over `sp_size`, without a ring. `ring_attn` is a ring: its degree
-    is cp_size, or sp_size where cp_size is 1. So ColossalAI's `HybridParallelPlugin(tp_size=4,
-    sp_size=1, sequence_parallelism_mode="split_gather")` and `(tp_size=2, sp_size=2,
+    `tp_size` above 1 does; sp_size and cp_size are not changed. `all_to_all` is Ulysses over
+    `sp_size`, without a ring. `ring_attn` is ring attention: its degree is cp_size, or sp_size
+    where cp_size is 1. So ColossalAI's `HybridParallelPlugin(tp_size=4, sp_size=1,
+    sequence_parallelism_mode="split_gather")` and `(tp_size=2, sp_size=2,
     sequence_parallelism_mode="all_to_all")` or `"ring_attn"` have the same arguments here; the
     latter two shard over `tp` as well.
 
@@ -218,10 +214,10 @@ def settle_mode(settings: Layer) -> dict[str, Setting]:
         settings: every field's setting.
 
     Returns:
-        Settings that replace those of the same name; none where no mode is set.
+        Settings that override those of the same name; none where no mode is set.
 
     Raises:
-        ConfigError: the sizes are not those of the mode.
+        ConfigError: the sizes contradict the mode.
     """
     mode = settings["sequence_parallelism_mode"]
     if mode.value is None:
@@ -242,21 +238,21 @@ def settle_mode(settings: Layer) -> dict[str, Setting]:
                 f"{here} is Ulysses over sp_size ranks alone, but {shown}. Set sp_size only. "
                 f"{_ONE}."
             )
-        return {"cp_size": _decided(1, mode)}
+        return {"cp_size": _implied(1, mode)}
     if ring.value != 1 and ulysses.value != 1:
         raise ConfigError(f"{here} has one degree, but {shown}. Set sp_size or cp_size. {_ONE}.")
     if ring.value == 1 and ulysses.value == 1:
         raise ConfigError(f"{here} needs the ring's degree, but {shown}. Set sp_size, or cp_size.")
     if ring.value != 1:
-        return {"sp_size": _decided(1, mode)}
-    taken = Source(
+        return {"sp_size": _implied(1, mode)}
+    from_sp_size = Source(
         "derived",
         f"sp_size={ulysses.value} from {ulysses.source}, as sequence_parallelism_mode='ring_attn'",
     )
-    return {"cp_size": Setting(ulysses.value, taken), "sp_size": _decided(1, mode)}
+    return {"cp_size": Setting(ulysses.value, from_sp_size), "sp_size": _implied(1, mode)}
 
 
-def _decided(size: int, mode: Setting) -> Setting:
+def _implied(size: int, mode: Setting) -> Setting:
     return Setting(
         size, Source("derived", f"sequence_parallelism_mode={mode.value!r} from {mode.source}")
     )

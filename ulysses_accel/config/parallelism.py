@@ -1,7 +1,7 @@
 """`ParallelismConfig`: accelerate's class with every value checked and every source known.
 
-It is a subclass of accelerate's, so that a stock `Accelerator` and `Trainer` take it, but runs none
-of the parent's construction code.
+It subclasses accelerate's, so that a stock `Accelerator` and `Trainer` accept it, but does not run
+its constructor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from accelerate.utils import ParallelismConfig as _StockParallelismConfig
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
 from ulysses_accel import _private_api
-from ulysses_accel.config.auto import Cluster, is_auto, settle_degrees
+from ulysses_accel.config.auto import Cluster, choose_degrees, is_auto
 from ulysses_accel.config.batch_schema import BatchSchema
 from ulysses_accel.config.handlers import (
     STOCK_SEQUENCE_CONFIG,
@@ -31,12 +31,12 @@ from ulysses_accel.config.handlers import (
     handler_values,
     ring_values,
 )
-from ulysses_accel.config.memory import MemoryConfig, dict_layer, settle_memory
+from ulysses_accel.config.memory import MemoryConfig, dict_layer, memory_from_settings
 from ulysses_accel.config.mesh_sizes import (
     MeshAxes,
     describe_sizes,
     legal_factorizations,
-    settle_mode,
+    sizes_of_mode,
     warn_of_earlier_accelerator,
 )
 from ulysses_accel.config.settings import (
@@ -80,29 +80,29 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     Args:
         dp_replicate_size: copies of the parameters that see different batches.
         dp_shard_size: processes that see different batches and share one copy of the parameters.
-        tp_size: tensor parallel processes, over which the sequence is sharded too where the weights
-            are not.
-        cp_size: ring attention degree; `"auto"`: chosen, as for `sp_size`.
-        cp_backend: `ring`; `torch` is read as `ring`.
-        sp_size: Ulysses degree; `"auto"` chooses it, and a ring degree that nobody set, for the
-            processes that the other axes leave of the launcher's `WORLD_SIZE`: the split whose
-            bytes take the least time.
-        sp_backend: `ulysses`; upstream's `deepspeed` is read as `ulysses`.
+        tp_size: tensor parallel degree; between the layers whose weights are sharded, the sequence
+            is sharded over the same processes.
+        cp_size: ring attention degree; `"auto"` chooses it, as for `sp_size`.
+        cp_backend: `ring`; accelerate's `torch` is read as `ring`.
+        sp_size: Ulysses degree; `"auto"` chooses it, and a ring degree that was left out, so that
+            the product of all sizes is the launcher's `WORLD_SIZE`: the split whose bytes take the
+            least time.
+        sp_backend: `ulysses`; accelerate's `deepspeed` is read as `ulysses`.
         tp_handler: accelerate's `TorchTensorParallelConfig`.
         cp_handler: a `RingAttentionConfig`, or accelerate's `TorchContextParallelConfig`.
         sp_handler: a `DeepSpeedSequenceParallelConfig`, ours or accelerate's.
-        memory_config: what saves memory; `None` where nobody set anything about it.
-        ep_size: processes that the experts of each layer are dealt to; no axis of its own:
-            neighbours on the others.
-        batch_schema: how tensors of a batch are cut, by key: the number of their sequence dim,
+        memory_config: techniques that save memory; `None` where no memory setting was set.
+        ep_size: processes that the experts of each layer are partitioned over; adds no mesh axis:
+            they are neighbouring ranks of the others.
+        batch_schema: how tensors of a batch are sharded, by key: the number of their sequence dim,
             `"shard"` (the second), `"replicate"` (none), or a function `f(tensor, description,
-            rank)` that is given the whole tensor as the collate function returned it, the batch's
-            `SequenceDescription` and this process's rank in its sequence group, and returns what
-            this rank's model gets. In a file or the environment: `my_key=replicate, other=2`. Known
+            rank)` of the full tensor as the collate function returned it, the batch's
+            `SequenceDescription` and this process's rank in its sequence group, which returns this
+            rank's shard. In a file or the environment: `my_key=replicate, other=2`. Known
             keys need none.
         sequence_parallelism_mode: ColossalAI's word: `split_gather` (over tp_size), `all_to_all`
-            (Ulysses) or `ring_attn` (of degree sp_size or cp_size); see `mesh_sizes.settle_mode`.
-            `None` goes by the sizes.
+            (Ulysses) or `ring_attn` (of degree sp_size or cp_size); see `mesh_sizes.sizes_of_mode`.
+            `None`: the sizes decide.
         model: for `"auto"`, a transformers model, its config or its name; the setting
             `sp_auto_heads` ("32/8") where there is none.
 
@@ -127,9 +127,11 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     model: InitVar[Any] = None
 
     def __post_init__(self, model: Any) -> None:
-        given = {name: getattr(self, name) for name in _OWN_FIELDS}
+        arguments = {name: getattr(self, name) for name in _OWN_FIELDS}
         handlers = (self.tp_handler, self.cp_handler, self.sp_handler, self.memory_config)
-        self._settle((environment_layer(), argument_layer(given, _CONSTRUCTOR)), *handlers, model)
+        self._apply(
+            (environment_layer(), argument_layer(arguments, _CONSTRUCTOR)), *handlers, model
+        )
         warn_of_earlier_accelerator(self.cp_size, self.sp_size)
 
     @classmethod
@@ -151,7 +153,8 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
                 `ulysses_accel.config.sources`.
             tp_handler: as for the constructor.
             cp_handler: as for the constructor.
-            sp_handler: as for the constructor; wins over the layers where it was given values.
+            sp_handler: as for the constructor; the values set on it take precedence over the
+                layers.
             memory_config: as for `sp_handler`.
             model: as for the constructor.
             cluster: the job's ranks, for `"auto"`; what the launcher's environment says where
@@ -164,7 +167,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             ConfigError: as for the constructor.
         """
         config = cls.__new__(cls)
-        config._settle(layers, tp_handler, cp_handler, sp_handler, memory_config, model, cluster)
+        config._apply(layers, tp_handler, cp_handler, sp_handler, memory_config, model, cluster)
         return config
 
     @classmethod
@@ -193,7 +196,8 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> ParallelismConfig:
-        """Builds a config from a YAML file, the environment and arguments, the later ones winning.
+        """Builds a config from a YAML file, the environment and arguments; later ones take
+        precedence.
 
         Args:
             path: an accelerate config file, of which the sections `parallelism_config:` and
@@ -234,14 +238,16 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
                     f"from_dict.{closest(str(name)[:100], legal)}"
                 )
         layer = argument_layer({name: values.get(name) for name in _OWN_FIELDS}, source)
-        held = {**ring_values(values), **handler_values(values, "sp_handler", HANDLER_FIELDS)}
+        handler_fields = {
+            **ring_values(values),
+            **handler_values(values, "sp_handler", HANDLER_FIELDS),
+        }
         tensor = handler_values(values, "tp_handler", ("enable_async_tp",))
-        layer.update(argument_layer(held, source))
+        layer.update(argument_layer(handler_fields, source))
         layer.update(dict_layer(handler_values(values, "memory_config", tuple(MEMORY_FIELDS))))
-        for name in {"sp_seq_length", "cp_head_stride"} & set(held):
-            # Unlike an argument that was left out, a None that was written down by `to_dict` is a
-            # value.
-            layer[name] = FIELDS[name].settle(held[name], source)
+        for name in {"sp_seq_length", "cp_head_stride"} & set(handler_fields):
+            # Unlike an argument that was left out, a None that to_dict wrote is a value.
+            layer[name] = FIELDS[name].check(handler_fields[name], source)
         return cls.from_layers(
             environment_layer(),
             layer,
@@ -250,7 +256,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             else None,
         )
 
-    def _settle(
+    def _apply(
         self,
         layers: tuple[Layer, ...],
         tp_handler: object,
@@ -266,22 +272,22 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         check_handler("memory_config", memory_config, MemoryConfig)
         handlers = (handler_layer(handler) for handler in (cp_handler, sp_handler, memory_config))
         self._settings = resolve(*layers, *handlers)
-        self._settings.update(settle_mode(self._settings))
+        self._settings.update(sizes_of_mode(self._settings))
         if is_auto(self._settings):
             self._settings.update(
-                settle_degrees(self._settings, model, cluster or Cluster.from_environment())
+                choose_degrees(self._settings, model, cluster or Cluster.from_environment())
             )
         for name in _OWN_FIELDS:
             setattr(self, name, self._settings[name].value)
         self.tp_handler = tp_handler or (TorchTensorParallelConfig() if self.tp_size > 1 else None)
         self.cp_handler = RingAttentionConfig._from_settings(self._settings)
         self.sp_handler = DeepSpeedSequenceParallelConfig._from_settings(self._settings)
-        self.memory_config = settle_memory(self._settings, memory_config)
+        self.memory_config = memory_from_settings(self._settings, memory_config)
         self._check_sequence_length()
 
     def _check_sequence_length(self) -> None:
         handler, layout = self.sp_handler, self.cp_handler.layout
-        # Tensor parallel ranks cut each rank's shard once more.
+        # Each shard is sharded once more over the tensor parallel ranks.
         multiple = math.lcm(
             multiple_of(self.cp_size, layout, self.sp_size), self.non_data_parallel_size
         )
@@ -293,21 +299,19 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             return
         below = handler.sp_seq_length // multiple * multiple
         lengths = f"{below} or {below + multiple}" if below else f"{multiple}"
-        dealt = (
-            "" if self.cp_size == 1 else f", dealt {layout}, so must be a multiple of {multiple}"
-        )
-        dealt += "" if self.tp_size == 1 else f", times tp_size={self.tp_size}"
+        needs = ""
+        if self.cp_size > 1:
+            needs = f", in {layout} layout, so must be a multiple of {multiple}"
+        if self.tp_size > 1:
+            needs += f", times tp_size={self.tp_size}"
         raise ConfigError(
             f"sp_seq_length={handler.sp_seq_length} ({self._settings['sp_seq_length'].source}) is "
-            "not divisible by "
-            f"cp_size × sp_size = {self.cp_size} × {self.sp_size} = {self.sequence_parallel_size} "
-            "(sp_size: "
-            f"{self.source_of('sp_size')}){dealt}. Use {lengths} tokens, or "
-            "sp_seq_length_is_variable=True, which pads "
-            f"every batch."
+            f"not divisible by cp_size × sp_size = {self.cp_size} × {self.sp_size} = "
+            f"{self.sequence_parallel_size} (sp_size: {self.source_of('sp_size')}){needs}. Use "
+            f"{lengths} tokens, or sp_seq_length_is_variable=True, which pads every batch."
         )
 
-    # ---- the attach point ------------------------------------------------------------------------
+    # ---- what accelerate calls -------------------------------------------------------------------
 
     def build_device_mesh(self, device_type: str) -> Any:
         """Builds the mesh of this config.
@@ -318,8 +322,8 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         Returns:
             The device mesh, or `None` where there is one process.
         """
-        # Upward import, on purpose: the attach point is where a stock Accelerator meets this
-        # package.
+        # An upward import by name: accelerate hands the Accelerator to its config, and only the
+        # integrations know what to do with it.
         return importlib.import_module(_ATTACH_POINT).build_mesh(self, device_type)
 
     def get_device_mesh(self, device_type: str | None = None) -> Any:
@@ -337,15 +341,15 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         if self.device_mesh is None:  # type: ignore[has-type]
             if device_type is None:
                 raise ConfigError(
-                    "the device mesh is not built yet and no device type is given. Pass 'cpu' or "
+                    "the device mesh is not built yet and no device type was passed. Pass 'cpu' or "
                     "'cuda'."
                 )
             self.device_mesh = self.build_device_mesh(device_type)
         elif device_type is not None and self.device_mesh.device_type != device_type:
             raise ConfigError(
                 f"the device mesh was built for device type '{self.device_mesh.device_type}' and "
-                "is now asked for on "
-                f"'{device_type}'. Use one ParallelismConfig for each device type."
+                "is now requested "
+                f"for '{device_type}'. Use one ParallelismConfig for each device type."
             )
         return self.device_mesh
 
@@ -355,11 +359,11 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
     def fit_world_size(
         self, world_size: int, *, axis: Literal["dp_replicate", "dp_shard"] = "dp_replicate"
     ) -> None:
-        """Checks the product of the sizes, or derives the data parallel size where nobody set one.
+        """Checks the product of the sizes, or derives the data parallel size where it was left out.
 
         Args:
             world_size: the number of processes.
-            axis: the axis that takes a derived size.
+            axis: the axis that gets a derived size.
 
         Raises:
             MeshError: the product is not the number of processes.
@@ -380,7 +384,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             self._settings[f"{axis}_size"] = Setting(world_size // others, derived)
             return
         product = " × ".join(str(size) for size in self.sizes.values())
-        wished = "; ".join(
+        requested = "; ".join(
             f"{name}_size={size} ({self.source_of(f'{name}_size')})"
             for name, size in self.sizes.items()
         )
@@ -390,12 +394,11 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         raise MeshError(
             f"{' × '.join(f'{name}_size' for name in AXES)} = {product} = {self.total_size}, but "
             "the number of "
-            f"processes is {world_size}: {wished}. Start {self.total_size} processes, or use sizes "
-            "(1 where not named) "
-            f"such as: {legal}."
+            f"processes is {world_size}: {requested}. Start {self.total_size} processes, or use "
+            f"sizes (1 where not named) such as: {legal}."
         )
 
-    # ---- what the user sees ----------------------------------------------------------------------
+    # ---- what users read ----------------------------------------------------------------------
 
     def source_of(self, name: str) -> Source:
         """Says where a value came from.
@@ -469,8 +472,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         return f"ParallelismConfig({fields}, total_size={self.total_size})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelismConfig:
-        # A mesh holds process groups, which belong to the process and can't be copied: the copy
-        # shares them.
+        # A mesh holds process groups, which can't be copied: the copy shares them.
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         for name, value in self.__dict__.items():

@@ -1,5 +1,4 @@
-"""The settings one by one: their names, defaults, legal values, and the sentence that says where
-each came from.
+"""The settings one by one: their names, defaults and legal values, and the sources of values.
 
 Imports neither torch nor accelerate, so that a launcher can check a setting before it starts
 anything.
@@ -39,7 +38,7 @@ AUTO = "auto"
 PARALLELISM = "parallelism_config"
 MEMORY = "memory_config"
 SECTIONS = (PARALLELISM, MEMORY)
-# accelerate's words for how keys travel around the ring, and ours.
+# accelerate's names for how a ring exchanges keys and values, and ours.
 EXCHANGES = {"alltoall": "p2p", "allgather": "all_gather"}
 # How a sequence is shared, in ColossalAI's words.
 SEQUENCE_MODES = ("split_gather", "all_to_all", "ring_attn")
@@ -78,12 +77,12 @@ DEFAULT = Source("default")
 
 @dataclass(frozen=True)
 class Setting:
-    """A checked value, its source, and what the user wrote where that reads differently.
+    """A checked value, its source, and what the user wrote where that differs.
 
     Args:
         value: the value that the code acts on.
         source: where it came from.
-        written: the user's own word for the value, `None` where it is the value itself.
+        written: the user's text for the value, `None` where it is the value itself.
     """
 
     value: Value
@@ -96,7 +95,7 @@ class Setting:
 
 
 class _IllegalError(ValueError):
-    """The end of an error sentence: what is wrong with a value and what to use instead."""
+    """The end of an error message: what is wrong with a value and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ class Field:
     """A setting's name, default and parser.
 
     Args:
-        name: the constructor's argument, and the YAML key behind the section's name; unique over
+        name: the constructor's argument, and the YAML key after the section's prefix; unique over
             all sections.
-        default: the value where nobody set one.
+        default: the value where none is set.
         parse: turns text or a Python value into the checked value.
         section: the section of a YAML file that the field belongs to.
     """
@@ -131,7 +130,7 @@ class Field:
         """The launcher's command-line flag that sets this field."""
         return f"--{self.key.replace('_', '-')}"
 
-    def settle(self, raw: object, source: Source) -> Setting:
+    def check(self, raw: object, source: Source) -> Setting:
         """Checks a raw value.
 
         Args:
@@ -221,8 +220,7 @@ def _stride(raw: object) -> Value:
     if number is None or not 1 <= number <= MAX_SIZE:
         raise _IllegalError(
             "must be a whole number of key/value heads, at least 1. Use 1 for the least memory, or "
-            "None for all heads "
-            "at once."
+            "None for all heads at once."
         )
     return number
 
@@ -230,17 +228,17 @@ def _stride(raw: object) -> Value:
 def _heads(raw: object) -> Value:
     if _is_unset(raw):
         return None
-    found = _HEADS.fullmatch(raw.strip()) if isinstance(raw, str) else None
-    if found is None:
+    match = _HEADS.fullmatch(raw.strip()) if isinstance(raw, str) else None
+    if match is None:
         raise _IllegalError(
             "must be the model's query and key/value heads. Write them as '32/8', or as '32' where "
             "both are equal."
         )
-    queries, keys = int(found[1]), int(found[2] or found[1])
+    queries, keys = int(match[1]), int(match[2] or match[1])
     if queries % keys:
         raise _IllegalError(
-            f"has {keys} key/value heads, which do not divide {queries} query heads. Use whole "
-            "groups."
+            f"has {keys} key/value heads, which do not divide {queries} query heads. Use a "
+            "number that does."
         )
     return f"{queries}/{keys}"
 
@@ -252,8 +250,7 @@ def _length(raw: object) -> Value:
     if length is None or length < 1 or length > MAX_SEQUENCE_LENGTH:
         raise _IllegalError(
             f"must be a whole number of tokens from 1 to {MAX_SEQUENCE_LENGTH}. Use the length of "
-            "the whole sequence, "
-            "or None where batches differ in length."
+            "the full sequence, or None where batches differ in length."
         )
     return length
 
@@ -274,7 +271,7 @@ def _schema(raw: object) -> Value:
     if _is_unset(raw):
         return None
     try:
-        # No number or word like all other values; it is only passed on, and written as text.
+        # A mapping, unlike all other values; it is only passed on, and written as text.
         return cast(Value, BatchSchema(raw))
     except ValueError as error:
         raise _IllegalError(str(error)) from None
@@ -326,8 +323,8 @@ def _attention(raw: object) -> Value:
     ):
         return name
     if "/" in name:
-        # A hub kernel is code that runs with the user's rights: only organizations named here may
-        # supply it.
+        # A hub kernel is code that runs with the user's permissions: only these organizations are
+        # trusted.
         raise _IllegalError(
             "is not a trusted hub kernel: it would run code from the hub. Use "
             f"{TRUSTED_KERNEL_ORGANIZATIONS[0]}"
@@ -397,5 +394,5 @@ HANDLER_FIELDS = (
     "sp_attn_implementation",
     "sp_head_chunks",
 )
-# The settings that the ring's handler holds, each under its attribute.
+# The settings of the ring's handler, and the attribute that holds each.
 RING_FIELDS = {"cp_layout": "layout", "cp_exchange": "exchange", "cp_head_stride": "head_stride"}

@@ -1,7 +1,7 @@
 """Default < YAML < environment < command line < constructor: one value for each setting, with its
 source.
 
-A layer is a mapping from field name to `Setting`; `resolve` lets later layers win.
+A layer is a mapping from field name to `Setting`; in `resolve`, later layers take precedence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _UNSET_WORDS = ("none", "null")
 
 
 def resolve(*layers: Layer) -> dict[str, Setting]:
-    """Gives every field its value and source.
+    """Returns every field's value and source.
 
     Args:
         layers: settings, the weakest layer first.
@@ -47,7 +47,7 @@ def resolve(*layers: Layer) -> dict[str, Setting]:
     Raises:
         ConfigError: a layer names a field that does not exist.
     """
-    settled = {name: Setting(field.default, DEFAULT) for name, field in FIELDS.items()}
+    resolved = {name: Setting(field.default, DEFAULT) for name, field in FIELDS.items()}
     for layer in layers:
         for name, setting in _with_both_names(layer).items():
             if name not in FIELDS:
@@ -55,8 +55,8 @@ def resolve(*layers: Layer) -> dict[str, Setting]:
                     f"unknown setting {show(name)} (from "
                     f"{setting.source}).{closest(name[:100], FIELDS)}"
                 )
-            settled[name] = setting
-    return settled
+            resolved[name] = setting
+    return resolved
 
 
 def _with_both_names(layer: Layer) -> Layer:
@@ -65,7 +65,7 @@ def _with_both_names(layer: Layer) -> Layer:
     """
     strategy, exchange = layer.get("cp_comm_strategy"), layer.get("cp_exchange")
     if strategy is not None and strategy.source.kind == "launcher":
-        # Nobody's choice: it must not hide a weaker layer's.
+        # Not the user's choice: it must not override a weaker layer's.
         return _with_both_names(
             {name: setting for name, setting in layer.items() if setting is not strategy}
         )
@@ -79,8 +79,8 @@ def _with_both_names(layer: Layer) -> Layer:
     elif EXCHANGES[str(strategy.value)] != exchange.value:
         raise ConfigError(
             f"cp_exchange={exchange.value} (from {exchange.source}) and "
-            f"cp_comm_strategy={strategy.value} (from "
-            f"{strategy.source}) contradict each other: {strategy.value} is accelerate's word for "
+            f"cp_comm_strategy={strategy.value} (from {strategy.source}) "
+            f"contradict each other: {strategy.value} is accelerate's name for "
             f"{EXCHANGES[str(strategy.value)]}. Keep cp_exchange alone."
         )
     return {**layer, "cp_exchange": exchange, "cp_comm_strategy": strategy}
@@ -130,14 +130,14 @@ def environment_layer(environ: Mapping[str, str] | None = None) -> dict[str, Set
         field = variables[variable]
         if field.name == "sp_attn_implementation" and text.strip().lower() in _UNSET_WORDS:
             continue
-        layer[field.name] = field.settle(
+        layer[field.name] = field.check(
             text, _environment_source(variable, field.name, text, environ, recorded)
         )
     return layer
 
 
 def argument_layer(values: Mapping[str, object], source: Source) -> dict[str, Setting]:
-    """Makes a layer of Python values that share a source; `None` counts as unset.
+    """Builds a layer from Python values that share a source; `None` counts as unset.
 
     Args:
         values: field name to value.
@@ -156,15 +156,15 @@ def argument_layer(values: Mapping[str, object], source: Source) -> dict[str, Se
                 f"unknown setting {show(name)} (from {source}).{closest(str(name)[:100], FIELDS)}"
             )
         if value is not None:
-            layer[name] = FIELDS[name].settle(value, source)
+            layer[name] = FIELDS[name].check(value, source)
     return layer
 
 
 def command_line_layer(values: Mapping[str, str]) -> dict[str, Setting]:
-    """Makes the layer of the launcher's flags.
+    """Builds the layer of the launcher's flags.
 
     Args:
-        values: field name to the text behind its flag, only for flags that the user wrote.
+        values: field name to the text after its flag, only for flags that the user wrote.
 
     Returns:
         The settings, each with its flag as the source.
@@ -210,28 +210,28 @@ def _environment_source(
     environ: Mapping[str, str],
     recorded: Mapping[str, tuple[str, Source]],
 ) -> Source:
-    # A recorded source is believed only while the variable still has the value that the launcher
-    # gave it.
+    # A recorded source holds only while the variable still has the value that the launcher set.
     if name in recorded and recorded[name][0] == text:
         return recorded[name][1]
     stock_launched = (
         not environ.get(SOURCES_VARIABLE) and environ.get(STOCK_GATE_VARIABLE, "").lower() == "true"
     )
     if stock_launched and name.endswith("_size") and text.strip() == "1":
-        # `accelerate launch` exports 1 for every size that nobody gave: such a 1 binds nobody.
+        # accelerate 1.15's launcher exports 1 for every size that was left out: not a choice.
         return Source(
-            "launcher", f"env {variable}, which accelerate launch sets to 1 where no size is given"
+            "launcher",
+            f"env {variable}, which accelerate launch sets to 1 where the size is left out",
         )
     if stock_launched and name == "cp_comm_strategy" and text.strip() == "allgather":
         return Source(
             "launcher",
-            f"env {variable}, which accelerate launch sets to allgather where nobody chose",
+            f"env {variable}, which accelerate launch sets to allgather by default",
         )
     return Source("env", f"env {variable}")
 
 
 def _recorded_sources(text: str) -> dict[str, tuple[str, Source]]:
-    # Provenance is a courtesy: a damaged record must not stop a job, so whatever does not fit is
+    # Sources are for messages only: a damaged record must not stop a job, so what does not parse is
     # left out.
     try:
         record = json.loads(text) if 0 < len(text) <= _MAX_SOURCES else {}

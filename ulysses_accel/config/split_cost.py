@@ -1,15 +1,15 @@
-"""Chooses how many of the ranks that share a sequence form a ring and how many exchange heads: by
-time of bytes.
+"""Chooses the ring and Ulysses degrees for the ranks that share a sequence, by the time that their
+bytes take.
 
 Bytes are what a rank sends for one attention layer and one row, on average over the ranks. They are
 counted by where they go: Ulysses ranks are neighbours, so their exchange stays inside a node as
-long as they fit in one; a ring steps from Ulysses group to Ulysses group, all its ranks at once, so
+long as they fit in one; a ring goes from Ulysses group to Ulysses group, all its ranks at once, so
 that it is as slow as its slowest link. Units: u = one head of one rank's tokens, S / P × head_dim ×
 element_bytes. With U = sp_size, R = cp_size, H query and K key/value heads, k = max(K, U) key/value
-heads with those that have several readers counted for each: Ulysses `(2H + 2k)(U - 1) / U` u
-forward and the same backward; ring `2k(R - 1)` u of keys forward, of keys again and of their
-gradients (at least float32) backward, 0.75 of each where causal zigzag drops the half that nobody
-needs. Source: USP (arXiv 2405.07719) for the sum of both; latency and overlap with compute are not
+heads, with those that are replicated on several ranks counted for each: Ulysses `(2H + 2k)(U - 1) /
+U` u forward and the same backward; ring `2k(R - 1)` u of keys forward, of keys again and of their
+gradients (at least float32) backward, 0.75 of each where causal zigzag skips the half that is not
+needed. Source: USP (arXiv 2405.07719) for the sum of both; latency and overlap with compute are not
 counted.
 """
 
@@ -34,14 +34,14 @@ class SplitRequest:
             degree.
         num_key_value_heads: key/value heads K, likewise; divides H.
         head_dim: size of a head.
-        sequence_length: tokens S of the whole sequence; None where the loader pads to whatever is
-            chosen, then bytes are for one token on each rank.
+        sequence_length: tokens S of the full sequence; None where the loader pads to the chosen
+            split, then bytes are for one token on each rank.
         ranks_per_node: ranks on one node.
         bandwidth_inside: GB/s at which one rank sends to ranks of its node.
         bandwidth_between: GB/s at which one rank sends to ranks of other nodes.
-        is_causal: whether attention is causal, so that a zigzag ring drops halves.
+        is_causal: whether attention is causal, so that a zigzag ring skips halves.
         is_training: whether there is a backward pass.
-        element_bytes: bytes of one number that travels, 2 for bfloat16.
+        element_bytes: bytes of one element that is sent, 2 for bfloat16.
 
     Raises:
         ConfigError: a value that is not legal.
@@ -62,12 +62,11 @@ class SplitRequest:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, bool) and not value > 0:
-                raise ConfigError(f"{name}={value} must be above 0. Give the job's own {name}.")
+                raise ConfigError(f"{name}={value} must be above 0. Pass the job's {name}.")
         if self.num_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"num_heads={self.num_heads}. "
-                f"Grouped-query attention needs whole groups."
+                f"num_heads={self.num_heads}. Use head counts of a grouped-query attention."
             )
 
 
@@ -82,8 +81,8 @@ class Split:
             backward.
         bytes_between: bytes it sends to other nodes.
         seconds: time of these bytes at the two bandwidths.
-        head_excess: query heads of the busiest rank over the even share, 1 for an even deal.
-        reason: why it was chosen; empty for a mere candidate.
+        head_excess: query heads of the busiest rank over the even share, 1 where they are even.
+        reason: why it was chosen; empty for a candidate.
     """
 
     cp_size: int
@@ -120,7 +119,7 @@ def ring_units(request: SplitRequest, cp_size: int) -> float:
 
 
 def length_multiple(cp_size: int, sp_size: int) -> int:
-    """Returns what the length of a sequence must be a multiple of, dealt zigzag over the ring."""
+    """Returns what a sequence's length must be a multiple of, in zigzag layout over the ring."""
     return math.lcm(2 * cp_size if cp_size > 1 else 1, cp_size * sp_size)
 
 
@@ -177,7 +176,8 @@ def _head_excess(request: SplitRequest, sp_size: int) -> float:
     if groups >= sp_size:
         busiest = -(-groups // sp_size) * (heads // groups)
     else:
-        # The group with the fewest readers has the most heads for each.
+        # The key/value head that is replicated on the fewest ranks has the most query heads for
+        # each.
         busiest = -(-(heads // groups) // (sp_size // groups))
     return busiest * sp_size / heads
 
@@ -193,10 +193,10 @@ def candidates(request: SplitRequest) -> tuple[Split, ...]:
     factors = _factorizations(request.num_ranks)
     legal = [_cost(request, cp, sp) for cp, sp in factors if refusal(request, cp, sp) is None]
     if not legal:
-        found = "; ".join(f"(cp={cp}, sp={sp}): {refusal(request, cp, sp)}" for cp, sp in factors)
+        reasons = "; ".join(f"(cp={cp}, sp={sp}): {refusal(request, cp, sp)}" for cp, sp in factors)
         multiple = min(length_multiple(cp, sp) for cp, sp in factors if sp <= request.num_heads)
         raise ConfigError(
-            f"no split of {request.num_ranks} ranks is legal: {found}. "
+            f"no split of {request.num_ranks} ranks is legal: {reasons}. "
             f"Pad sequences to a multiple of {multiple} tokens."
         )
     return tuple(sorted(legal, key=lambda split: (split.seconds, split.head_excess, split.cp_size)))

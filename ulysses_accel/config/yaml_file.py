@@ -82,12 +82,12 @@ def parse_yaml_layer(text: str, path: str) -> dict[str, Setting]:
                 "one."
             )
         if node.tag != _NULL:
-            layer[name] = FIELDS[name].settle(node.value, source)
+            layer[name] = FIELDS[name].check(node.value, source)
     return layer
 
 
 def _field_name(section: str, key: str, place: str) -> str:
-    """Returns the name of the field that a key in a section means."""
+    """Returns the name of the field that a key in a section sets."""
     home = MEMORY if key.startswith(f"{MEMORY}_") else section
     name = key.removeprefix(f"{home}_")
     if name in FIELDS and FIELDS[name].section == home:
@@ -197,7 +197,7 @@ def _entries(mapping: yaml.MappingNode, path: str) -> Iterator[tuple[str, yaml.N
 
 
 def _sections(top: yaml.MappingNode, path: str) -> dict[str, yaml.MappingNode]:
-    found: dict[str, yaml.MappingNode] = {}
+    sections: dict[str, yaml.MappingNode] = {}
     seen: dict[str, int] = {}
     for key, node, line in _entries(top, path):
         if key not in SECTIONS:
@@ -209,16 +209,16 @@ def _sections(top: yaml.MappingNode, path: str) -> dict[str, yaml.MappingNode]:
             )
         seen[key] = line
         if isinstance(node, yaml.MappingNode):
-            found[key] = node
+            sections[key] = node
         elif not (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
             raise ConfigError(
                 f"{path}:{line}: '{key}:' must hold `key: value` lines, such as {_EXAMPLES[key]}."
             )
-    return found
+    return sections
 
 
 def _refuse_stray_key(key: str, place: str) -> None:
-    # Names of memory settings, such as `checkpoint`, are other programs' words too: only the full
+    # Names of memory settings, such as `checkpoint`, are keys of other programs too: only the full
     # name is ours.
     ours = {field.name: field for field in FIELDS.values() if field.section == PARALLELISM}
     field = {**ours, **{field.key: field for field in FIELDS.values()}}.get(key)
