@@ -126,7 +126,7 @@ def test_a_degree_with_a_number_keeps_it(monkeypatch: pytest.MonkeyPatch) -> Non
     for cp in (1, 2, 4, 8):
         config = ParallelismConfig(cp_size=cp, sp_size="auto", model=HEADS)
         assert degrees(config) == (cp, 8 // cp)
-        assert f"what cp_size={cp} leaves" in str(config.source_of("sp_size"))
+        assert f"the ranks that cp_size={cp} leaves" in str(config.source_of("sp_size"))
         assert str(config.source_of("cp_size")) == "constructor"
     assert degrees(ParallelismConfig(cp_size="auto", sp_size=2, model=HEADS)) == (4, 2)
     with pytest.raises(

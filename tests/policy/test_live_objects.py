@@ -23,8 +23,6 @@ ALLOWED = {
     "memory/tiling/probe.py": "builds a small twin of a module",
     "integrations/accelerate/process_state.py": "sets accelerate's state for CPU ranks",
     # To be moved to Installation.
-    "compat/xtuner/dispatch.py": "",
-    "compat/xtuner/models.py": "",
     "expert_parallel/feature.py": "",
     "forward/checkpoint_context.py": "",
     "integrations/accelerate/memory_feature.py": "",

@@ -192,8 +192,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     for action in _private_api.parser_options(parser):
         options.update(option for option in action.option_strings if option.startswith("--"))
         if action.dest.startswith(_FLAG_PREFIXES):
-            # Our fields check these: accelerate 1.15 reads `False` as True and refuses the backends'
-            # other names.
+            # Our fields check these: accelerate 1.15 reads `False` as True, and refuses backends
+            # that it has no name for.
             action.type, action.choices = str, None
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -1,1 +1,1 @@
-"""Other projects' interfaces on this package's functions."""
+"""Interfaces of other libraries, on the functions of this package."""

@@ -259,14 +259,14 @@ def in_evaluation(expected: Tensor) -> list[float]:
         model.generate(
             tokens[:, :1], attention_mask=torch.ones_like(tokens[:, :1]), max_new_tokens=3
         )
-        done.uninstall()
+        done.close()
         after = model(input_ids=tokens).logits
     # A model that was restored computes a part as if it were all.
     alone = model(input_ids=ids.clone()).logits
     assert not hasattr(model, "xtuner_dispatch")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert float((alone - own).abs().max()) > 1e-3 or get_sequence_parallel_rank() == 0
-    assert "was given the same 16 tokens on all 2 ranks" in copied
+    assert "got the same 16 tokens on all 2 ranks" in copied
     pairs = [(whole, expected), (after, expected), *((one, own) for one in (part, masked, told))]
     return [float((one - other).abs().max()) for one, other in pairs]
 
@@ -347,11 +347,11 @@ def test_what_can_not_be_joined_is_refused_on_every_rank() -> None:
     assert ranks[0] == ranks[1]
     facts = [
         "dispatch_modules was called before init_sequence_parallel, on 2 processes",
-        "was given the same 16 tokens on all 2 ranks that share a sequence. Split the batch",
+        "got the same 16 tokens on all 2 ranks that share a sequence. Split the batch",
         "attention_mask of shape [2, 8], but only a [batch, sequence] mask, here [2, 16]",
         "the mask's numbers is",
-        "labels has shape [2, 16] and torch.int64, the part of the sequence on this rank is [2, 8]",
-        "was given no input_ids",
+        "labels has shape [2, 16] and torch.int64, the shard of the sequence on this rank is [2, 8]",
+        "got no input_ids",
         "rows and tokens is",
         "2 ranks do not divide a sequence of 15 tokens",
     ]

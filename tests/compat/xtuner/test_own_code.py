@@ -70,7 +70,7 @@ def own_code(number: int) -> tuple[list[float], str, list[str]]:
     attention.forward = maskless(ours)
     lost = refused(model(input_ids=ids, labels=own).loss.backward)
     attention.forward = ours
-    done.uninstall()
+    done.close()
     names = ("forward", "_prepare_decoder_attention_mask")
     left = [name for module in model.modules() for name in names if name in vars(module)]
     return [*found, *(float((loss - expected.loss).abs().detach()) for loss in losses)], lost, left

@@ -88,7 +88,7 @@ def test_groups_are_contiguous_and_getters_never_stale() -> None:
         )
         assert "sequence_parallel_size=0 does not divide" in refused[3]
         assert (
-            "init_sequence_parallel(2) was called again: groups of 2 ranks are there already"
+            "init_sequence_parallel(2) was called again: groups of 2 ranks exist already"
             in again[0]
         )
         assert (
@@ -135,7 +135,9 @@ def test_init_dist_starts_each_world_and_groups_end_with_it() -> None:
     for rank, (refused, *sizes) in enumerate(run_ranks(body, 2, init=False)):
         assert refused[0] == "launcher='mpi' is not known. Legal names: pytorch, slurm."
         assert "init_backend='horovod' is not known" in refused[1]
-        assert "needs torch.distributed, which is not up. Call init_dist first" in refused[2]
+        assert (
+            "needs torch.distributed, which is not initialized. Call init_dist first" in refused[2]
+        )
         assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set" in refused[3]
         assert sizes == [2, 1, 1, rank, rank]
 
@@ -275,13 +277,13 @@ def test_forms_are_not_mixed() -> None:
         lambda: split_for_sequence_parallel(input=tokens),  # type: ignore[call-overload]
     ]
     texts = [
-        "was given labels beside",
-        "was given position_ids",
-        "Give padding_value",
-        "Give tokens, or tensor",
+        "got labels together with",
+        "got position_ids",
+        "Pass padding_value",
+        "Pass tokens, or tensor",
     ]
     for message, text in zip(
-        messages(*wrong), [*texts, "was given labels beside", "Give dim"], strict=True
+        messages(*wrong), [*texts, "got labels together with", "Pass dim"], strict=True
     ):
         assert text in message
 
@@ -381,9 +383,9 @@ def test_attention_is_wrapped_with_heads_of_any_number(heads: tuple[int, int]) -
     for errors, refused in run_ranks(wrapped, 2, heads):
         assert max(errors) <= TOLERANCE
         assert len(errors) == (3 if heads[0] == 4 else 2)
-        assert ("3 query and 1 key/value heads are not dealt evenly to 2 ranks" in refused[0]) is (
-            heads[0] == 3
-        )
+        assert (
+            "3 query and 1 key/value heads are not partitioned evenly over 2 ranks" in refused[0]
+        ) is (heads[0] == 3)
         assert "scatter_dim=1, gather_dim=1 are not computed" in refused[1]
         assert ("2 ranks do not divide dim 2" in refused[2]) is (heads[0] == 3)
 

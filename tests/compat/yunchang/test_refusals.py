@@ -71,13 +71,13 @@ def test_what_is_not_computed_is_refused_by_name() -> None:
         rank = dist.get_rank()
         with pytest.raises(MeshError, match="Call set_seq_parallel_pg"):
             LongContextAttention()
-        with pytest.raises(MeshError, match="rank=5, world_size=2 were given"):
+        with pytest.raises(MeshError, match="rank=5, world_size=2 were passed"):
             set_seq_parallel_pg(1, 2, 5, 2)
         with pytest.raises(MeshError, match="a ring of 3 × 1 Ulysses ranks does not divide 2"):
             set_seq_parallel_pg(1, 3, rank, 2)
         set_seq_parallel_pg(1, 2, rank, 2)
         q = torch.randn(1, 8, 4, 4)
-        with pytest.raises(ConfigError, match="rd=1, but set_seq_parallel_pg made groups of 2"):
+        with pytest.raises(ConfigError, match="rd=1, but set_seq_parallel_pg created groups of 2"):
             EXTRACT_FUNC_DICT["zigzag"](q, rank, 2, rd=1, ud=2)
         call = LongContextAttention(ring_impl_type="zigzag")
         for name, given in _REFUSED.items():

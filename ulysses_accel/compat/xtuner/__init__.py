@@ -2,9 +2,9 @@
 around them.
 
 A script written for XTuner changes its imports and nothing else; both generations of signatures are
-taken. What the document's loop computes is exact: the loss of the whole sequence, and a gradient
-whose mean over all ranks is its own. Source: https://github.com/InternLM/xtuner, its document on
-sequence parallelism.
+accepted. What the document's loop computes is exact: the loss of the full sequence, and gradients
+whose mean over all ranks is that of this loss. Source: https://github.com/InternLM/xtuner, its
+document on sequence parallelism.
 """
 
 from __future__ import annotations

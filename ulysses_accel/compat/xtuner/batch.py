@@ -1,9 +1,9 @@
-"""The whole batch from its parts: what every layer must know of it, and the labels that the cut
-left on other ranks.
+"""The full batch from its shards: its description, and the labels that splitting left on other
+ranks.
 
-XTuner's loop hands a model this rank's part of tokens, labels and positions, and the whole mask.
-One exchange of these integers for each forward makes the batch's description, and shifts the labels
-before they are cut once more.
+XTuner's loop passes a model this rank's shard of tokens, labels and positions, and the full mask.
+One all-gather of these integers for each forward yields the batch's description, and the labels are
+shifted before they are sharded again.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from ulysses_accel.sequence.description import DESCRIPTION_KEY
 from ulysses_accel.sequence.sharding import is_marked_shard
 
 _SPLIT = ("input_ids", "labels", "position_ids")
-_WHOLE = ("attention_mask", "cu_seq_lens_q")
+_REPLICATED = ("attention_mask", "cu_seq_lens_q")
 
 
 def is_split(kwargs: Mapping[str, Any], size: int) -> bool:
-    """Returns whether a forward's arguments are known to be parts of sequences that `size` ranks
+    """Returns whether a forward's arguments are known to be shards of sequences that `size` ranks
     share.
 
-    They are as `split_for_sequence_parallel` returned them, on the same device, or their mask is so
-    many times longer.
+    Either `split_for_sequence_parallel` returned them, and they are on the same device; or their
+    mask is `size` times longer.
     """
     names = ("input_ids", "inputs_embeds", "labels", "position_ids")
     rows, tokens = _shape(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     mask = kwargs.get("attention_mask")
-    # With a cache a mask is of the tokens before too.
+    # With a cache, a mask covers the earlier tokens too.
     is_alone = kwargs.get("past_key_values") is None
     has_whole_mask = (
         is_alone and isinstance(mask, Tensor) and tuple(mask.shape) == (rows, tokens * size)
@@ -55,43 +55,45 @@ def described(
 
     Args:
         kwargs: `input_ids` `[B, S / P]` or `inputs_embeds` `[B, S / P, D]`; maybe `labels` and
-            `position_ids` `[B, S / P]`, and whole on every rank `attention_mask` `[B, S]` and
+            `position_ids` `[B, S / P]`, and in full on every rank `attention_mask` `[B, S]` and
             `cu_seq_lens_q` `[n]`.
         group: the P ranks that share the sequence.
-        ring_size: how many of the cuts lie between ranks of a ring.
-        rules: what the model asks of a batch.
+        ring_size: ring attention degree.
+        rules: what the model requires of a batch.
         name: the model's, for messages.
 
     Raises:
-        BatchError: the parts are no batch's, or the same on every rank.
-        RankDisagreementError: the ranks have parts of different shapes, or different masks.
+        BatchError: the shards don't form a batch, or are the same on every rank.
+        RankDisagreementError: the ranks have shards of different shapes, or different masks.
     """
-    # Labels of the rows are whole on every rank.
+    # Labels of whole rows are replicated on every rank.
     split = [key for key in _SPLIT if key != "labels" or rules.labels != "whole"]
-    found = {key: kwargs[key] for key in (*split, *_WHOLE) if isinstance(kwargs.get(key), Tensor)}
-    embeds = kwargs.get("inputs_embeds")
-    shape = _shape(found.get("input_ids"), embeds)
-    same_everywhere(_facts(found, shape, group.size()), group, f"the batch given to {name}")
-    _check(found, shape, name)
-    whole: dict[str, Any] = {
-        **_gathered(found, shape, group),
-        **{key: found[key] for key in _WHOLE if key in found},
+    tensors = {
+        key: kwargs[key] for key in (*split, *_REPLICATED) if isinstance(kwargs.get(key), Tensor)
     }
-    if "input_ids" in whole and not is_split(kwargs, group.size()):
-        _refuse_copies(whole["input_ids"], group.size(), name)
-    if "input_ids" not in whole:
-        # Rows and tokens are all that is asked of embeddings.
-        whole["inputs_embeds"] = torch.empty(shape[0], shape[1] * group.size(), 0)
-    local = complete(whole, BatchLayout(group.size(), ring_size=ring_size), rules).local_batch(
+    embeds = kwargs.get("inputs_embeds")
+    shape = _shape(tensors.get("input_ids"), embeds)
+    same_everywhere(_facts(tensors, shape, group.size()), group, f"the batch given to {name}")
+    _check(tensors, shape, name)
+    full: dict[str, Any] = {
+        **_gathered(tensors, shape, group),
+        **{key: tensors[key] for key in _REPLICATED if key in tensors},
+    }
+    if "input_ids" in full and not is_split(kwargs, group.size()):
+        _refuse_copies(full["input_ids"], group.size(), name)
+    if "input_ids" not in full:
+        # Only the number of rows and tokens of embeddings is used.
+        full["inputs_embeds"] = torch.empty(shape[0], shape[1] * group.size(), 0)
+    local = complete(full, BatchLayout(group.size(), ring_size=ring_size), rules).local_batch(
         group.rank()
     )
-    kept = {key: value for key, value in kwargs.items() if key == "input_ids" or key not in found}
-    made: dict[str, Any] = {
+    kept = {key: value for key, value in kwargs.items() if key == "input_ids" or key not in tensors}
+    batch: dict[str, Any] = {
         key: local[key].contiguous()
         for key in ("position_ids", "labels", "shift_labels")
         if key in local
     }
-    return {**kept, **made, DESCRIPTION_KEY: local[DESCRIPTION_KEY]}
+    return {**kept, **batch, DESCRIPTION_KEY: local[DESCRIPTION_KEY]}
 
 
 def _shape(ids: Any, embeds: Any) -> tuple[int, int]:
@@ -103,12 +105,12 @@ def _shape(ids: Any, embeds: Any) -> tuple[int, int]:
     )
 
 
-def _facts(found: dict[str, Tensor], shape: tuple[int, int], size: int) -> dict[str, int | str]:
+def _facts(tensors: dict[str, Tensor], shape: tuple[int, int], size: int) -> dict[str, int | str]:
     """Returns what must be the same on all ranks."""
     facts: dict[str, int | str] = {"rows and tokens": str(list(shape))}
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         facts[key] = f"{tensor.dtype} {list(tensor.shape)}"
-    mask = found.get("attention_mask")
+    mask = tensors.get("attention_mask")
     if mask is not None and mask.shape[-1] == shape[1] * size:
         facts["the mask's numbers"] = zlib.crc32(
             mask.detach().to(torch.float32).cpu().numpy().tobytes()
@@ -116,31 +118,32 @@ def _facts(found: dict[str, Tensor], shape: tuple[int, int], size: int) -> dict[
     return facts
 
 
-def _check(found: dict[str, Tensor], shape: tuple[int, int], name: str) -> None:
-    """Refuses, on every rank alike, what can't be joined."""
+def _check(tensors: dict[str, Tensor], shape: tuple[int, int], name: str) -> None:
+    """Refuses, on every rank alike, shards that can't be joined."""
     if not all(shape):
         raise BatchError(
-            f"{name} was given no input_ids [B, S / P] and no inputs_embeds [B, S / P, D]. Pass "
+            f"{name} got no input_ids [B, S / P] and no inputs_embeds [B, S / P, D]. Pass "
             "one of them by name."
         )
     for key in _SPLIT:
-        tensor = found.get(key)
+        tensor = tensors.get(key)
         fits = tensor is None or tensor.shape[-2:] in (shape, (1, shape[1]), shape[1:])
         if tensor is not None and (not fits or tensor.is_floating_point()):
             raise BatchError(
-                f"{key} has shape {list(tensor.shape)} and {tensor.dtype}, the part of the "
-                "sequence on this rank is "
-                f"{list(shape)}. Split tokens, labels and position_ids together by "
-                "split_for_sequence_parallel."
+                f"{key} has shape {list(tensor.shape)} and {tensor.dtype}, the shard of the "
+                f"sequence on this rank is {list(shape)}. Split tokens, labels and position_ids "
+                "together by split_for_sequence_parallel."
             )
 
 
 def _gathered(
-    found: dict[str, Tensor], shape: tuple[int, int], group: ProcessGroup
+    tensors: dict[str, Tensor], shape: tuple[int, int], group: ProcessGroup
 ) -> dict[str, Tensor]:
-    """Returns the split tensors whole, from one exchange."""
+    """Returns the split tensors in full, from one all-gather."""
     parts = {
-        key: found[key].expand(*found[key].shape[:-2], *shape) for key in _SPLIT if key in found
+        key: tensors[key].expand(*tensors[key].shape[:-2], *shape)
+        for key in _SPLIT
+        if key in tensors
     }
     if not parts:
         return {}
@@ -154,12 +157,11 @@ def _gathered(
 
 
 def _refuse_copies(tokens: Tensor, size: int, name: str) -> None:
-    """Refuses a batch that was not split: every rank has the same part then."""
+    """Refuses a batch that was not split: then all ranks have the same tokens."""
     first, *others = tokens.chunk(size, dim=1)
     if all(bool((part == first).all()) for part in others):
         raise BatchError(
-            f"{name} was given the same {first.shape[1]} tokens on all {size} ranks that share a "
-            "sequence. Split the "
-            "batch by split_for_sequence_parallel, or call model.eval() for batches that are "
-            "whole on every rank."
+            f"{name} got the same {first.shape[1]} tokens on all {size} ranks that share a "
+            "sequence. Split the batch by split_for_sequence_parallel, or call model.eval() for "
+            "full batches on every rank."
         )

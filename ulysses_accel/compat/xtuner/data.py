@@ -1,10 +1,10 @@
-"""XTuner's data functions: the sampler that gives a sequence's ranks the same samples, padding, and
-the split.
+"""XTuner's data functions: the sampler that draws the same samples on all ranks of a sequence,
+padding, and splitting.
 
 Both generations of `pad_for_sequence_parallel` and `split_for_sequence_parallel`: the document's,
-which takes a batch's tensors together, and the later one, which takes one tensor. A number in the
-second place tells the later one. Shapes: B = rows, S = tokens of the whole sequence, P = ranks that
-share it.
+which takes a batch's tensors together, and the later one, which takes one tensor. An integer as the
+second argument selects the later one. Shapes: B = rows, S = tokens of the full sequence, P = ranks
+that share it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class SequenceParallelSampler(Sampler[int]):
 
     Args:
         dataset: of known length.
-        shuffle: whether each epoch has an order of its own.
-        seed: of that order; drawn and agreed on by all ranks when None, so that all must then make
-            the sampler.
-        round_up: whether the first samples are drawn again to give all ranks as many; otherwise
-            some have one less.
+        shuffle: whether each epoch is shuffled differently.
+        seed: of that order; rank 0's draw when None, so that all ranks must then create the
+            sampler.
+        round_up: whether the first samples are drawn again so that all ranks have the same number;
+            otherwise some have one less.
 
     Raises:
         BatchError: the dataset is empty.
@@ -56,7 +56,7 @@ class SequenceParallelSampler(Sampler[int]):
     ) -> None:
         if not len(dataset):
             raise BatchError(
-                "the dataset is empty, so there is nothing to sample. Give one with samples."
+                "the dataset is empty, so there is nothing to sample. Use one with samples."
             )
         self.dataset, self.shuffle, self.round_up = dataset, shuffle, round_up
         self.rank, self.world_size = get_data_parallel_rank(), get_data_parallel_world_size()
@@ -90,8 +90,8 @@ class SequenceParallelSampler(Sampler[int]):
 
 def _shared_seed() -> int:
     """Returns rank 0's draw."""
-    own = int(torch.randint(2**31, ()))
-    return gather_ints([own], dist.group.WORLD if dist.is_initialized() else None)[0][0]
+    seed = int(torch.randint(2**31, ()))
+    return gather_ints([seed], dist.group.WORLD if dist.is_initialized() else None)[0][0]
 
 
 @overload
@@ -161,24 +161,26 @@ def pad_for_sequence_parallel(
         dim: see `position_ids`.
 
     Returns:
-        The four tensors, `[B, S']` or None as given; in the later form the one tensor.
+        The four tensors, `[B, S']` or None; in the later form the one tensor.
 
     Raises:
         ConfigError: the two forms are mixed.
     """
-    given = tensor if tensor is not None else tokens
+    tensor_to_pad = tensor if tensor is not None else tokens
     number = labels if isinstance(labels, int | float) else padding_value
-    if given is None or (tensor is not None and tokens is not None):
+    if tensor_to_pad is None or (tensor is not None and tokens is not None):
         raise ConfigError(
-            "pad_for_sequence_parallel pads one tensor or one batch. Give tokens, or tensor."
+            "pad_for_sequence_parallel pads one tensor or one batch. Pass tokens, or tensor."
         )
     if number is not None:
-        place = dim if dim is not None else position_ids if position_ids is not None else -1
+        padded_dim = position_ids if position_ids is not None else -1
+        if dim is not None:
+            padded_dim = dim
         _refuse_both_forms(
             "pad", labels=labels, position_ids=position_ids, attention_mask=attention_mask
         )
-        assert isinstance(place, int)
-        return _padded(given, number, place)
+        assert isinstance(padded_dim, int)
+        return _padded(tensor_to_pad, number, padded_dim)
     if (
         tensor is not None
         or dim is not None
@@ -186,11 +188,11 @@ def pad_for_sequence_parallel(
         or isinstance(position_ids, int)
     ):
         raise ConfigError(
-            "pad_for_sequence_parallel of one tensor needs the number to pad with. Give "
+            "pad_for_sequence_parallel of one tensor needs the number to pad with. Pass "
             "padding_value."
         )
     return (
-        _padded(given, tokens_pad_index, 1),
+        _padded(tensor_to_pad, tokens_pad_index, 1),
         None if labels is None else _padded(labels, labels_pad_index, 1),
         None if position_ids is None else _padded(position_ids, position_ids_pad_index, -1),
         None if attention_mask is None else _padded(attention_mask, attention_mask_pad_index, 1),
@@ -201,9 +203,8 @@ def _refuse_both_forms(name: str, **others: object) -> None:
     tensors = [key for key, value in others.items() if isinstance(value, Tensor)]
     if tensors:
         raise ConfigError(
-            f"{name}_for_sequence_parallel was given {', '.join(tensors)} beside what the form for "
-            "one tensor takes. "
-            f"Call it once for each tensor, or with the batch's tensors alone."
+            f"{name}_for_sequence_parallel got {', '.join(tensors)} together with the arguments "
+            "for one tensor. Call it once for each tensor, or with the batch's tensors alone."
         )
 
 
@@ -245,35 +246,35 @@ def pad_cumulative_len_for_sequence_parallel(
 def split_for_sequence_parallel(
     tokens: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Three:
-    """Cuts a batch; see below."""
+    """Splits a batch; see below."""
 
 
 @overload
 def split_for_sequence_parallel(
     tokens: Tensor, labels: int, position_ids: ProcessGroup | None = None, /
 ) -> Tensor:
-    """Cuts one tensor; see below."""
+    """Splits one tensor; see below."""
 
 
 @overload
 def split_for_sequence_parallel(
     tokens: Tensor, labels: int, /, *, sp_group: ProcessGroup | None
 ) -> Tensor:
-    """Cuts one tensor; see below."""
+    """Splits one tensor; see below."""
 
 
 @overload
 def split_for_sequence_parallel(
     tokens: Tensor, *, dim: int, sp_group: ProcessGroup | None = None
 ) -> Tensor:
-    """Cuts one tensor; see below."""
+    """Splits one tensor; see below."""
 
 
 @overload
 def split_for_sequence_parallel(
     *, input: Tensor, dim: int, sp_group: ProcessGroup | None = None
 ) -> Tensor:
-    """Cuts one tensor; see below."""
+    """Splits one tensor; see below."""
 
 
 def split_for_sequence_parallel(
@@ -285,50 +286,49 @@ def split_for_sequence_parallel(
     dim: int | None = None,
     sp_group: ProcessGroup | None = None,
 ) -> Tensor | Three:
-    """Returns this rank's part of sequences whose length the ranks divide; masks are not to be
-    split.
+    """Returns this rank's shard of sequences whose length the ranks divide; masks are not split.
 
-    The later form is `split_for_sequence_parallel(input, dim, sp_group)`. Labels are cut where they
-    are: a dispatched model gives the last token of a part its label from the next part.
+    The later form is `split_for_sequence_parallel(input, dim, sp_group)`. Labels are split
+    unshifted: a dispatched model takes the label of a shard's last token from the next shard.
 
     Args:
         tokens: `[B, S]`; in the later form any tensor, also by the name `input`.
-        labels: `[B, S]`, not shifted; in the later form the dim to cut, also by the name `dim`.
+        labels: `[B, S]`, not shifted; in the later form the dim to split, also by the name `dim`.
         position_ids: `[B, S]`; in the later form the ranks, also by the name `sp_group`.
         input: see `tokens`.
         dim: see `labels`.
         sp_group: see `position_ids`; the sequence group when None.
 
     Returns:
-        The three tensors, `[B, S / P]` or None as given; in the later form the one tensor.
+        The three tensors, `[B, S / P]` or None; in the later form the one tensor.
 
     Raises:
         ConfigError: the two forms are mixed.
         ShapeError: the ranks do not divide the sequence.
     """
-    given = input if input is not None else tokens
-    if given is None or (input is not None and tokens is not None):
+    tensor_to_split = input if input is not None else tokens
+    if tensor_to_split is None or (input is not None and tokens is not None):
         raise ConfigError(
-            "split_for_sequence_parallel cuts one tensor or one batch. Give tokens, or input."
+            "split_for_sequence_parallel splits one tensor or one batch. Pass tokens, or input."
         )
-    place = labels if isinstance(labels, int) else dim
+    split_dim = labels if isinstance(labels, int) else dim
     group = position_ids if isinstance(position_ids, ProcessGroup) else sp_group
-    if place is not None:
+    if split_dim is not None:
         _refuse_both_forms("split", labels=labels, position_ids=position_ids)
-        return _part(given, place, group)
+        return _shard_of(tensor_to_split, split_dim, group)
     if input is not None or isinstance(position_ids, ProcessGroup) or isinstance(labels, int):
         raise ConfigError(
-            "split_for_sequence_parallel of one tensor needs the dim to cut. Give dim."
+            "split_for_sequence_parallel of one tensor needs the dim to split. Pass dim."
         )
     return (
-        _part(given, 1, group),
-        None if labels is None else _part(labels, 1, group),
-        None if position_ids is None else _part(position_ids, -1, group),
+        _shard_of(tensor_to_split, 1, group),
+        None if labels is None else _shard_of(labels, 1, group),
+        None if position_ids is None else _shard_of(position_ids, -1, group),
     )
 
 
-def _part(tensor: Tensor, dim: int, given: ProcessGroup | None) -> Tensor:
-    group = sequence_group(given)
+def _shard_of(tensor: Tensor, dim: int, sp_group: ProcessGroup | None) -> Tensor:
+    group = sequence_group(sp_group)
     if group is None:
         return tensor
     part: Tensor = mark_shard(shard(tensor, group.size(), group.rank(), dim).contiguous())

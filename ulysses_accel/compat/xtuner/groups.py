@@ -1,7 +1,7 @@
 """XTuner's process groups: which ranks share a sequence, which hold different ones, and how
 torch.distributed starts.
 
-Every getter asks the state anew, so that one called before `init_sequence_parallel` does not spoil
+Every getter reads the present state, so that a call before `init_sequence_parallel` does not change
 later ones. Source: https://github.com/InternLM/xtuner, its document on sequence parallelism.
 """
 
@@ -23,7 +23,7 @@ DEFAULT_PORT = "29500"
 
 
 class SequenceParallel:
-    """The groups of this process that `init_sequence_parallel` made; they end with
+    """The groups of this process that `init_sequence_parallel` created; they end with
     torch.distributed itself.
     """
 
@@ -32,7 +32,7 @@ class SequenceParallel:
         self._groups: dict[str, ProcessGroup] = {}
 
     def group(self, name: str) -> ProcessGroup | None:
-        """Returns the group `sequence`, `data` or `inner`; None where it was not made for the
+        """Returns the group `sequence`, `data` or `inner`; None where it was not created for the
         running world.
         """
         return self._groups.get(name) if self._world is dist.group.WORLD else None
@@ -50,17 +50,17 @@ SEQUENCE_PARALLEL = SequenceParallel()
 def init_dist(
     launcher: str, backend: str = "nccl", init_backend: str = "torch", **kwargs: Any
 ) -> None:
-    """Starts torch.distributed from what a launcher left in the environment, and takes this rank's
+    """Starts torch.distributed from a launcher's environment variables, and selects this rank's
     GPU.
 
     Args:
         launcher: `pytorch` (torchrun's variables) or `slurm` (srun's, one task for each process).
         backend: of torch.distributed: `nccl`, or `gloo` on CPUs.
-        init_backend: `torch` or `deepspeed`, whichever is to start it.
-        kwargs: given to it; `port` is the first host's under Slurm, unless MASTER_PORT says one.
+        init_backend: `torch` or `deepspeed`: the library that starts it.
+        kwargs: passed to it; `port` is the first host's under Slurm, unless MASTER_PORT is set.
 
     Raises:
-        ConfigError: another launcher, or variables that it did not set.
+        ConfigError: another launcher, or missing variables.
     """
     if launcher not in ("pytorch", "slurm"):
         raise ConfigError(
@@ -101,13 +101,14 @@ def slurm_environment(port: str | None = None) -> dict[str, str]:
         port: on the first host, where MASTER_PORT is not set.
 
     Raises:
-        ConfigError: this is no Slurm task.
+        ConfigError: this is not a Slurm task.
     """
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODELIST")
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)} are not set: this is no Slurm task. Start the script with srun."
+            f"{', '.join(missing)} are not set: this is not a Slurm task. Start the script with "
+            "srun."
         )
     rank, world_size, local_rank, hosts = (os.environ[name] for name in names)
     return {
@@ -122,37 +123,36 @@ def slurm_environment(port: str | None = None) -> dict[str, str]:
 def first_host(hosts: str) -> str:
     """Returns the first host of a Slurm list such as `a,b`, `node[07-12,20]` or `r[1-2]n[3-4]`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts.strip())
-    # Of a bracket the first number is the first host's.
+    # The first number of a bracket is the first host's.
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group() if first is not None else "")
 
 
 def init_sequence_parallel(sequence_parallel_size: int = 1) -> None:
-    """Makes the groups of neighbouring ranks that share a sequence; every rank must call it, once.
+    """Creates the groups of neighbouring ranks that share a sequence; every rank must call it,
+    once.
 
     Args:
         sequence_parallel_size: ranks P that share each sequence; divides the number of processes.
 
     Raises:
-        MeshError: torch.distributed is not up, P does not divide the processes, or the groups are
-            there already.
+        MeshError: torch.distributed is not initialized, P does not divide the processes, or the
+            groups exist already.
     """
     if not dist.is_initialized():
         raise MeshError(
             f"init_sequence_parallel({sequence_parallel_size}) needs torch.distributed, which is "
-            "not up. Call "
-            f"init_dist first."
+            "not initialized. Call init_dist first."
         )
-    there = SEQUENCE_PARALLEL.group("sequence")
-    if there is not None:
+    group = SEQUENCE_PARALLEL.group("sequence")
+    if group is not None:
         raise MeshError(
             f"init_sequence_parallel({sequence_parallel_size}) was called again: groups of "
-            f"{there.size()} ranks are "
-            f"there already. Call it once."
+            f"{group.size()} ranks exist already. Call it once."
         )
     world_size = dist.get_world_size()
     _check_divides(sequence_parallel_size, world_size, "sequence_parallel_size")
-    # Ranks of the same place in different sequence groups are neighbours in no ring: they hold
-    # different data.
+    # Ranks at the same position of different sequence groups hold different data: they form no
+    # ring.
     data, sequence = ring_and_ulysses_groups(
         world_size // sequence_parallel_size, sequence_parallel_size
     )
@@ -161,11 +161,11 @@ def init_sequence_parallel(sequence_parallel_size: int = 1) -> None:
 
 
 def init_inner_sequence_parallel(inner_sequence_parallel_size: int = 1) -> None:
-    """Makes the inner groups that XTuner repeats heads over, for code that asks for them; every
+    """Creates the inner groups over which XTuner repeats heads, for code that reads them; every
     rank must call it.
 
-    Nothing here needs them: heads that P does not divide are dealt unevenly, and ranks beyond the
-        heads form a ring.
+    Nothing here needs them: heads that P does not divide are partitioned unevenly, and ranks beyond
+    the heads form a ring.
 
     Args:
         inner_sequence_parallel_size: ranks in each; divides P.
@@ -183,14 +183,14 @@ def init_inner_sequence_parallel(inner_sequence_parallel_size: int = 1) -> None:
     SEQUENCE_PARALLEL.keep(inner=ring_and_ulysses_groups(number, inner_sequence_parallel_size)[1])
 
 
-def _check_divides(size: int, whole: int, name: str) -> None:
-    if size < 1 or whole % size:
-        legal = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
-        raise MeshError(f"{name}={size} does not divide {whole} processes. Use one of: {legal}.")
+def _check_divides(size: int, total: int, name: str) -> None:
+    if size < 1 or total % size:
+        legal = ", ".join(str(number) for number in range(1, total + 1) if total % number == 0)
+        raise MeshError(f"{name}={size} does not divide {total} processes. Use one of: {legal}.")
 
 
 def is_inner_sequence_parallel_initialized() -> bool:
-    """Returns whether `init_inner_sequence_parallel` made groups."""
+    """Returns whether `init_inner_sequence_parallel` created groups."""
     return get_inner_sequence_parallel_group() is not None
 
 
@@ -225,7 +225,7 @@ def get_inner_sequence_parallel_rank() -> int:
 
 
 def get_data_parallel_group() -> ProcessGroup:
-    """Returns the ranks that hold the same part of different sequences.
+    """Returns the ranks that hold the same shard of different sequences.
 
     Raises:
         MeshError: `init_sequence_parallel` was not called.
@@ -240,7 +240,7 @@ def get_data_parallel_group() -> ProcessGroup:
 
 
 def get_data_parallel_world_size() -> int:
-    """Returns how many different batches are processed at once; all ranks' before
+    """Returns how many different batches are processed at once; the number of ranks before
     `init_sequence_parallel`.
     """
     group = SEQUENCE_PARALLEL.group("data") or dist.group.WORLD
@@ -262,7 +262,7 @@ def _rank(group: ProcessGroup | None) -> int:
 
 
 def sequence_group(group: ProcessGroup | None) -> ProcessGroup | None:
-    """Returns the group given, or the sequence group where none is; None where no sequence is
+    """Returns the group, or the sequence group where it is None; None where no sequence is
     shared.
     """
     chosen = group if group is not None else get_sequence_parallel_group()

@@ -1,7 +1,7 @@
-"""XTuner's exchanges between the ranks of a sequence, and the loss of all of them.
+"""XTuner's collectives between the ranks of a sequence, and the loss of all of them.
 
 `sp_group=None` always means the sequence group, never the world. No argument is changed.
-Shapes: B = rows, S = tokens of the whole sequence, P = ranks that share it, s = S / P, H = heads, D
+Shapes: B = rows, S = tokens of the full sequence, P = ranks that share it, s = S / P, H = heads, D
 = head size.
 """
 
@@ -28,11 +28,11 @@ GradScale = Literal["up", "down"]
 def gather_for_sequence_parallel(
     input: Tensor, dim: int, sp_group: ProcessGroup | None = None
 ) -> Tensor:
-    """Returns all ranks' parts joined, `[..., n, ...]` -> `[..., P * n, ...]`; no gradient goes
-    through.
+    """Returns all ranks' shards concatenated, `[..., n, ...]` -> `[..., P * n, ...]`; without
+    gradient.
 
     Args:
-        input: this rank's part.
+        input: this rank's shard.
         dim: the dim that grows.
         sp_group: the ranks.
     """
@@ -43,7 +43,7 @@ def gather_for_sequence_parallel(
 
 
 class _SplitGather(torch.autograd.Function):
-    """[..., P * n, ...] -> [..., n, ...]; gradients are joined, and scaled."""
+    """[..., P * n, ...] -> [..., n, ...]; gradients are concatenated, and scaled."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dim: int, group: ProcessGroup, factor: float) -> Tensor:
@@ -57,7 +57,7 @@ class _SplitGather(torch.autograd.Function):
 
 
 class _GatherSplit(torch.autograd.Function):
-    """[..., n, ...] -> [..., P * n, ...]; each rank keeps its own part of its gradient, scaled."""
+    """[..., n, ...] -> [..., P * n, ...]; each rank keeps its shard of its gradient, scaled."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dim: int, group: ProcessGroup, factor: float) -> Tensor:
@@ -76,11 +76,11 @@ def split_forward_gather_backward(
     sp_group: ProcessGroup | None = None,
     grad_scale: GradScale | None = None,
 ) -> Tensor:
-    """Returns this rank's part; in the backward pass the ranks' gradients are joined.
+    """Returns this rank's shard; in the backward pass the ranks' gradients are concatenated.
 
     Args:
         input: `[..., P * n, ...]`, the same on every rank.
-        dim: the dim that is cut.
+        dim: the dim that is split.
         sp_group: the ranks.
         grad_scale: `up` multiplies the gradient by P, `down` divides it by P.
 
@@ -97,14 +97,14 @@ def gather_forward_split_backward(
     sp_group: ProcessGroup | None = None,
     grad_scale: GradScale | None = None,
 ) -> Tensor:
-    """Returns all ranks' parts joined; in the backward pass each rank takes its part of its own
+    """Returns all ranks' shards concatenated; in the backward pass each rank takes its shard of its
     gradient.
 
     That is the gradient where all ranks use the result alike; `ulysses_accel.all_gather` sums over
     all ranks instead.
 
     Args:
-        input: `[..., n, ...]`, this rank's part.
+        input: `[..., n, ...]`, this rank's shard.
         dim: the dim that grows.
         sp_group: the ranks.
         grad_scale: `up` multiplies the gradient by P, `down` divides it by P.
@@ -119,12 +119,12 @@ def _scaled(
     function: type[torch.autograd.Function],
     input: Tensor,
     dim: int,
-    given: ProcessGroup | None,
+    sp_group: ProcessGroup | None,
     scale: str | None,
 ) -> Tensor:
     if scale not in (None, "up", "down"):
         raise ConfigError(f"grad_scale={scale!r} is not known. Use 'up', 'down' or None.")
-    group = sequence_group(given)
+    group = sequence_group(sp_group)
     if group is None:
         return input
     factor = {"up": float(group.size()), "down": 1.0 / group.size()}.get(scale or "", 1.0)
@@ -156,8 +156,7 @@ def all_to_all(
     if input.shape[scatter_dim] % group.size():
         raise ShapeError(
             f"{group.size()} ranks do not divide dim {scatter_dim} of shape {tuple(input.shape)}. "
-            "Deal heads by "
-            f"dispatch_modules or sequence_parallel_wrapper, which can do so unevenly."
+            "Use dispatch_modules or sequence_parallel_wrapper, which partition heads unevenly."
         )
     send = torch.stack(input.chunk(group.size(), scatter_dim))
     # P times [B, s, H/P, D] -> [B, S, H/P, D]
@@ -182,7 +181,7 @@ def pre_process_for_sequence_parallel_attn(
         gather_dim: the tokens' dim, 1.
 
     Returns:
-        `[B, S, H / P, D]`, and key and value with the heads that these read.
+        `[B, S, H / P, D]`, and the key/value heads of these query heads.
 
     Raises:
         ConfigError: other dims.
@@ -195,9 +194,8 @@ def pre_process_for_sequence_parallel_attn(
     if not HeadSplit(group.size(), query_states.shape[2], key_states.shape[2]).is_even:
         raise ShapeError(
             f"{query_states.shape[2]} query and {key_states.shape[2]} key/value heads are not "
-            "dealt evenly to "
-            f"{group.size()} ranks. Use sequence_parallel_wrapper or dispatch_modules, which deal "
-            "them unevenly."
+            f"partitioned evenly over {group.size()} ranks. Use sequence_parallel_wrapper or "
+            "dispatch_modules, which partition them unevenly."
         )
     return _to_heads(query_states, key_states, value_states, group)
 
@@ -213,7 +211,7 @@ def _to_heads(
 def post_process_for_sequence_parallel_attn(
     attn_output: Tensor, scatter_dim: int = 1, gather_dim: int = 2
 ) -> Tensor:
-    """Exchanges heads for tokens behind attention, `[B, S, H / P, D]` -> `[B, s, H, D]`.
+    """Exchanges heads for tokens after attention, `[B, S, H / P, D]` -> `[B, s, H, D]`.
 
     Args:
         attn_output: all tokens of this rank's heads.
@@ -228,20 +226,19 @@ def post_process_for_sequence_parallel_attn(
     return attn_output if group is None else head_to_seq(attn_output.transpose(1, 2), group)
 
 
-def _check_dims(scatter_dim: int, gather_dim: int, wanted: tuple[int, int]) -> None:
-    if (scatter_dim, gather_dim) != wanted:
+def _check_dims(scatter_dim: int, gather_dim: int, expected: tuple[int, int]) -> None:
+    if (scatter_dim, gather_dim) != expected:
         raise ConfigError(
             f"scatter_dim={scatter_dim}, gather_dim={gather_dim} are not computed. Use "
-            f"scatter_dim={wanted[0]}, "
-            f"gather_dim={wanted[1]}; all_to_all takes any dims."
+            f"scatter_dim={expected[0]}, gather_dim={expected[1]}; all_to_all accepts any dims."
         )
 
 
 def sequence_parallel_wrapper(local_attn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns attention over sharded sequences, made of one over whole ones.
+    """Returns attention on sharded sequences that calls a function of full ones.
 
     Args:
-        local_attn: takes query `[B, S, h, D]`, key and value `[B, S, k, D]` and anything more;
+        local_attn: takes query `[B, S, h, D]`, key and value `[B, S, k, D]` and further arguments;
             returns `[B, S, h, D]`.
 
     Returns:
@@ -267,12 +264,11 @@ def sequence_parallel_wrapper(local_attn: Callable[..., Tensor]) -> Callable[...
 def reduce_sequence_parallel_loss(
     mean_loss: Tensor, loss_scale: Tensor | float, sp_group: ProcessGroup | None = None
 ) -> Tensor:
-    """Returns the loss of the whole sequence, from each rank's mean and how many tokens it is the
-    mean of.
+    """Returns the loss of the full sequence, from each rank's mean and its number of tokens.
 
     The gradient of each rank's mean is weighted by its tokens, so that the mean over all ranks of
-    their gradients is the whole sequence's. A dispatched model's loss is the whole sequence's
-    already, and stays what it is.
+    their gradients is the full sequence's. A dispatched model's loss is that of the full sequence
+    already, and is not changed.
 
     Args:
         mean_loss: scalar; NaN where this rank has no counted token.
@@ -287,8 +283,8 @@ def reduce_sequence_parallel_loss(
         return mean_loss
     # float64: a float32 sum of token counts is exact only up to 16.7 million tokens.
     weight = torch.as_tensor(loss_scale, device=mean_loss.device).detach().to(torch.float64)
-    own = torch.where(weight > 0, mean_loss.to(torch.float64) * weight, 0.0)
-    totals = collectives.all_reduce(torch.stack([own, weight]), group)
+    local_sum = torch.where(weight > 0, mean_loss.to(torch.float64) * weight, 0.0)
+    totals = collectives.all_reduce(torch.stack([local_sum, weight]), group)
     mean = torch.where(
         totals[1] > 0, totals[0] / totals[1].clamp(min=torch.finfo(torch.float64).tiny), 0.0
     )

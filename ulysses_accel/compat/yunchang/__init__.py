@@ -2,9 +2,9 @@
 attention.
 
 Names, signatures and token layouts are YunChang's, tensors are its `[B, s, H, D]`. What can't be
-computed exactly is refused by the argument's name. Data parallelism on top needs nothing: groups
-and layouts are of the ranks that share a sequence, whether these are counted in the world or among
-themselves. Shapes: B = rows, S = tokens of the whole sequence, H / K = query / key-value heads, U =
+computed exactly is refused by the argument's name. Data parallelism needs nothing more: groups
+and layouts are those of the ranks that share a sequence, whether ranks are counted in the world or
+among these. Shapes: B = rows, S = tokens of the full sequence, H / K = query / key-value heads, U =
 Ulysses ranks, R = ring ranks, P = U × R, s = S / P tokens, D / Dv = head sizes. Source: USP (arXiv
 2405.07719), https://github.com/feifeibear/long-context-attention.
 """
@@ -62,10 +62,10 @@ class LongContextAttention(nn.Module):
     Args:
         scatter_idx: the heads' dim, 2.
         gather_idx: the tokens' dim, 1.
-        ring_impl_type: `basic`, `zigzag` or `strip`; tokens are dealt by the function of that name
-            in `EXTRACT_FUNC_DICT`.
-        use_pack_qkv: taken and not needed: query, key and value always travel as one message.
-        use_sync: taken and not needed: the exchange is ordered with the compute.
+        ring_impl_type: `basic`, `zigzag` or `strip`; tokens are distributed by the function of that
+            name in `EXTRACT_FUNC_DICT`.
+        use_pack_qkv: accepted and not needed: query, key and value are always one message.
+        use_sync: accepted and not needed: the exchange is ordered with the compute.
         attn_type: the kernel; any exact one.
         attn_processor: refused.
 
@@ -105,29 +105,30 @@ class LongContextAttention(nn.Module):
         deterministic: bool = False,
         return_attn_probs: bool = False,
     ) -> Tensor:
-        """Computes exact attention over the whole sequence.
+        """Computes exact attention over the full sequence.
 
         Args:
             query: `[B, s, H, D]`, this rank's tokens; U is at most H.
             key: `[B, s, K, D]`; K divides H.
             value: `[B, s, K, Dv]`.
-            dropout_p: probability of dropping an attention weight, with a mask of its own on each
+            dropout_p: probability of dropping an attention weight, with a different mask on each
                 rank.
             softmax_scale: factor on the scores; 1 / sqrt(D) when None.
-            causal: whether a token sees only itself and the tokens before it.
-            window_size: tokens that one sees before and behind itself, (w, 0) or (w, w); -1 for
-                all; with `causal` none behind.
+            causal: whether a token attends only to itself and earlier tokens.
+            window_size: tokens that one attends to before and after itself, (w, 0) or (w, w); -1
+                for all; with `causal` none after.
             softcap: bound of the scores through tanh, 0 for none.
             alibi_slopes: refused.
-            deterministic: on a GPU torch's own setting must be on.
+            deterministic: on a GPU torch's setting must be on.
             return_attn_probs: refused.
 
         Returns:
             `[B, s, H, Dv]`, this rank's tokens.
 
         Raises:
-            UnsupportedModelError: an argument asks for what is not computed.
-            ShapeError: heads or tokens that can't be dealt, or shapes that don't fit each other.
+            UnsupportedModelError: an argument requests what is not computed.
+            ShapeError: heads or tokens that can't be partitioned, or shapes that don't fit each
+                other.
         """
         return attend(
             query,
@@ -205,7 +206,7 @@ class UlyssesAttention(nn.Module):
             ranks when None.
         scatter_idx: the heads' dim, 2.
         gather_idx: the tokens' dim, 1.
-        use_sync: taken and not needed.
+        use_sync: accepted and not needed.
         attn_type: the kernel; any exact one.
     """
 
@@ -263,8 +264,7 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ShapeError(
             f"qkv has shape {tuple(qkv.shape)}, not [B, s, 3, H, D]. With fewer key/value heads "
-            "use the function or "
-            f"module that takes query, key and value apart."
+            "use the function or module that takes query, key and value separately."
         )
     query, key, value = qkv.unbind(2)
     return query, key, value

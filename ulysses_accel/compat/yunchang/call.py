@@ -92,8 +92,7 @@ def check_kernel(attn_type: AttnType, attn_processor: Any = None) -> None:
     if attn_processor is not None:
         raise UnsupportedModelError(
             f"attn_processor={type(attn_processor).__name__} is not run: blocks are computed by "
-            "torch's kernels. "
-            f"Use attn_processor=None."
+            "torch's kernels. Use attn_processor=None."
         )
 
 
@@ -102,23 +101,22 @@ def check_dims(scatter_idx: int, gather_idx: int, heads_dim: int) -> None:
     if (scatter_idx, gather_idx) != (heads_dim, 1):
         raise ConfigError(
             f"scatter_idx={scatter_idx}, gather_idx={gather_idx} are not computed: heads are dim "
-            f"{heads_dim}, tokens "
-            f"dim 1. Use scatter_idx={heads_dim}, gather_idx=1."
+            f"{heads_dim}, tokens dim 1. Use scatter_idx={heads_dim}, gather_idx=1."
         )
 
 
 _REMEDIES = {
     "alibi_slopes": "Use alibi_slopes=None.",
-    "return_attn_probs": "Use return_attn_probs=False: scores are never held whole.",
+    "return_attn_probs": "Use return_attn_probs=False: the full scores are never stored.",
     "deterministic": "Call torch.use_deterministic_algorithms(True), which torch's kernels follow.",
 }
 
 
 def _mask(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None]:
-    """Returns whether attention is causal and its window as this package counts it; None for no
+    """Returns whether attention is causal, and its window as this package counts it; None for no
     window.
 
-    flash attention lets a query see that many keys to the left and to the right of its own, -1 for
+    flash attention counts the keys to the left and to the right of the query's position, -1 for
     all, and none to the right where it is causal.
     """
     left, right = window_size[0], 0 if causal else window_size[1]
@@ -128,20 +126,19 @@ def _mask(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None]
         return False, None if left == -1 else left
     raise UnsupportedModelError(
         f"window_size={tuple(window_size)} with causal={causal} is not computed. Use (w, w), which "
-        "lets a token see w "
-        "tokens on either side, (w, 0), which lets it see w tokens before itself, or -1 in place "
-        "of w for all."
+        "lets a token attend to w tokens on either side, (w, 0), to w tokens before itself, or -1 "
+        "instead of w for all."
     )
 
 
-def _refuse(wanted: dict[str, Any], place: str) -> None:
+def _refuse(arguments: dict[str, Any], where: str) -> None:
     """Raises for the first argument that has a value."""
-    for name, value in wanted.items():
-        # A tensor has no truth value.
+    for name, value in arguments.items():
+        # A tensor of several elements has no truth value.
         if isinstance(value, Tensor) or value:
             shown = "a tensor" if isinstance(value, Tensor) else value
             raise UnsupportedModelError(
-                f"{name}={shown} is not computed {place}. {_REMEDIES[name]}"
+                f"{name}={shown} is not computed {where}. {_REMEDIES[name]}"
             )
 
 
@@ -164,7 +161,7 @@ def attend(
     """Runs unified attention, `[B, s, H, D]`, `[B, s, K, D]`, `[B, s, K, Dv]` -> `[B, s, H, Dv]`.
 
     Raises:
-        UnsupportedModelError: an argument asks for what is not computed.
+        UnsupportedModelError: an argument requests what is not computed.
     """
     is_causal, window = _mask(causal, window_size)
     _refuse(
@@ -172,7 +169,7 @@ def attend(
         "on a sharded sequence",
     )
     if query.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
-        _refuse({"deterministic": deterministic}, "by torch's kernels unless torch itself is told")
+        _refuse({"deterministic": deterministic}, "by torch's kernels unless torch is set to")
     out = usp_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -185,7 +182,7 @@ def attend(
         dropout=dropout_p,
         softcap=softcap or None,
         layout=layout,
-        # With a window only its halo needs to travel.
+        # With a window only its halo is sent.
         exchange="p2p" if window is None else "all_gather",
     )
     return out.transpose(1, 2)

@@ -1,7 +1,7 @@
-"""YunChang's process groups and token layouts: who shares a sequence, and which of its tokens are
-whose.
+"""YunChang's process groups and token layouts: which ranks share a sequence, and which of its
+tokens each has.
 
-Shapes: B = rows, S = tokens of the whole sequence, U = Ulysses ranks, R = ring ranks, P = U × R.
+Shapes: B = rows, S = tokens of the full sequence, U = Ulysses ranks, R = ring ranks, P = U × R.
 Source: USP (arXiv 2405.07719), https://github.com/feifeibear/long-context-attention.
 """
 
@@ -21,32 +21,30 @@ from ulysses_accel.sequence.sharding import next_multiple
 
 
 class ProcessGroups:
-    """The groups of this process that `set_seq_parallel_pg` chose, and those that it made so far.
+    """The groups of this process that `set_seq_parallel_pg` chose, and all that it created.
 
     `ULYSSES_PG` and `RING_PG` are None until then. Modules keep the groups that were chosen when
-    they were made.
+    they were constructed.
     """
 
     def __init__(self) -> None:
         self.ULYSSES_PG: ProcessGroup | None = None
         self.RING_PG: ProcessGroup | None = None
         self.use_ulysses_low = True
-        self._made: dict[tuple[int, int, bool], tuple[ProcessGroup, ProcessGroup]] = {}
+        self._created: dict[tuple[int, int, bool], tuple[ProcessGroup, ProcessGroup]] = {}
         self._world: ProcessGroup | None = None
 
     def choose(self, ulysses_degree: int, ring_degree: int, use_ulysses_low: bool) -> None:
-        """Makes the groups where they are not there yet, and chooses them; every rank must
-        call it.
-        """
+        """Chooses the groups, created at the first choice of them; every rank must call it."""
         if self._world is not dist.group.WORLD:
-            # torch.distributed was started anew, and its old groups are gone.
-            self._made, self._world = {}, dist.group.WORLD
-        wanted = (ulysses_degree, ring_degree, use_ulysses_low)
-        if wanted not in self._made:
-            self._made[wanted] = ring_and_ulysses_groups(
+            # torch.distributed was started again, and its earlier groups are gone.
+            self._created, self._world = {}, dist.group.WORLD
+        degrees = (ulysses_degree, ring_degree, use_ulysses_low)
+        if degrees not in self._created:
+            self._created[degrees] = ring_and_ulysses_groups(
                 ring_degree, ulysses_degree, ulysses_inside=use_ulysses_low
             )
-        self.RING_PG, self.ULYSSES_PG = self._made[wanted]
+        self.RING_PG, self.ULYSSES_PG = self._created[degrees]
         self.use_ulysses_low = use_ulysses_low
 
 
@@ -60,8 +58,8 @@ def set_seq_parallel_pg(
     world_size: int,
     use_ulysses_low: bool = True,
 ) -> None:
-    """Chooses the groups of modules made from now on; groups are made once for equal arguments. All
-    ranks must call it.
+    """Chooses the groups of modules constructed from now on; groups are created once for equal
+    arguments. All ranks must call it.
 
     Args:
         sp_ulysses_degree: ranks U that exchange tokens for heads.
@@ -78,26 +76,22 @@ def set_seq_parallel_pg(
     """
     if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
         raise MeshError(
-            f"rank={rank}, world_size={world_size} were given, but this is rank {dist.get_rank()} "
-            "of "
-            f"{dist.get_world_size()} processes. Give torch.distributed's get_rank() and "
+            f"rank={rank}, world_size={world_size} were passed, but this is rank {dist.get_rank()} "
+            f"of {dist.get_world_size()} processes. Pass torch.distributed's get_rank() and "
             "get_world_size()."
         )
     PROCESS_GROUP.choose(sp_ulysses_degree, sp_ring_degree, use_ulysses_low)
 
 
-def _own_tokens(
+def _local_tokens(
     length: int, ring: tuple[int, int], ulysses: tuple[int, int], layout: Layout
 ) -> Tensor:
-    """Returns the token positions of one place, `[S / P]`; `ring` and `ulysses` are (rank,
-    size).
-    """
+    """Returns the token indices of one rank, `[S / P]`; `ring` and `ulysses` are (rank, size)."""
     multiple = multiple_of(ring[1], layout, ulysses[1])
     if length % multiple:
         raise ShapeError(
             f"a sequence of {length} tokens can't be laid out {layout} over rd={ring[1]} × "
-            f"ud={ulysses[1]} ranks. "
-            f"Pad it to {next_multiple(length, multiple)} tokens."
+            f"ud={ulysses[1]} ranks. Pad it to {next_multiple(length, multiple)} tokens."
         )
     spans = runs(length, ring[1], ring[0], layout)
     tokens = torch.cat(
@@ -113,22 +107,21 @@ def _extract(
     for name, degree, group in zip(("rd", "ud"), (rd, ud), groups):
         if group is not None and group.size() != degree:
             raise ConfigError(
-                f"{name}={degree}, but set_seq_parallel_pg made groups of {group.size()} ranks. "
-                "Give the same degrees."
+                f"{name}={degree}, but set_seq_parallel_pg created groups of {group.size()} "
+                "ranks. Use the same degrees."
             )
     if world_size % (rd * ud) or not 0 <= rank < world_size:
         raise ConfigError(
-            f"rank={rank}, world_size={world_size} do not fit rd={rd} × ud={ud}. Give this rank "
-            "and the number of "
-            f"ranks, of all processes or of those that share a sequence."
+            f"rank={rank}, world_size={world_size} do not fit rd={rd} × ud={ud}. Pass this rank "
+            "and the number of ranks, of all processes or of those that share a sequence."
         )
-    place = rank % (rd * ud)
+    index = rank % (rd * ud)
     # Ulysses groups hold consecutive tokens of the layout whichever groups are neighbours in rank.
     ring_rank, ulysses_rank = (
-        divmod(place, ud) if PROCESS_GROUP.use_ulysses_low else (place % rd, place // rd)
+        divmod(index, ud) if PROCESS_GROUP.use_ulysses_low else (index % rd, index // rd)
     )
-    own = _own_tokens(value.shape[dim], (ring_rank, rd), (ulysses_rank, ud), layout)
-    return value.index_select(dim, own.to(value.device))
+    tokens = _local_tokens(value.shape[dim], (ring_rank, rd), (ulysses_rank, ud), layout)
+    return value.index_select(dim, tokens.to(value.device))
 
 
 def basic_extract_local(
@@ -139,12 +132,12 @@ def basic_extract_local(
     ud: int | None = None,
     dim: int = 1,
 ) -> Tensor:
-    """Returns a rank's part of a sequence in its own order, for `ring_impl_type="basic"`.
+    """Returns a rank's shard of a sequence in its original order, for `ring_impl_type="basic"`.
 
     Args:
-        value: `[B, S, ...]`, the whole sequence.
+        value: `[B, S, ...]`, the full sequence.
         rank: which rank, counted over all processes or over those that share a sequence.
-        world_size: how many ranks are counted so.
+        world_size: the number of these ranks.
         rd: ring degree R; as chosen by `set_seq_parallel_pg` when None.
         ud: Ulysses degree U; likewise.
         dim: the sequence dim of `value`.
@@ -154,7 +147,7 @@ def basic_extract_local(
 
     Raises:
         ConfigError: rank, number of ranks and degrees don't fit each other.
-        ShapeError: the sequence can't be dealt to the ranks.
+        ShapeError: the sequence can't be partitioned over the ranks.
     """
     ring, ulysses = PROCESS_GROUP.RING_PG, PROCESS_GROUP.ULYSSES_PG
     rd = rd if rd is not None else (ring.size() if ring is not None else 1)
@@ -165,7 +158,7 @@ def basic_extract_local(
 def stripe_extract_local(
     value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int = 1
 ) -> Tensor:
-    """Returns a rank's part of a sequence dealt token by token over the ring, for
+    """Returns a rank's shard of a sequence distributed token by token over the ring, for
     `ring_impl_type="strip"`.
 
     Args, returns and errors are those of `basic_extract_local`.
@@ -176,7 +169,7 @@ def stripe_extract_local(
 def zigzag_extract_local(
     value: Tensor, rank: int, world_size: int, rd: int, ud: int, dim: int = 1
 ) -> Tensor:
-    """Returns a rank's part from the front and the back of a sequence, for
+    """Returns a rank's shard from the front and the back of a sequence, for
     `ring_impl_type="zigzag"`.
 
     Args, returns and errors are those of `basic_extract_local`.
