@@ -22,11 +22,18 @@ from ulysses_accel.errors import ConfigError, MeshError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORKER = """
-import json, os, sys
+import json, os, sys, time
 wanted = ("PARALLELISM_CONFIG_", "ACCELERATE_", "FSDP_", "ULYSSES_", "DS_ACC", "RANK", "WORLD_SIZE", "OMP_")
 line = json.dumps({"argv": sys.argv[2:]} | {k: v for k, v in os.environ.items() if k.startswith(wanted)})
-open(f"{sys.argv[1]}/rank{os.environ.get('RANK', '0')}.json", "w").write(line)
+file = f"{sys.argv[1]}/rank{os.environ.get('RANK', '0')}.json"
+with open(f"{file}.part", "w") as part:
+    part.write(line)
+os.replace(f"{file}.part", file)
 if "--fail" in sys.argv:
+    # The launcher kills the other workers when one fails: all write their file before that.
+    size, end = int(os.environ.get("WORLD_SIZE", "1")), time.monotonic() + 60
+    while time.monotonic() < end and len([f for f in os.listdir(sys.argv[1]) if f.endswith(".json")]) < size:
+        time.sleep(0.01)
     sys.exit(int(sys.argv[-1]))
 """
 
