@@ -153,7 +153,9 @@ def test_slurm_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=r"SLURM_PROCID, .* are not set: this is not a Slurm task"):
+    with pytest.raises(
+        ConfigError, match=r"SLURM_PROCID, .* are not set: this is not a Slurm task"
+    ):
         slurm_environment()
     for name, value in zip(names, ("9", "16", "1", "gpu-[007-010,12]")):
         monkeypatch.setenv(name, value)
