@@ -91,7 +91,7 @@ def all_to_all(
         if send.shape[0] % size:
             raise ShapeError(
                 f"{send.shape[0]} rows (shape {tuple(send.shape)}) can't be split evenly over "
-                f"{size} ranks. Pass send_sizes and receive_sizes."
+                f"{size} ranks. Give send_sizes and receive_sizes."
             )
         send_sizes = [send.shape[0] // size] * size
     if receive_sizes is None:
@@ -99,7 +99,7 @@ def all_to_all(
     if sum(send_sizes) != send.shape[0] or len(send_sizes) != size or len(receive_sizes) != size:
         raise ShapeError(
             f"send_sizes={list(send_sizes)} and receive_sizes={list(receive_sizes)} do not split "
-            f"{send.shape[0]} rows over {size} ranks. Pass one size for each rank, summing to "
+            f"{send.shape[0]} rows over {size} ranks. Give one size for each rank, summing to "
             f"{send.shape[0]}."
         )
     result: Tensor = _all_to_all_op(send, list(send_sizes), list(receive_sizes), group.group_name)
