@@ -107,7 +107,7 @@ def test_alone_without_an_accelerator() -> None:
     assert abs(found - expected) <= CLOSE * expected
     for name, gradient in gradients.items():
         assert (own[name] - gradient).norm() <= CLOSE * gradient.norm(), name
-    installed.uninstall()
+    installed.close()
     assert step(model)[0] == expected
     assert not any("forward" in vars(module) for module in model.modules())
 

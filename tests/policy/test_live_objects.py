@@ -30,8 +30,6 @@ ALLOWED = {
     "integrations/trainer/saving.py": "",
     "integrations/trainer/trainer.py": "",
     "integrations/trl/trainer.py": "",
-    "memory/checkpoint/layers.py": "",
-    "memory/tiling/mlp.py": "",
     "tensor_parallel/parallelize.py": "",
 }
 SETTERS = {"setattr", "delattr", "object.__setattr__", "object.__delattr__"}

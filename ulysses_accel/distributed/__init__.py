@@ -1,1 +1,1 @@
-"""Process groups and what they do: the mesh, collectives, agreement between ranks."""
+"""Process groups, differentiable collectives, and agreement between ranks."""

@@ -1,10 +1,9 @@
-"""Differentiable collectives on a group's own ranks: all-to-all, all-gather, reduce-scatter,
-all-reduce.
+"""Differentiable collectives: all-to-all, all-gather, reduce-scatter, all-reduce.
 
 Each is linear, and its backward is its exact adjoint (<A x, y> = <x, A^T y>). The all-to-all is a
-functional custom op, so that `torch.compile` keeps the dependence of its result on its input.
-Nothing here uses the deprecated `torch.distributed.nn`, or functional-autograd collectives, whose
-first call costs seconds.
+functional custom op, so that `torch.compile` sees that its result depends on its input. They don't
+use `torch.distributed.nn`, which is deprecated, or torch's functional autograd collectives, whose
+first call takes seconds (torch 2.13).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.distributed import ProcessGroup
 from ulysses_accel import _private_api
 from ulysses_accel.errors import ShapeError
 
-# torch 2.13 renamed both and warns about the old names, which older releases only have.
+# torch 2.13 renamed both functions and warns about the old names; older releases have no others.
 gather_into: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
@@ -33,11 +32,10 @@ _scatter_into: Callable[..., Any] = (
 def _all_to_all_op(
     send: Tensor, send_sizes: list[int], receive_sizes: list[int], group_name: str
 ) -> Tensor:
-    # A custom op takes no process group as argument; torch keeps them all by name.
+    # A custom op can't take a process group as argument; torch finds groups by their names.
     group = _private_api.process_group(group_name)
     received = send.new_empty((sum(receive_sizes), *send.shape[1:]))
-    # The sizes are left out where all are equal: the even exchange is the cheaper call on every
-    # backend.
+    # Without sizes, backends take their cheaper path for equal parts.
     even = len(set(send_sizes)) == 1 and send_sizes == receive_sizes
     dist.all_to_all_single(
         received,
@@ -73,28 +71,27 @@ def all_to_all(
     send_sizes: Sequence[int] | None = None,
     receive_sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sends the parts of `send` along dim 0 to the ranks of `group`, one part each, and returns
-    what they sent here.
+    """Sends one part of `send` along dim 0 to each rank of `group`, and returns the parts that they
+    sent to this rank.
 
     Args:
         send: `[n, ...]`, the part for rank 0 first.
         group: the P ranks that exchange.
-        send_sizes: rows for each rank, summing to n; equal parts when absent.
-        receive_sizes: rows from each rank; equal to `send_sizes` when absent.
+        send_sizes: rows for each rank, summing to n; equal parts when None.
+        receive_sizes: rows from each rank; `send_sizes` when None.
 
     Returns:
         `[sum(receive_sizes), ...]`, the part from rank 0 first.
 
     Raises:
-        ShapeError: the rows can't be split as asked.
+        ShapeError: the sizes don't fit the rows or the ranks.
     """
     size = group.size()
     if send_sizes is None:
         if send.shape[0] % size:
             raise ShapeError(
                 f"{send.shape[0]} rows (shape {tuple(send.shape)}) can't be split evenly over "
-                f"{size} ranks. "
-                f"Give send_sizes and receive_sizes."
+                f"{size} ranks. Give send_sizes and receive_sizes."
             )
         send_sizes = [send.shape[0] // size] * size
     if receive_sizes is None:
@@ -102,8 +99,8 @@ def all_to_all(
     if sum(send_sizes) != send.shape[0] or len(send_sizes) != size or len(receive_sizes) != size:
         raise ShapeError(
             f"send_sizes={list(send_sizes)} and receive_sizes={list(receive_sizes)} do not split "
-            f"{send.shape[0]} rows "
-            f"over {size} ranks. Give one size for each rank, summing to {send.shape[0]}."
+            f"{send.shape[0]} rows over {size} ranks. Give one size for each rank, summing to "
+            f"{send.shape[0]}."
         )
     result: Tensor = _all_to_all_op(send, list(send_sizes), list(receive_sizes), group.group_name)
     return result
@@ -119,7 +116,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Again a function of autograd's, whose own backward is the exchange: so in all three.
+        # An autograd Function again, so that the backward can be differentiated, too.
         return _apply(_ReduceScatter, grad, ctx.group), None
 
 
@@ -158,13 +155,13 @@ def _all_reduce(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_gather(tensor: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
-    """Returns all ranks' tensors joined along `dim` in rank order; the gradient of each rank's part
-    is summed.
+    """Returns all ranks' tensors concatenated along `dim` in rank order; its backward sums each
+    part's gradient over the ranks.
 
     Args:
-        tensor: the same shape on every rank, `[..., n, ...]`.
-        group: the P ranks; need not hold global rank 0.
-        dim: the dim that grows.
+        tensor: `[..., n, ...]`, the same shape on every rank.
+        group: the P ranks; need not include global rank 0.
+        dim: to concatenate along.
 
     Returns:
         `[..., P * n, ...]`.
@@ -181,9 +178,9 @@ def reduce_scatter(tensor: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
     `all_gather`.
 
     Args:
-        tensor: the same shape on every rank, `[..., P * n, ...]`.
+        tensor: `[..., P * n, ...]`, the same shape on every rank.
         group: the P ranks.
-        dim: the dim that shrinks.
+        dim: to split along.
 
     Returns:
         `[..., n, ...]`.

@@ -1,12 +1,12 @@
-"""Fixed-shape agreement between the ranks of a group: all proceed, or all raise the same error.
+"""Agreement between the ranks of a group: all proceed, or all raise the same error.
 
-A rank that fails alone must not raise before a collective that the others enter. It tells its
-failure in an all-gather of fixed shape instead; after it every rank holds the same numbers and
-decides by a pure function of them. Free text (error messages, values) travels in a second
-collective, only when there is a failure, which all ranks know by then. Integers and bytes only:
-nothing that arrives here can execute code.
+A rank that fails alone must not raise before a collective that the other ranks enter. It reports
+its failure in an all-gather of fixed shape instead, after which every rank has the same numbers and
+decides by a pure function of them. Text (error messages, values) is gathered in a second
+collective, only after a failure, which all ranks know of by then. Only integers and bytes are sent,
+never pickles, so that nothing received can execute code.
 
-A group of None means this process alone: the same path without a collective.
+A group of None means this process alone, without a collective.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None, what: str = 
     """Raises on every rank if any rank has an error; returns on all of them otherwise.
 
     Args:
-        error: this rank's failure or None.
+        error: this rank's failure, or None.
         group: the ranks that must agree; None for this process alone.
-        what: the predicate of the message, as in `rank 1 failed: OSError: disk is full`.
+        what: the predicate of the message: `failed` in `rank 1 failed: OSError: disk is full`.
 
     Raises:
         RankDisagreementError: the same sentence on every rank, naming the ranks that failed.
@@ -61,7 +61,7 @@ def same_everywhere(
     """Checks that all ranks hold the same small set of values.
 
     Args:
-        values: names and values, JSON-like; at most `MAX_TEXT` bytes as JSON.
+        values: names and values, at most `MAX_TEXT` bytes as JSON.
         group: the ranks to compare; None for this process alone.
         what: what the values are, for the message.
 
@@ -73,7 +73,7 @@ def same_everywhere(
     gathered = gather_ints([zlib.crc32(data), len(data)], group)
     if all(one == gathered[0] for one in gathered):
         return
-    # The length decides on all ranks alike whether the texts can travel.
+    # The same decision on every rank, because all know the lengths.
     if max(size for _, size in gathered) > MAX_TEXT:
         raise RankDisagreementError(
             f"{what} is not the same on all ranks (and too long to be compared here)."
@@ -84,16 +84,16 @@ def same_everywhere(
     names = sorted({name for table in tables for name in table})
     parts = []
     for name in names:
-        each = {rank: json.dumps(table.get(name)) for rank, table in zip(ranks, tables)}
-        if len(set(each.values())) > 1:
-            parts.append(f"{name} is {by_value(each)}")
+        by_rank = {rank: json.dumps(table.get(name)) for rank, table in zip(ranks, tables)}
+        if len(set(by_rank.values())) > 1:
+            parts.append(f"{name} is {by_value(by_rank)}")
     raise RankDisagreementError(
         f"{what} is not the same on all ranks: {'; '.join(parts)}. Start every rank alike."
     )
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns `Type: first lines of the message` of an exception, without a traceback."""
+    """Returns `Type: message` of an exception, on one line and without a traceback."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
@@ -106,8 +106,8 @@ def group_ranks(group: dist.ProcessGroup | None) -> list[int]:
 
 
 def wire_device(group: dist.ProcessGroup) -> torch.device:
-    """Returns where tensors must lie to travel over the group: the host when its backend can, else
-    this rank's GPU.
+    """Returns the device of tensors for a group's collectives: the CPU where its backend supports
+    that, otherwise this rank's GPU.
     """
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
@@ -116,19 +116,18 @@ def wire_device(group: dist.ProcessGroup) -> torch.device:
 
 @contextmanager
 def contact(group: dist.ProcessGroup) -> Iterator[None]:
-    """Turns a backend's failure in a collective into an error that says what it means.
+    """Turns a backend's failure in a collective into an error that explains it.
 
     Raises:
-        RankDisagreementError: another rank is gone, or did not come.
+        RankDisagreementError: another rank died, or did not enter the collective.
     """
     try:
         yield
     except RuntimeError as error:
         raise RankDisagreementError(
             f"rank {dist.get_rank()} lost contact with the other ranks of {group_ranks(group)} "
-            f"({_first_line(error)}). "
-            "Another rank died, is stuck, or runs another program: look for the first error in the "
-            "other ranks' logs."
+            f"({_first_line(error)}). Another rank died, is stuck, or runs another program: look "
+            "for the first error in the other ranks' logs."
         ) from error
 
 
@@ -137,21 +136,28 @@ def _first_line(error: BaseException) -> str:
 
 
 def gather_ints(values: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Returns every rank's integers (the same number on each), in rank order: one all-gather."""
+    """Returns every rank's integers, in rank order, by one all-gather; every rank passes the same
+    number of them.
+    """
     if group is None:
         return [list(values)]
-    mine = torch.tensor(values, dtype=torch.int64, device=wire_device(group))
+    local = torch.tensor(values, dtype=torch.int64, device=wire_device(group))
     size = dist.get_world_size(group)
-    everyone = torch.empty(size * len(values), dtype=torch.int64, device=mine.device)
+    gathered = torch.empty(size * len(values), dtype=torch.int64, device=local.device)
+    # [n] -> [P * n]
     with contact(group):
-        gather_into(everyone, mine, group=group)
-    rows: list[list[int]] = everyone.view(size, len(values)).tolist()
+        gather_into(gathered, local, group=group)
+    rows: list[list[int]] = gathered.view(size, len(values)).tolist()
     return rows
 
 
 def gather_bytes(data: bytes, sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[bytes]:
-    """Returns every rank's bytes, whose lengths all ranks know already: one all-gather, padded to
-    the longest.
+    """Returns every rank's bytes, by one all-gather padded to the longest.
+
+    Args:
+        data: of this rank.
+        sizes: number of bytes on each rank, which all ranks know.
+        group: the ranks; None for this process alone.
     """
     if group is None:
         return [data]
@@ -162,22 +168,28 @@ def gather_bytes(data: bytes, sizes: Sequence[int], group: dist.ProcessGroup | N
 
 def bounded_utf8(text: str) -> bytes:
     """Returns the text's first `MAX_TEXT` bytes; never empty, so that a failure without a message
-    is still told.
+    is reported, too.
     """
     return (text or "unknown").encode(errors="replace")[:MAX_TEXT]
 
 
 def text_of(data: bytes) -> str:
-    """Returns the text of `bounded_utf8`; a character cut at the end is dropped."""
+    """Returns the text of `bounded_utf8`, without an incomplete character at its end."""
     return data.decode(errors="ignore")
 
 
 def failures(failed: Mapping[int, str], ranks: Sequence[int], what: str) -> str:
-    """Returns `rank 1 failed: A; ranks [2, 3] failed: B`: ranks with the same text together."""
-    together: dict[str, list[int]] = {}
+    """Returns `rank 1 failed: A; ranks [2, 3] failed: B`, ranks with the same text together.
+
+    Args:
+        failed: by rank of the group, the text.
+        ranks: global rank of each rank of the group.
+        what: the predicate, for example `failed`.
+    """
+    by_text: dict[str, list[int]] = {}
     for rank, text in failed.items():
-        together.setdefault(text, []).append(ranks[rank])
-    return "; ".join(f"{_ranks(own)} {what}: {text}" for text, own in together.items())
+        by_text.setdefault(text, []).append(ranks[rank])
+    return "; ".join(f"{_ranks(members)} {what}: {text}" for text, members in by_text.items())
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -185,8 +197,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def by_value(values: Mapping[int, Hashable]) -> str:
-    """Returns `2 on ranks [0, 1], 4 on ranks [2]` for each rank's value."""
-    together: dict[Hashable, list[int]] = {}
+    """Returns `2 on ranks [0, 1], 4 on ranks [2]`, ranks with the same value together."""
+    by_ranks: dict[Hashable, list[int]] = {}
     for rank, value in values.items():
-        together.setdefault(value, []).append(rank)
-    return ", ".join(f"{value} on ranks {own}" for value, own in together.items())
+        by_ranks.setdefault(value, []).append(rank)
+    return ", ".join(f"{value} on ranks {members}" for value, members in by_ranks.items())

@@ -1,7 +1,7 @@
-"""The only creator of process groups: axes, joint axes and each rank's place among them.
+"""The device mesh, its process groups, and each rank's coordinates.
 
 Axis names and order are accelerate's. `sp` is the Ulysses degree, `cp` the ring degree; the ranks
-of the joint axis `sequence` (cp × sp) process one batch together. Parameters shard over
+of the joint axis `sequence` (cp × sp) process one batch together. Parameters are sharded over
 `dp_shard_cp` (dp_shard × cp × sp).
 """
 
@@ -29,29 +29,31 @@ JOINT_AXES = {
 
 
 def active_axes(sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the axes that the mesh has: `sp` always, so that it can be asked for, and every axis
-    above size 1.
+    """Returns the axes of the mesh: every axis above size 1, and `sp` in any case, so that
+    `mesh["sp"]` always exists.
     """
     return tuple(axis for axis in AXES if axis == "sp" or sizes.get(axis, 1) > 1)
 
 
 def joint_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Returns the joint axes that the mesh has, each with the axes it flattens; empty ones are left
-    out.
+    """Returns the joint axes of the mesh, each with the active axes that it flattens; without those
+    that have none.
     """
     active = active_axes(sizes)
-    joints = {
-        name: tuple(axis for axis in axes if axis in active) for name, axes in JOINT_AXES.items()
-    }
-    return {name: axes for name, axes in joints.items() if axes}
+    joint: dict[str, tuple[str, ...]] = {}
+    for name, axes in JOINT_AXES.items():
+        active_in_joint = tuple(axis for axis in axes if axis in active)
+        if active_in_joint:
+            joint[name] = active_in_joint
+    return joint
 
 
 def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
     """Builds the device mesh with its joint axes; every rank must call it.
 
     Args:
-        sizes: ranks along each axis of `AXES`; absent axes have 1.
-        device_type: torch's name of the device, `cuda` or `cpu`.
+        sizes: ranks along each axis of `AXES`; axes that are not in it have 1.
+        device_type: `cuda` or `cpu`.
 
     Returns:
         A mesh whose axes are `active_axes(sizes)`, with `joint_axes(sizes)` flattened.
@@ -81,8 +83,8 @@ def build_mesh(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
 
 
 def joint_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Returns a joint axis of a mesh as a 1-D mesh, made at the first call, which every rank must
-    make.
+    """Returns a joint axis of a mesh as a 1-D mesh; the first call creates it, and every rank must
+    make it.
 
     Args:
         mesh: from `build_mesh`.
@@ -94,13 +96,13 @@ def joint_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
 
 
 def build_expert_mesh(ep_size: int, device_type: str) -> DeviceMesh:
-    """Builds the mesh that experts are dealt over, beside the mesh of `build_mesh`; every rank must
-    call it.
+    """Builds the mesh that experts are distributed over, besides the mesh of `build_mesh`; every
+    rank must call it.
 
     Args:
-        ep_size: ranks that share the experts of each layer; neighbours, so that tokens travel the
-            shortest ways.
-        device_type: torch's name of the device, `cuda` or `cpu`.
+        ep_size: ranks that each layer's experts are distributed over; consecutive ranks, which are
+            usually on one node.
+        device_type: `cuda` or `cpu`.
 
     Returns:
         A mesh with the axes `ep_replicate`, whose ranks have the same experts, and `ep`.
@@ -120,32 +122,33 @@ def build_expert_mesh(ep_size: int, device_type: str) -> DeviceMesh:
 
 
 def _backend_override(axis: str = "sp") -> dict[int | str, Any] | None:
-    """Names gloo by its device on an axis.
+    """Returns `cpu:gloo` as the backend of an axis where the default backend is gloo.
 
-    torch's own differentiable all-gather takes a scatter path on groups called "gloo" that only
-    works where global rank 0 is a member; under the name "cpu:gloo" it takes the all-to-all path,
-    which works on every group.
+    torch's differentiable all-gather uses scatter on groups whose backend is called "gloo", which
+    works only where global rank 0 is a member; with "cpu:gloo" it uses all-to-all, which works on
+    every group.
     """
     return {axis: "cpu:gloo"} if dist.get_backend() == "gloo" else None
 
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """One rank's place: the group that shares its batch, and its data parallel coordinates.
+    """One rank's groups and its data parallel coordinates.
 
     Args:
-        mesh: the mesh that the groups belong to.
-        group: the ranks of the joint axis `sequence`, which hold one batch's shards in rank order.
+        mesh: that the groups belong to.
+        group: the ranks of the joint axis `sequence`, which hold the shards of one batch in rank
+            order.
         cpu_group: the same ranks on gloo, for agreements about the batch that must not wait for the
             device.
-        world_group: all ranks that a loss over the whole global batch is summed over (every axis
-            but tp).
+        world_group: all ranks that the loss of the global batch is summed over (every axis but
+            tp).
         sp_group: the ranks of `group` that exchange tokens for heads.
         cp_group: the ranks of `group` that form a ring; None without one.
         size: ranks P in `group`.
-        rank: this rank's place in `group`.
-        data_parallel_size: how many different batches the mesh processes at once.
-        data_parallel_rank: which of them this rank helps with.
+        rank: this rank in `group`.
+        data_parallel_size: number of different batches that the mesh processes at a time.
+        data_parallel_rank: index of this rank's batch among them.
     """
 
     mesh: DeviceMesh
@@ -191,13 +194,15 @@ def _cpu_group(mesh: DeviceMesh, group: ProcessGroup) -> ProcessGroup:
     if mesh.device_type == "cpu":
         return group
     members = dist.get_process_group_ranks(group)
-    own: ProcessGroup
-    own, _ = dist.new_subgroups_by_enumeration(_all_groups(mesh, len(members)), backend="gloo")
-    return own
+    cpu_group: ProcessGroup
+    cpu_group, _ = dist.new_subgroups_by_enumeration(
+        _all_groups(mesh, len(members)), backend="gloo"
+    )
+    return cpu_group
 
 
 def _all_groups(mesh: DeviceMesh, size: int) -> list[list[int]]:
-    """Returns the ranks of every sequence group of the mesh, in an order that all ranks share."""
+    """Returns the ranks of every sequence group of the mesh, in the same order on all ranks."""
     names = list(mesh.mesh_dim_names or ())
     axes = [names.index(axis) for axis in JOINT_AXES["sequence"] if axis in names]
     others = [index for index in range(len(names)) if index not in axes]
@@ -214,8 +219,11 @@ def ring_and_ulysses_groups(
     Args:
         ring_size: ranks R of each ring.
         ulysses_size: ranks U of each Ulysses group; each R × U consecutive ranks share a sequence.
-        ulysses_inside: whether the ranks of a Ulysses group are neighbours; otherwise those of a
+        ulysses_inside: whether the ranks of a Ulysses group are consecutive; otherwise those of a
             ring are.
+
+    Returns:
+        The ring, and the Ulysses group.
 
     Raises:
         MeshError: R × U does not divide the number of processes.
@@ -224,21 +232,18 @@ def ring_and_ulysses_groups(
     if min(ring_size, ulysses_size) < 1 or world_size % size:
         raise MeshError(
             f"a ring of {ring_size} × {ulysses_size} Ulysses ranks does not divide {world_size} "
-            "launched processes. "
-            f"Change the degrees so that their product divides {world_size}."
+            f"launched processes. Change the degrees so that their product divides {world_size}."
         )
     ring_step, ulysses_step = (ulysses_size, 1) if ulysses_inside else (1, ring_size)
-    firsts = range(0, world_size, size)
-    rings = [
-        [first + place * ulysses_step + ring * ring_step for ring in range(ring_size)]
-        for first in firsts
-        for place in range(ulysses_size)
-    ]
-    ulysses = [
-        [first + ring * ring_step + place * ulysses_step for place in range(ulysses_size)]
-        for first in firsts
-        for ring in range(ring_size)
-    ]
+    rings: list[list[int]] = []
+    ulysses: list[list[int]] = []
+    for first in range(0, world_size, size):
+        for ulysses_rank in range(ulysses_size):
+            start = first + ulysses_rank * ulysses_step
+            rings.append([start + ring_rank * ring_step for ring_rank in range(ring_size)])
+        for ring_rank in range(ring_size):
+            start = first + ring_rank * ring_step
+            ulysses.append([start + rank * ulysses_step for rank in range(ulysses_size)])
     ring_group: ProcessGroup = dist.new_subgroups_by_enumeration(rings)[0]
     ulysses_group: ProcessGroup = dist.new_subgroups_by_enumeration(ulysses)[0]
     return ring_group, ulysses_group

@@ -1,6 +1,4 @@
-"""Sums over tiles, kept in a wider dtype than their terms so that nothing is lost however many
-tiles there are.
-"""
+"""Matrix products added to a total in a wider dtype: a sum over many tiles loses nothing."""
 
 from __future__ import annotations
 
@@ -10,16 +8,11 @@ import torch
 from torch import Tensor
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns what a sum over tiles is kept in: float32, or float64 where the terms are."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left.T @ right`, not rounded on its way into a wider total.
+    """Computes `total += left.T @ right`, without rounding the product to its factors' dtype.
 
     Args:
-        total: `[m, n]`, in `sum_dtype`.
+        total: `[m, n]`, in their `accumulation_dtype`.
         left: `[rows, m]`.
         right: `[rows, n]`.
     """
@@ -33,8 +26,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _adds_to_wider(dtype: torch.dtype) -> bool:
-    """Whether this torch adds products of narrow CUDA matrices to a float32 one; older ones only
-    make new ones.
+    """Returns whether this torch can add the product of half-precision CUDA matrices to a float32
+    matrix in place; older releases only return a new one.
     """
     factor = torch.zeros(16, 16, dtype=dtype, device="cuda")
     total = torch.zeros(16, 16, dtype=torch.float32, device="cuda")

@@ -1,38 +1,45 @@
-"""Puts everything that a `MemoryConfig` asks for into one model, and takes it out again."""
+"""Installs everything that a `MemoryConfig` requests into one model."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from ulysses_accel.attention import SequenceAttention, install
 from ulysses_accel.config.memory import MemoryConfig
+from ulysses_accel.installation import Installation
 from ulysses_accel.memory.checkpoint.layers import CheckpointOptions, checkpoint_layers
 from ulysses_accel.memory.tiled_loss.model import tile_loss
-from ulysses_accel.memory.tiling.mlp import find_tileable, tile_mlps
+from ulysses_accel.memory.tiling.mlp import tile_mlps
 from ulysses_accel.memory.tiling.norm import tile_norms
 
 
-@dataclass
-class InstalledMemory:
-    """What was put into one model.
+class Closable(Protocol):
+    """What a technique installed."""
+
+    def close(self) -> None:
+        """Restores the model."""
+
+
+class InstalledMemory(Installation):
+    """What was installed into one model; `close` restores it.
 
     Args:
-        parts: the installations, in their order.
+        parts: what each technique installed, in order.
         left_alone: by module name, why a block or norm is not tiled.
     """
 
-    parts: list[Any] = field(default_factory=list)
-    left_alone: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Any] = []
+        self.left_alone: dict[str, str] = {}
 
-    def uninstall(self) -> None:
-        """Restores the model."""
-        for part in reversed(self.parts):
-            part.uninstall()
-        self.parts.clear()
+    def add(self, part: Closable) -> None:
+        """Takes over what a technique installed."""
+        self.parts.append(part)
+        self.callback(part.close)
 
 
 def apply_memory(
@@ -44,51 +51,52 @@ def apply_memory(
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
         config: what to install.
-        shares_sequence: whether the model's attention is installed by an accelerator that shares
-            sequences.
+        shares_sequence: whether an accelerator installs sequence parallel attention into the
+            model.
 
     Returns:
-        The installation; its `uninstall()` restores the model.
+        The installation; its `close()` restores the model.
 
     Raises:
-        UnsupportedModelError: the model has no part that a wanted feature works on.
+        UnsupportedModelError: the model has no part that a requested feature works on.
     """
     installed = InstalledMemory()
     try:
         _install(model, config, installed)
         if config.save_attention != "no" and not shares_sequence:
-            # transformers' own kernels give no log-sum-exp that could be kept.
-            installed.parts.append(install(model, SequenceAttention(None)))
+            # The kernels that transformers calls return no log-sum-exp that could be saved.
+            installed.callback(install(model, SequenceAttention(None)).uninstall)
     except Exception:
-        installed.uninstall()
+        installed.close()
         raise
     if installed.left_alone:
-        listed = "; ".join(
-            f"{name}: {reason}" for name, reason in list(installed.left_alone.items())[:4]
+        reasons = [f"{name}: {reason}" for name, reason in installed.left_alone.items()]
+        warnings.warn(
+            f"{len(reasons)} parts stay as they are: {'; '.join(reasons[:4])}", stacklevel=2
         )
-        warnings.warn(f"{len(installed.left_alone)} parts stay as they are: {listed}", stacklevel=2)
     return installed
 
 
 def _install(model: nn.Module, config: MemoryConfig, installed: InstalledMemory) -> None:
     if config.tiled_mlp:
-        installed.left_alone |= find_tileable(model)[1]
-        installed.parts.append(tile_mlps(model, tile_bytes=config.tiled_mlp_bytes))
+        blocks = tile_mlps(model, tile_bytes=config.tiled_mlp_bytes)
+        installed.add(blocks)
+        installed.left_alone |= blocks.left_alone
     if config.tiled_norm:
         norms, left_alone = tile_norms(model)
-        installed.parts.append(norms)
+        installed.add(norms)
         installed.left_alone |= left_alone
     if config.tiled_loss:
         loss = tile_loss(
             model, tile_tokens=config.tiled_loss_tokens, use_liger=config.use_liger_loss
         )
-        installed.parts.append(loss)
+        installed.add(loss)
     if config.checkpoint:
-        installed.parts.append(checkpoint_layers(model, checkpoint_options(config)))
+        installed.add(checkpoint_layers(model, checkpoint_options(config)))
 
 
 def checkpoint_options(config: MemoryConfig) -> CheckpointOptions:
-    """Returns a config's part about checkpointing."""
+    """Returns the options of activation checkpointing in a config."""
     return CheckpointOptions(
         every_n_layers=config.checkpoint_every_n_layers,
         offload=config.checkpoint_offload,

@@ -1,9 +1,8 @@
-"""Whether a block's output is wanted at all: under activation checkpointing the forward recompute
-often discards it.
+"""Leaving out a block's output where the recompute of an activation checkpoint discards it.
 
-A layer's last block feeds only the residual sum, and nothing reads that sum again when the layer's
-forward is rerun for its backward. Who reruns it and has proved that says so here; blocks that can
-do without computing their output look.
+A layer's last block feeds only the residual sum, and no backward needs that sum when the layer's
+forward runs again. The checkpoint first proves this by a probe, then recomputes inside
+`skip_unneeded_outputs`; tiled blocks ask `recomputing()` before they compute their output.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-# None: outputs are needed. Otherwise what stands in for them: NaN while it is being proved that
-# nobody reads them.
+# None: outputs are needed. True: outputs are NaN, to see whether anything reads them. False: they
+# are uninitialised.
 _fill_with_nan: ContextVar[bool | None] = ContextVar("fill_with_nan", default=None)
 
 
 @contextmanager
 def skip_unneeded_outputs(*, probe: bool = False) -> Iterator[None]:
-    """Lets blocks leave out the products that make only their output; they still save what their
+    """Lets blocks skip the products that only their output needs; they still save what their
     backward needs.
 
     Args:
-        probe: fill such outputs with NaN, so that the caller sees whether anything is made from
-            them.
+        probe: fill such outputs with NaN, so that the caller sees whether anything is computed
+            from them.
     """
     token = _fill_with_nan.set(probe)
     try:
@@ -41,8 +40,8 @@ def recomputing() -> bool:
 
 
 def unneeded_output(like: Tensor) -> Tensor:
-    """Returns what a block hands back in place of its output: a tensor of its shape, uninitialised,
-    NaN in a probe.
+    """Returns what a block returns instead of its output: an uninitialised tensor of the same
+    shape, or NaN in a probe.
 
     Args:
         like: any tensor with the output's shape, dtype and device.

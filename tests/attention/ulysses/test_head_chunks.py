@@ -228,7 +228,7 @@ def test_chunks_that_the_heads_do_not_permit_are_refused_on_every_rank() -> None
 
     (message,) = set(run_ranks(body, 2))
     assert message == (
-        "sp_head_chunks=4 can't cut the 3 query heads of a rank (num_attention_heads=7 on "
+        "sp_head_chunks=4 can't split the 3 query heads of a rank (num_attention_heads=7 on "
         "sp_size=2). "
         "Use one of: 1, 2, 3."
     )

@@ -85,7 +85,7 @@ def sharded_steps(
         errors = [float((grads[name] - grad).norm() / grad.norm()) for name, grad in plain.items()]
         results.append({**found, "error": max(errors), **slab_bytes(engine)})
         if engine is not None:
-            engine.uninstall()
+            engine.close()
     return results
 
 
@@ -179,7 +179,7 @@ def test_attention_runs_once_on_one_process() -> None:
     config = MemoryConfig(checkpoint=True)
     again = apply_memory(model, config)
     assert counted()[0] == LAYERS
-    again.uninstall()
+    again.close()
     saving = apply_memory(model, MemoryConfig(checkpoint=True, save_attention="device"))
     calls, grads = counted()
     assert calls == 0
@@ -187,5 +187,5 @@ def test_attention_runs_once_on_one_process() -> None:
         max(float((grads[name] - grad).norm() / grad.norm()) for name, grad in plain.items())
         <= CLOSE
     )
-    saving.uninstall()
+    saving.close()
     assert model.config._attn_implementation == "sdpa"

@@ -80,7 +80,7 @@ def test_gradients_and_random_numbers(every_n_layers: int, offload: bool, keep_l
     kept = -(-LAYERS // every_n_layers) - keep_last
     assert engine.slab.num_bytes == (max(kept, 0) * INPUT_BYTES if offload else 0)
     assert engine.slab.num_bytes_used == 0
-    engine.uninstall()
+    engine.close()
     assert_same(step(model), expected)
     assert engine.num_recomputed == 2 * LAYERS
 
@@ -137,7 +137,7 @@ def test_only_one_input_of_each_kept_layer_is_held() -> None:
         # top.
         assert live_bytes((ROWS, TOKENS, HIDDEN)) - before <= (expected + 3) * INPUT_BYTES
         loss.backward()
-        engine.uninstall()
+        engine.close()
 
 
 def live_bytes(shape: tuple[int, ...]) -> int:
@@ -220,7 +220,7 @@ def test_an_input_modified_in_place_is_noticed_on_the_device_and_harmless_on_the
     handle = model.model.layers[2].register_forward_hook(spoil)
     with pytest.raises(UlyssesAccelError, match="modified in place"):
         step(model)
-    engine.uninstall()
+    engine.close()
     checkpoint_layers(model, offload=True, keep_last=0)
     found = step(model)
     handle.remove()
@@ -240,7 +240,7 @@ def test_transformers_own_checkpointing_before_or_after(before: bool) -> None:
         model.gradient_checkpointing_enable()
     assert_same(step(model), expected)
     assert engine.num_recomputed == LAYERS
-    engine.uninstall()
+    engine.close()
     flags = {getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers}
     assert flags == {before}
 
@@ -315,10 +315,10 @@ def test_refusals() -> None:
         checkpoint_layers(nn.Linear(2, 2))
 
 
-def test_slab_is_freed_by_uninstall() -> None:
+def test_slab_is_freed_by_close() -> None:
     model = llama()
     engine: CheckpointedLayers = checkpoint_layers(model, offload=True)
     step(model)
     assert engine.slab.num_bytes > 0
-    engine.uninstall()
+    engine.close()
     assert engine.slab.num_bytes == 0

@@ -134,7 +134,7 @@ def test_loss_and_gradients_are_the_plain_models(case: str) -> None:
     again = step(model, return_logits=True)
     assert_same(again, expected, 0.0)
     assert torch.equal(again[2].logits, expected[2].logits)
-    installed.uninstall()
+    installed.close()
     assert "forward" not in model.get_output_embeddings().__dict__
     assert_same(step(model), expected, 0.0)
 
@@ -153,7 +153,7 @@ def test_exact_in_float64(name: str, recompute: bool, num_items: Any) -> None:
             model, lambda output: output.loss / 32, num_items_in_batch=num_items, **kwargs
         )
         assert_same(scaled, (expected[0] / 32, {k: v / 32 for k, v in expected[1].items()}), EXACT)
-        installed.uninstall()
+        installed.close()
 
 
 def test_accumulation_and_two_forwards_before_one_backward() -> None:
@@ -183,7 +183,7 @@ def test_without_labels_and_in_evaluation() -> None:
         assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 14)
         as_tuple = model(**batch(), return_dict=False)
         assert (as_tuple[0] - loss).abs() <= EXACT * loss
-        installed.uninstall()
+        installed.close()
         tile_loss(model, return_logits=True)
         assert torch.equal(model(**batch()).logits, logits)
         assert model(**batch(), return_logits=False).logits is None
@@ -308,7 +308,7 @@ def test_models_without_a_plain_head_are_refused() -> None:
 
 def test_installing_twice_is_refused() -> None:
     model = build("llama")
-    tile_loss(model).uninstall()
+    tile_loss(model).close()
     tile_loss(model)
     with pytest.raises(ConfigError, match="tiled already"):
         tile_loss(nn.ModuleList([model]))

@@ -321,7 +321,7 @@ def test_another_forward_of_the_instance_is_kept() -> None:
     _, expected = gradients(module, module, hidden)
     installed = tile_mlp(module, tile_bytes=TILE)
     assert_same(gradients(module, module, hidden)[1], expected)
-    installed.uninstall()
+    installed.close()
     assert module.forward.__func__ is doubled
     module.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(UnsupportedModelError, match="was replaced by"):
@@ -386,4 +386,4 @@ def test_peak_and_error_in_bfloat16() -> None:
     # Output, input's gradient, float32 sums of 0.66u, gradients of 0.33u, and the tile.
     assert tracked.peak_bytes <= 4.0 * unit
     assert tracked.matmul_units(tokens, hidden, inner) == pytest.approx(11)
-    installed.uninstall()
+    installed.close()

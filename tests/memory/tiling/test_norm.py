@@ -198,8 +198,8 @@ def test_the_working_set_of_a_llama_layer() -> None:
     norms, refused = tile_norms(layer, tile_bytes=hidden.nbytes // 20)
     assert not refused
     assert layer_peak(layer, hidden, position_embeddings=positions) <= 9.0
-    norms.uninstall()
-    mlps.uninstall()
+    norms.close()
+    mlps.close()
     assert not any("forward" in vars(module) for module in layer.modules())
 
 
@@ -218,7 +218,7 @@ def test_only_norms_that_make_copies_are_tiled() -> None:
     assert set(refused) == {"other"}
     assert "depends on other tokens" in refused["other"]
     assert "forward" in vars(model["one"])
-    installed.uninstall()
+    installed.close()
     with pytest.raises(UnsupportedModelError, match="AcrossTokens can't be computed in tiles"):
         tile_norm(model["other"])
     with pytest.raises(ConfigError, match="tile_bytes=-1"):

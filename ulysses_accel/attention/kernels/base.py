@@ -1,8 +1,8 @@
-"""Block kernels: attention of some queries to some keys with its log-sum-exp, to be merged with
+"""Block kernels: attention of some queries to some keys, with its log-sum-exp, to be merged with
 other blocks.
 
-torch brings one for each device, so that `flash-attn` is never required. The backward takes the
-output and the log-sum-exp of the whole softmax, whatever part of the keys the block has.
+torch has one for each device, so that the package flash-attn is never required. The backward takes
+the output and the log-sum-exp over all keys, whichever keys the block has.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ulysses_accel.attention.kernels.limits import MAX_ELEMENTS, halves, num_ele
 
 @dataclass(frozen=True)
 class Block:
-    """What a block is computed with, apart from its tensors.
+    """The settings of one block.
 
     Args:
-        is_causal: whether query i of the square sees only keys 0 to i.
+        is_causal: whether query i of a square block sees only keys 0 to i.
         scale: factor on the scores.
-        seed: of the dropout mask, the same forward and backward; not used without dropout.
+        seed: of the dropout mask, the same in forward and backward; not used without dropout.
         alibi: biases by distance; None for none.
     """
 
@@ -54,7 +54,7 @@ class BlockKernel(Protocol):
         lse: Tensor,
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of query, key and value, given output and log-sum-exp over all
+        """Returns the gradients of query, key and value; `out` and `lse` are those over all
         keys.
         """
         ...
@@ -91,13 +91,13 @@ class CPUKernel:
 
 @dataclass(frozen=True)
 class BoundedKernel:
-    """A kernel whose calls stay small enough for 32-bit indices: larger ones are cut by rows, then
+    """A kernel whose calls are small enough for 32-bit indices: larger ones are split by rows, then
     by heads.
 
     Args:
         kernel: computes the parts.
-        limit: elements of the largest tensor of a call, key/value heads counted as often as they
-            are read.
+        limit: elements of the largest tensor of a call, key/value heads counted once for each query
+            head.
     """
 
     kernel: BlockKernel
@@ -149,19 +149,19 @@ class BoundedKernel:
                 lse[q],
                 block_part(block, number, heads),
             )
-            for total, place, found in zip(totals, (q, k, k), part):
-                total[place] += found
+            for total, index, grad_part in zip(totals, (q, k, k), part):
+                total[index] += grad_part
         return totals[0], totals[1], totals[2]
 
 
 def block_part(block: Block, number: int, heads: slice) -> Block:
-    """Returns what a part of a block is computed with: parts have dropout masks and biases of their
-    own.
-    """
+    """Returns the settings of a part of a block, with its own dropout mask and biases."""
     alibi = None if block.alibi is None else block.alibi.for_heads(heads)
     return Block(block.is_causal, block.scale, (2 * block.seed + number) % 2**62, alibi)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns what blocks are merged in: float32, and float64 for float64."""
+    """Returns the dtype that sums of many terms are accumulated in: float32, and float64 for
+    float64.
+    """
     return torch.promote_types(dtype, torch.float32)

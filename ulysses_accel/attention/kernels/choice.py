@@ -1,4 +1,4 @@
-"""Which block kernel computes a call: the first that can, or the one that is asked for by name."""
+"""Which block kernel computes a call: the first that supports it, or the one requested by name."""
 
 from __future__ import annotations
 
@@ -25,8 +25,19 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a kernel can compute; `make` takes soft cap and dropout, `capability` is the GPU's least
-    one.
+    """What a kernel supports.
+
+    Args:
+        make: returns the kernel for a soft cap and a dropout probability.
+        device: device type; None for any.
+        dtypes: of query, key and value.
+        capability: least compute capability of a GPU.
+        max_head_size: largest size of a head.
+        has_softcap: whether it computes soft caps.
+        has_dropout: whether it computes dropout.
+        has_alibi: whether it computes ALiBi's biases.
+        package: module that it needs; None for torch alone.
+        by_name_only: whether it is used only when requested.
     """
 
     make: Callable[[float | None, float], BlockKernel]
@@ -43,7 +54,7 @@ class _Kind:
     def misfit(
         self, query: Tensor, softcap: float | None, dropout: float, alibi: bool
     ) -> str | None:
-        """Returns why the kernel does not compute a call; None when it does."""
+        """Returns why the kernel does not support a call; None when it does."""
         device = query.device
         if self.device not in (None, device.type):
             return f"runs on {self.device}, not on {device.type}"
@@ -64,7 +75,7 @@ class _Kind:
 
 _ALL = (*_HALF, torch.float32, torch.float64)
 _ANY_SIZE = 2**31
-# In the order of preference. What no release here could be measured with is taken by name only.
+# In the order of preference. Kernels that this project has not measured are used only by name.
 _KINDS = {
     "cpu_flash": _Kind(lambda softcap, dropout: CPUKernel(), "cpu", _ALL, max_head_size=_ANY_SIZE),
     "aten_flash": _Kind(lambda softcap, dropout: AtenFlash()),
@@ -121,20 +132,18 @@ def kernel_for(
         query: `[B, H, q, D]`, whose device, dtype and head size it must take.
         softcap: bound of the scores through tanh; None for no bound.
         dropout: probability of dropping an attention weight.
-        name: of the kernel to take; the first that can compute the call when None.
+        name: of the kernel; the first that supports the call when None.
         alibi: whether the scores get biases by distance.
 
     Raises:
         ConfigError: there is no kernel of that name.
-        UnsupportedModelError: it does not compute the call.
+        UnsupportedModelError: it does not support the call.
     """
     if name is not None and name not in _KINDS:
         raise ConfigError(f"block_kernel={name!r} is not known.{closest(name, _KINDS)}")
-    names = (
-        [name]
-        if name is not None
-        else [key for key, kind in _KINDS.items() if not kind.by_name_only]
-    )
+    names = [name] if name is not None else []
+    if name is None:
+        names = [key for key, kind in _KINDS.items() if not kind.by_name_only]
     for candidate in names:
         kind = _KINDS[candidate]
         reason = kind.misfit(query, softcap, dropout, alibi)

@@ -1,5 +1,5 @@
-"""The block kernel in plain torch: every dtype and device, soft caps, ALiBi, dropout, with few
-scores at a time.
+"""The block kernel in plain torch: every dtype and device, soft caps, ALiBi, dropout; a bounded
+number of scores at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ MAX_SCORES = 2**24
 class ChunkedKernel:
     """Attention of a block in chunks of its queries, in float32 or float64.
 
-    The log-sum-exp is the one without dropout; dropped weights are left out of the output alone.
+    Dropout affects only the output, not the log-sum-exp.
 
     Args:
         softcap: bound of the scores through tanh; None for no bound.
         dropout: probability of dropping an attention weight.
-        max_scores: scores in memory at a time, but one query of all rows and heads at least.
+        max_scores: scores in memory at a time, or those of one query in all rows and heads, if they
+            are more.
     """
 
     softcap: float | None = None
@@ -75,7 +76,7 @@ class ChunkedKernel:
             grad_value += _over_group(weights if kept is None else weights * kept, g, key.shape[1])
             if kept is not None:
                 grad_weights.mul_(kept)
-            # The rows' softmax is over all keys, which the whole output stands for.
+            # The softmax is over the keys of all blocks: its correction term needs the full output.
             delta = (g * out[:, :, chunk].to(dtype)).sum(dim=-1, keepdim=True)
             grad_scores = grad_weights.sub_(delta).mul_(weights).mul_(block.scale)
             if slope is not None:
@@ -93,8 +94,8 @@ class ChunkedKernel:
     def _scores(
         self, query: Tensor, key: Tensor, chunk: slice, block: Block
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the chunk's scores `[B, H, c, k]`, and the slope of the soft cap at them where
-        there is one.
+        """Returns the chunk's scores `[B, H, c, k]`, and the derivative of the soft cap; None for
+        no soft cap.
         """
         scores = _by_group(query, key.transpose(2, 3)).mul_(block.scale)
         slope = None
@@ -105,8 +106,8 @@ class ChunkedKernel:
         if block.alibi is not None:
             scores.add_(block.alibi.bias(chunk, scores.dtype))
         if block.is_causal:
-            places = torch.arange(key.shape[2], device=key.device)
-            later = places[None, :] > places[chunk, None]
+            indices = torch.arange(key.shape[2], device=key.device)
+            later = indices[None, :] > indices[chunk, None]
             scores.masked_fill_(later, -torch.inf)
         return scores, slope
 
@@ -114,8 +115,8 @@ class ChunkedKernel:
         return torch.Generator(device).manual_seed(block.seed) if self.dropout else None
 
     def _kept(self, weights: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """Returns the factor on each weight, 0 or 1 / (1 - dropout); forward and backward draw the
-        same ones.
+        """Returns the dropout factor of each weight, 0 or 1 / (1 - dropout), the same in forward
+        and backward; None without dropout.
         """
         if generator is None:
             return None
@@ -125,8 +126,8 @@ class ChunkedKernel:
 
 
 def _by_group(left: Tensor, right: Tensor) -> Tensor:
-    """Multiplies `[B, H, c, n]` by the group's own `[B, K, n, m]`, without repeating it: `[B, H, c,
-    m]`.
+    """Returns the product `[B, H, c, m]` of `[B, H, c, n]` and each group's `[B, K, n, m]`, without
+    repeating the latter.
     """
     batch, heads, rows, _ = left.shape
     return (left.reshape(batch, right.shape[1], -1, left.shape[3]) @ right).view(
@@ -135,8 +136,8 @@ def _by_group(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _over_group(left: Tensor, right: Tensor, num_key_heads: int) -> Tensor:
-    """Multiplies `[B, H, c, k]`, transposed, by `[B, H, c, D]` and sums over each group's heads:
-    `[B, K, k, D]`.
+    """Returns the product of `[B, H, c, k]`, transposed, and `[B, H, c, D]`, summed over each
+    group's heads: `[B, K, k, D]`.
     """
     batch = left.shape[0]
     left = left.reshape(batch, num_key_heads, -1, left.shape[3])

@@ -1,8 +1,7 @@
-"""Block kernels for CUDA: torch's flash, memory-efficient and cuDNN attention, and the flash-attn
-packages'.
+"""Block kernels for CUDA: torch's flash, memory-efficient and cuDNN attention, and those of the
+flash-attn packages.
 
-All take the log-sum-exp of the whole softmax in the backward pass. Shapes are those of
-`BlockKernel`.
+All take the log-sum-exp over all keys in the backward pass. Shapes are those of `BlockKernel`.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from torch import Tensor
 from ulysses_accel import _private_api
 from ulysses_accel.attention.kernels.base import Block
 
-# The memory-efficient backward reads the log-sum-exp in whole aligned rows of this many queries.
+# torch's memory-efficient backward reads the log-sum-exp padded to a multiple of this many queries.
 _LSE_ALIGNMENT = 32
 
 
 def _repeated(query: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Returns keys or values `[B, K, k, D]` repeated to all heads, `[B, H, k, D]`."""
+    """Returns keys or values `[B, K, k, D]` repeated for each query head, `[B, H, k, D]`."""
     return [
         tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in tensors
     ]
 
 
 def _summed(grads: Any, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients with those of repeated keys and values summed over each group, `[B, K,
-    k, D]`.
+    """Returns the gradients, those of repeated keys and values summed over each group of query
+    heads to `[B, K, k, D]`.
     """
     key, value = (grad.unflatten(1, (num_key_heads, -1)).sum(dim=2) for grad in grads[1:3])
     return grads[0], key, value
@@ -175,7 +174,7 @@ class AtenCudnn:
 
 @dataclass(frozen=True)
 class FlashAttn2:
-    """The flash-attn package from 2.7 on; half precision, soft caps, heads grouped by the kernel.
+    """The package flash-attn, 2.7 or later; half precision, soft caps, grouped heads.
 
     Args:
         softcap: bound of the scores through tanh; None for no bound.
@@ -222,7 +221,7 @@ class FlashAttn2:
 
 @dataclass(frozen=True)
 class FlashAttn3:
-    """The flash-attn 3 package for Hopper; half precision, soft caps, heads grouped by the kernel.
+    """The package flash-attn 3 for Hopper; half precision, soft caps, grouped heads.
 
     Args:
         softcap: bound of the scores through tanh; None for no bound.
@@ -255,7 +254,7 @@ class FlashAttn3:
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         function = _private_api.flash_attn_3("backward")
-        # Releases of flash-attn 3 differ in this one name.
+        # The argument's name differs between releases of flash-attn 3.
         names = _private_api.parameter_names(function)
         causal = "is_causal" if "is_causal" in names else "causal"
         options = {
@@ -269,8 +268,8 @@ class FlashAttn3:
 def _package_backward(
     function: Callable[..., Any], tensors: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a package's backward, which takes `[B, S, H, D]` and fills the gradients that it is
-    given.
+    """Runs a package's backward, which takes `[B, S, H, D]` and writes the gradients to its
+    arguments.
     """
     grad, query, key, value, out = (tensor.transpose(1, 2).contiguous() for tensor in tensors[:5])
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]

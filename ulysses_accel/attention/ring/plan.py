@@ -1,4 +1,4 @@
-"""What one rank of a ring computes and exchanges for one batch: made once, used by every layer.
+"""What one rank of a ring computes and exchanges for one batch: computed once, used by every layer.
 
 Shapes: R = ranks of the ring, s = S / R tokens on each.
 """
@@ -19,22 +19,22 @@ from ulysses_accel.sequence.layout import Layout, Run, runs
 
 @dataclass(frozen=True)
 class RingPlan:
-    """The tiles between this rank's queries and every rank's keys, and which keys travel.
+    """The tiles between this rank's queries and every rank's keys, and which keys are sent.
 
     Args:
-        length: tokens S of the whole sequence.
+        length: tokens S of the full sequence.
         size: ranks R of the ring.
-        rank: this one.
-        layout: how tokens are dealt to the ranks.
-        rows: each row's documents, in positions of the whole sequence.
-        is_causal: whether a query sees only keys up to its own position.
-        window: with causal attention, keys that a query sees, its own included; without, how far
-            away on either side they may be; None for all.
+        rank: of the ring.
+        layout: how tokens are distributed over the ranks.
+        rows: each row's documents, in positions of the full sequence.
+        is_causal: whether a query sees only keys up to its position.
+        window: with causal attention, the number of keys that a query sees, its position included;
+            without, the largest distance on either side; None for all.
         holes: each row's padding inside of documents; empty where no row has any.
-        prefixes: for each row and document how many of its first tokens all of its tokens see;
-            empty for none.
-        keys: with cross-attention, the sequence that is read, dealt over the same ring; None for
-            self-attention.
+        prefixes: for each row and document, the number of its first tokens that all of its tokens
+            see; empty for none.
+        keys: with cross-attention, the sequence of the keys, distributed over the same ring; None
+            for self-attention.
     """
 
     length: int
@@ -89,12 +89,12 @@ class RingPlan:
 
     @property
     def key_shard_length(self) -> int:
-        """Tokens on one rank of the sequence that is read."""
+        """Tokens on one rank of the keys' sequence."""
         return self.shard_length if self.keys is None else self.keys.sequence_length // self.size
 
     @cached_property
     def row_rules(self) -> tuple[RowRule, ...]:
-        """For each row which of its tokens see which."""
+        """For each row, which of its tokens see which."""
         seen = (None,) * len(self.rows) if self.keys is None else visible_rows(self.keys)
         return tuple(
             RowRule(
@@ -108,9 +108,7 @@ class RingPlan:
 
     @cached_property
     def row_groups(self) -> tuple[tuple[slice, RowRule], ...]:
-        """Neighbouring rows of the batch that see alike and are computed together, with their
-        rule.
-        """
+        """Consecutive rows of the batch with the same rule, which are computed together."""
         return equal_neighbours(self.row_rules)
 
     def runs_of(self, rank: int) -> tuple[Run, ...]:
@@ -118,71 +116,57 @@ class RingPlan:
         return runs(self.length, self.size, rank, self.layout)
 
     def key_runs_of(self, rank: int) -> tuple[Run, ...]:
-        """Returns the tokens that a rank holds of the sequence that is read."""
+        """Returns the tokens that a rank holds of the keys' sequence."""
         if self.keys is None:
             return self.runs_of(rank)
         return runs(self.keys.sequence_length, self.size, rank, self.keys.layout)
 
-    def places(self, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the places `[S / R]` in the sequence of this rank's tokens and of those of rank
-        `source`.
-        """
-        own, others = (
-            torch.cat(
-                [
-                    torch.arange(run.start, run.start + run.count * run.step, run.step)
-                    for run in found
-                ]
-            )
-            for found in (self.runs_of(self.rank), self.runs_of(source))
-        )
-        return own.to(device), others.to(device)
+    def positions(self, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the positions `[S / R]` of this rank's tokens and of those of rank `source`."""
+        queries, keys = _positions(self.runs_of(self.rank)), _positions(self.runs_of(source))
+        return queries.to(device), keys.to(device)
 
     def tiles_for(self, source: int) -> tuple[tuple[slice, tuple[Tile, ...]], ...]:
-        """Returns this rank's tiles against the keys of rank `source`, for each group of rows."""
+        """Returns this rank's tiles with the keys of rank `source`, for each group of rows."""
         return self._tiles[source]
 
     @cached_property
     def _tiles(self) -> tuple[tuple[tuple[slice, tuple[Tile, ...]], ...], ...]:
-        own = self.runs_of(self.rank)
-        return tuple(
-            tuple(
-                (
-                    rows,
-                    joined_tiles(
-                        tiles(own, self.key_runs_of(source), rule, self.is_causal, self.window)
-                    ),
-                )
-                for rows, rule in self.row_groups
-            )
-            for source in range(self.size)
-        )
+        queries = self.runs_of(self.rank)
+        by_source = []
+        for source in range(self.size):
+            keys = self.key_runs_of(source)
+            groups = []
+            for rows, rule in self.row_groups:
+                group_tiles = tiles(queries, keys, rule, self.is_causal, self.window)
+                groups.append((rows, joined_tiles(group_tiles)))
+            by_source.append(tuple(groups))
+        return tuple(by_source)
 
     def needed(self, reader: int, source: int) -> tuple[Segment, ...]:
-        """Returns the local key ranges of rank `source` that rank `reader` sees, in order and apart
-        from each other.
+        """Returns the local key ranges of rank `source` that rank `reader` sees, in order and
+        disjoint.
 
-        Every rank computes the same answer for any pair, so that both sides of a transfer know its
-        size.
+        Every rank computes the same result for a pair of ranks, so that both sides of a transfer
+        know its size.
         """
-        return joined(
-            tile.seen_keys
-            for rule in set(self.row_rules)
-            for tile in tiles(
-                self.runs_of(reader), self.key_runs_of(source), rule, self.is_causal, self.window
-            )
-        )
+        queries, keys = self.runs_of(reader), self.key_runs_of(source)
+        ranges = []
+        for rule in set(self.row_rules):
+            for tile in tiles(queries, keys, rule, self.is_causal, self.window):
+                ranges.append(tile.seen_keys)
+        return joined(ranges)
 
     @cached_property
     def incoming(self) -> tuple[tuple[Segment, ...], ...]:
-        """For each other rank the key ranges that come from it; nothing from this rank itself."""
+        """For each rank, the key ranges that are received from it; none from this rank."""
         return tuple(
             () if rank == self.rank else self.needed(self.rank, rank) for rank in range(self.size)
         )
 
     @cached_property
     def outgoing(self) -> tuple[tuple[Segment, ...], ...]:
-        """For each other rank the key ranges that go to it."""
+        """For each rank, the key ranges that are sent to it; none to this rank."""
         return tuple(
             () if rank == self.rank else self.needed(rank, self.rank) for rank in range(self.size)
         )
@@ -192,31 +176,34 @@ class RingPlan:
         """Whether the second run of a rank is seen only by ranks below it, as in causal zigzag
         without prefixes.
         """
+        is_causal_zigzag = self.layout == "zigzag" and self.is_causal and self.keys is None
         has_prefixes = any(any(lengths) for lengths in self.prefixes)
-        return (
-            self.layout == "zigzag"
-            and self.is_causal
-            and self.size > 1
-            and not has_prefixes
-            and self.keys is None
-        )
+        return is_causal_zigzag and self.size > 1 and not has_prefixes
 
     def carries_late_half(self, reader: int, hop: int) -> bool:
-        """Whether the keys that reach rank `reader` at hop 1 to R - 1 still hold their second run.
+        """Returns whether the keys that reach rank `reader` at hop 1 to R - 1 include their second
+        run.
 
-        Keys rotate downwards. A rank's late tokens are seen only by lower ranks, so they stop at
-        rank 0, and the passage from rank 0 up to the last rank carries the early half alone: 0.75
-        of the usual bytes.
+        Keys rotate to the rank below. A rank's late tokens are seen only by lower ranks, so they
+        stop at rank 0, which sends only the early half on to the last rank: 0.75 of the usual
+        bytes.
         """
         return not self.drops_late_half or reader + hop < self.size
 
     def carried_length(self, reader: int, hop: int) -> int:
-        """Tokens that reach rank `reader` at a hop."""
-        return (
-            self.key_shard_length if self.carries_late_half(reader, hop) else self.shard_length // 2
-        )
+        """Returns the number of tokens that reach rank `reader` at a hop."""
+        if self.carries_late_half(reader, hop):
+            return self.key_shard_length
+        return self.shard_length // 2
+
+
+def _positions(token_runs: tuple[Run, ...]) -> Tensor:
+    parts = [
+        torch.arange(run.start, run.start + run.count * run.step, run.step) for run in token_runs
+    ]
+    return torch.cat(parts)
 
 
 def total_length(ranges: tuple[Segment, ...]) -> int:
-    """Tokens in all ranges together."""
+    """Returns the number of tokens in all ranges."""
     return sum(stop - start for start, stop in ranges)

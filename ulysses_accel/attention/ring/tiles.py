@@ -1,14 +1,10 @@
-"""Which rectangles of scores one rank computes against another rank's keys: pure arithmetic, on the
-host.
+"""Which blocks of scores one rank computes with another rank's keys: arithmetic on integers.
 
-A sequence is laid out over a ring in runs of equally spaced tokens. Between a run of queries and a
-run of keys, attention within documents (causal or not, with or without a window, around holes, with
-prefixes) and between two sequences is a set of tiles without any mask: full rectangles, causal
-squares and (for a window's far edge) anti-causal squares. Every visible pair of tokens is in
-exactly one tile.
-
-Fewer and larger tiles with the same visible pairs: each kernel call saves the merge of its result
-with another's.
+A sequence is distributed over a ring in runs of equally spaced tokens. Between a run of queries and
+a run of keys, attention within documents (causal or not, with or without a window, around padding,
+with prefixes) and between two sequences is a set of tiles that need no mask: full rectangles,
+causal squares and (for a window's far edge) anti-causal squares. Every visible pair of tokens is in
+exactly one tile. Adjacent tiles are joined, because each kernel call costs a merge of its result.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ class Tile:
 
     Args:
         shape: `full`; `causal`: query i sees keys 0 to i of the square; `anti_causal`: it sees the
-            keys behind i.
+            keys after i.
     """
 
     q_start: int
@@ -43,21 +39,20 @@ class Tile:
 
     @property
     def seen_keys(self) -> tuple[int, int]:
-        """The keys that some query of the tile sees; an anti-causal square's first key is seen by
-        none.
-        """
-        return (self.k_start + 1 if self.shape == "anti_causal" else self.k_start), self.k_stop
+        """The keys that some query of the tile sees: all but an anti-causal square's first one."""
+        first = self.k_start + 1 if self.shape == "anti_causal" else self.k_start
+        return first, self.k_stop
 
     @property
     def num_scores(self) -> int:
-        """Visible pairs of tokens."""
+        """The number of visible pairs of tokens."""
         rows, columns = self.q_stop - self.q_start, self.k_stop - self.k_start
         if self.shape == "full":
             return rows * columns
         return rows * (rows + 1) // 2 if self.shape == "causal" else rows * (rows - 1) // 2
 
     def moved(self, queries: int, keys: int) -> Tile:
-        """Returns the same tile that many queries and keys further on."""
+        """Returns the tile shifted by that many queries and keys."""
         return Tile(
             self.q_start + queries,
             self.q_stop + queries,
@@ -72,13 +67,13 @@ class RowRule:
     """Which tokens of one row see which.
 
     Args:
-        documents: (start, stop) token positions; pairs from different documents see nothing of each
+        documents: (start, stop) token positions; tokens of different documents don't see each
             other.
-        holes: padding inside of documents, likewise.
-        prefixes: for each document how many of its first tokens all of its tokens see; empty where
-            none has any.
-        seen: with cross-attention the other sequence's (start, stop) positions, which all tokens
-            see; None without.
+        holes: (start, stop) positions of padding inside of documents.
+        prefixes: for each document, the number of its first tokens that all of its tokens see;
+            empty for none.
+        seen: with cross-attention, the (start, stop) positions of the keys' sequence that all
+            tokens see; None for self-attention.
     """
 
     documents: tuple[Segment, ...]
@@ -100,10 +95,10 @@ def tiles(
         queries: runs of the rank that computes.
         keys: runs of the rank that the keys are from; spaced as the queries, but for
             cross-attention.
-        rule: which tokens see which; documents alone for a row without more.
-        is_causal: whether a query sees only keys up to its own position.
-        window: with causal attention, how many keys a query sees, its own included; without, how
-            far away on either side the keys may be; None for all.
+        rule: which tokens see which; or only its documents.
+        is_causal: whether a query sees only keys up to its position.
+        window: with causal attention, the number of keys that a query sees, its position included;
+            without, the largest distance on either side; None for all.
 
     Raises:
         ConfigError: a window that leaves a token nothing to see.
@@ -114,27 +109,36 @@ def tiles(
     pieces = document_pieces(rule.documents, rule.holes)
     if rule.seen is not None:
         visible = joined(piece for document in pieces for piece in document)
-        pairs = [(q_piece, k_piece) for q_piece in visible for k_piece in rule.seen]
-        return tuple(
-            _rectangle(q, k, *pair)
-            for q in queries
-            for k in keys
-            for pair in pairs
-            if _meet(q, k, *pair)
-        )
+        return tuple(_cross_tiles(queries, keys, visible, rule.seen))
     prefixes = rule.prefixes if is_causal and rule.prefixes else (0,) * len(pieces)
-    return tuple(
-        tile
-        for q_run in queries
-        for k_run in keys
-        for edges in [_edges(q_run, k_run, is_causal, window)]
-        for (start, _), document, prefix in zip(rule.documents, pieces, prefixes)
-        for tile in _document_tiles(q_run, k_run, document, start + prefix, edges)
-    )
+    result: list[Tile] = []
+    for q_run, k_run in product(queries, keys):
+        edges = _edges(q_run, k_run, is_causal, window)
+        for (start, _), document, prefix in zip(rule.documents, pieces, prefixes):
+            result += _document_tiles(q_run, k_run, document, start + prefix, edges)
+    return tuple(result)
+
+
+def _cross_tiles(
+    queries: tuple[Run, ...],
+    keys: tuple[Run, ...],
+    q_segments: Iterable[Segment],
+    k_segments: Iterable[Segment],
+) -> Iterator[Tile]:
+    """Yields the rectangles of cross-attention between visible tokens."""
+    segments = list(product(q_segments, k_segments))
+    for q_run, k_run in product(queries, keys):
+        for q_segment, k_segment in segments:
+            if _meet(q_run, k_run, q_segment, k_segment):
+                yield _rectangle(q_run, k_run, q_segment, k_segment)
 
 
 def check_window(window: int | None, is_causal: bool) -> None:
-    """Raises ConfigError where a window leaves a token nothing to see, not even itself."""
+    """Refuses a window in which a token sees nothing, not even itself.
+
+    Raises:
+        ConfigError: it is too small.
+    """
     if window is not None and window < int(is_causal):
         raise ConfigError(
             f"window={window} leaves a token nothing to see. Use {int(is_causal)} or more, or "
@@ -143,6 +147,7 @@ def check_window(window: int | None, is_causal: bool) -> None:
 
 
 def _meet(q_run: Run, k_run: Run, queries: Segment, keys: Segment) -> bool:
+    """Returns whether the runs have tokens in both segments."""
     (qa, qb), (ka, kb) = q_run.indices_of(*queries), k_run.indices_of(*keys)
     return qa < qb and ka < kb
 
@@ -153,8 +158,8 @@ def _rectangle(q_run: Run, k_run: Run, queries: Segment, keys: Segment) -> Tile:
 
 
 def _edges(q_run: Run, k_run: Run, is_causal: bool, window: int | None) -> Edges:
-    """Returns (newest, oldest): query index i sees key index j from i + oldest to i + newest; None
-    for no edge.
+    """Returns (newest, oldest): query index i sees the key indices from i + oldest to i + newest;
+    None for no edge.
     """
     distance, step = q_run.start - k_run.start, q_run.step
     if is_causal:
@@ -167,8 +172,8 @@ def _edges(q_run: Run, k_run: Run, is_causal: bool, window: int | None) -> Edges
 def _document_tiles(
     q_run: Run, k_run: Run, pieces: list[Segment], prefix_stop: int, edges: Edges
 ) -> Iterator[Tile]:
-    """Tiles one document: the keys before `prefix_stop` are seen by all, the rest of them within
-    the edges.
+    """Yields the tiles of one document: all queries see the keys before `prefix_stop`, and those
+    within the edges.
     """
     newest, oldest = edges
     for (q_start, q_stop), (k_start, k_stop) in product(pieces, pieces):
@@ -186,27 +191,28 @@ def _document_tiles(
 
 
 def _band(qa: int, qb: int, ka: int, kb: int, newest: int, oldest: int | None) -> Iterator[Tile]:
-    """Tiles the pairs with i + oldest <= j <= i + newest, i in [qa, qb), j in [ka, kb)."""
+    """Yields tiles of the pairs with i + oldest <= j <= i + newest, i in [qa, qb), j in [ka,
+    kb).
+    """
     if oldest is None or qb - 1 + oldest <= ka:
         yield from _lower(qa, qb, ka, kb, newest)
         return
     width = newest - oldest + 1
     if width <= 0:
         return
-    # Row blocks no taller than the window: below it, a block's old edge and its new edge can't
-    # share a key.
+    # Blocks of at most as many queries as the window has keys: in those, no key is at both edges.
     for start in range(qa, qb, width):
         stop = min(start + width, qb)
         split = start + newest + 1
-        # Keys that the block's first query sees already are cut at the old edge only, later ones at
+        # The keys that the block's first query sees are limited by the old edge only, later keys by
         # the new edge only.
         yield from _upper(start, stop, ka, min(kb, split), oldest)
         yield from _lower(start, stop, max(ka, split), kb, newest)
 
 
 def _lower(qa: int, qb: int, ka: int, kb: int, newest: int) -> Iterator[Tile]:
-    """Tiles the pairs with j <= i + newest: a rectangle, a causal square and the rectangle below
-    it.
+    """Yields tiles of the pairs with j <= i + newest: a rectangle, a causal square, and the
+    rectangle below it.
     """
     first = max(qa, ka - newest)
     last = min(qb, kb - newest)
@@ -225,10 +231,10 @@ def _lower(qa: int, qb: int, ka: int, kb: int, newest: int) -> Iterator[Tile]:
 
 
 def _upper(qa: int, qb: int, ka: int, kb: int, oldest: int) -> Iterator[Tile]:
-    """Tiles the pairs with j >= i + oldest: a rectangle, an anti-causal square and the rectangle
-    above it.
+    """Yields tiles of the pairs with j >= i + oldest: a rectangle, an anti-causal square, and the
+    rectangle beside it.
     """
-    # In terms of j > i + cut: query i of a square sees the keys behind it.
+    # That is j > i + cut: query i of a square sees the keys after i.
     cut = oldest - 1
     last = min(qb, kb - 1 - cut)
     first = max(qa, ka - cut)
@@ -239,8 +245,7 @@ def _upper(qa: int, qb: int, ka: int, kb: int, oldest: int) -> Iterator[Tile]:
     if first >= last:
         return
     square_stop = last + cut
-    # Row i sees keys from i + cut + 1; the square's last column is excluded from its first row on
-    # by shape.
+    # Query i sees the keys from i + cut + 1 on: in a square of one query, none.
     if last - first > 1:
         yield Tile(first, last, first + cut, square_stop, "anti_causal")
     if square_stop < kb:
@@ -248,10 +253,10 @@ def _upper(qa: int, qb: int, ka: int, kb: int, oldest: int) -> Iterator[Tile]:
 
 
 def joined_tiles(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """Returns tiles with the same visible pairs, neighbours joined where the union is a tile.
+    """Returns tiles with the same visible pairs, adjacent ones joined where their union is a tile.
 
     Args:
-        tiles: of one row, no pair twice.
+        tiles: of one row, with no pair of tokens in two of them.
     """
     squares, rest = _joined_squares(list(tiles))
     full = [tile for tile in rest if tile.shape == "full"]
@@ -260,12 +265,12 @@ def joined_tiles(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
 
 
 def _joined_squares(tiles: list[Tile]) -> tuple[list[Tile], list[Tile]]:
-    """Returns the causal squares, joined over the rectangle between two where they meet, and the
-    tiles left over.
+    """Returns the causal squares, two of them joined with the rectangle between them where all
+    three form a square, and the remaining tiles.
     """
     squares = {(tile.q_start, tile.k_start): tile for tile in tiles if tile.shape == "causal"}
     rest = {tile: None for tile in tiles if tile.shape != "causal"}
-    found = []
+    result = []
     for corner in sorted(squares):
         square = squares.pop(corner, None)
         if square is None:
@@ -276,18 +281,19 @@ def _joined_squares(tiles: list[Tile]) -> tuple[list[Tile], list[Tile]]:
                 break
             del rest[between], squares[later.q_start, later.k_start]
             square = replace(square, q_stop=later.q_stop, k_stop=later.k_stop)
-        found.append(square)
-    return found, list(rest)
+        result.append(square)
+    return result, list(rest)
 
 
 def _joined_rows(tiles: list[Tile]) -> list[Tile]:
-    """Joins rectangles of the same queries whose keys follow each other."""
-    found: list[Tile] = []
+    """Joins rectangles with the same queries and adjacent keys."""
+    result: list[Tile] = []
     for tile in sorted(tiles, key=lambda tile: (tile.q_start, tile.q_stop, tile.k_start)):
-        if found and (*_queries(found[-1]), found[-1].k_stop) == (*_queries(tile), tile.k_start):
-            tile = replace(tile, k_start=found.pop().k_start)
-        found.append(tile)
-    return found
+        last = result[-1] if result else None
+        if last is not None and _queries(last) == _queries(tile) and last.k_stop == tile.k_start:
+            tile = replace(result.pop(), k_stop=tile.k_stop)
+        result.append(tile)
+    return result
 
 
 def _queries(tile: Tile) -> tuple[int, int]:
@@ -295,9 +301,11 @@ def _queries(tile: Tile) -> tuple[int, int]:
 
 
 def _joined_columns(tiles: list[Tile]) -> list[Tile]:
-    """Joins rectangles of the same keys whose queries follow each other."""
-    turned = [Tile(tile.k_start, tile.k_stop, tile.q_start, tile.q_stop, "full") for tile in tiles]
+    """Joins rectangles with the same keys and adjacent queries."""
+    transposed = [
+        Tile(tile.k_start, tile.k_stop, tile.q_start, tile.q_stop, "full") for tile in tiles
+    ]
     return [
         Tile(tile.k_start, tile.k_stop, tile.q_start, tile.q_stop, "full")
-        for tile in _joined_rows(turned)
+        for tile in _joined_rows(transposed)
     ]

@@ -1,12 +1,13 @@
-"""The Ulysses exchange: all tokens of some heads instead of some tokens of all heads, for the time
-of one core call.
+"""The Ulysses exchange: for the core attention, each rank has all tokens of some heads instead of
+some tokens of all heads.
 
-Two collectives forward and two backward for a layer: query, key and value travel as one message.
-Each is packed with one copy and read where it arrives: received rows are the whole sequence in
-order, so the core gets strided views of the receive buffer. Heads are dealt in whole groups; where
-that is uneven, ranks get messages of different widths. Shapes: B = rows, H / K = query / key-value
-heads, P = ranks, s = S / P tokens, D / Dv = head sizes, h / k = the query and key/value heads of
-one rank.
+A layer takes two collectives in forward and two in backward: query, key and value are sent as one
+message. Each message is packed with one copy and read in the receive buffer: received rows are the
+whole sequence in order, so the core attention gets strided views. Query heads of one key/value head
+stay together; where they are not distributed evenly, ranks get messages of different widths. KV
+heads may be replicated on several ranks, which split their query heads. Shapes: B = rows, H / K =
+query / key-value heads, P = ranks, s = S / P tokens, D / Dv = head sizes, h / k = the query and
+key/value heads of one rank.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ Sizes = tuple[int, int, int]
 Counts = tuple[int, int, int]
 
 
-class _DealHeads(torch.autograd.Function):
-    """[B, s, P, H/P, D] and the same of key and value -> all tokens of this rank's heads, one
-    message [S, B, width].
+class _SeqToHead(torch.autograd.Function):
+    """[B, s, P, H/P, D] and the same for key and value -> one message [S, B, width]: all tokens of
+    this rank's heads.
 
-    Packing with the collective and cutting the message are two nodes, so that in the backward pass
-    the packed gradients are freed before what arrived is copied out.
+    The exchange and splitting the message are two nodes, so that the packed gradients are freed in
+    the backward pass before the received ones are copied.
     """
 
     @staticmethod
@@ -48,30 +49,31 @@ class _DealHeads(torch.autograd.Function):
         batch, length = query.shape[:2]
         send = query.new_empty(split.size, length, batch, split.width(0, sizes))
         for part, tensor in zip(message_parts(send, split.counts(0), sizes), (query, key, value)):
-            _deal(part, tensor)
-        return kept("exchange", lambda: (all_to_all(send, group),))[0].view(
-            split.size * length, batch, -1
-        )
+            _write_heads(part, tensor)
+        # [P, s, B, width] -> [P, s, B, width]: the part for each rank -> the part from each rank
+        (received,) = kept("exchange", lambda: (all_to_all(send, group),))
+        return received.view(split.size * length, batch, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         split: HeadSplit = ctx.split
+        # [S, B, width] -> [P, s, B, width]
         received = all_to_all(grad, ctx.group).view(
             split.size, grad.shape[0] // split.size, *grad.shape[1:]
         )
         q, k, v = message_parts(received, split.counts(0), ctx.sizes)
         return (
-            _collect(q, 1),
-            _collect(k, split.readers),
-            _collect(v, split.readers),
+            _read_heads(q, 1),
+            _read_heads(k, split.readers),
+            _read_heads(v, split.readers),
             None,
             None,
             None,
         )
 
 
-class CutHeads(torch.autograd.Function):
-    """[S, B, width] -> views [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; its backward packs one
+class SplitMessage(torch.autograd.Function):
+    """[S, B, width] -> views [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; backward packs one
     message.
     """
 
@@ -99,6 +101,7 @@ class _HeadToSeq(torch.autograd.Function):
         ctx.group = group
         send = out.permute(2, 0, 1, 3)
         size = group.size()
+        # [S, B, H/P, Dv] -> [S, B, H/P, Dv]: the part for each rank -> the part from each rank
         (received,) = kept("exchange", lambda: (all_to_all(send, group),))
         received = received.view(size, send.shape[0] // size, *send.shape[1:])
         # [P, s, B, H/P, Dv] -> [B, s, P, H/P, Dv] -> [B, s, H, Dv]
@@ -112,9 +115,9 @@ class _HeadToSeq(torch.autograd.Function):
         return all_to_all(send, ctx.group).flatten(0, 1).permute(1, 2, 0, 3), None
 
 
-class _DealUnevenHeads(torch.autograd.Function):
-    """[B, s, 1, H, D] and the same of key and value -> one message [S, B, width], its width this
-    rank's own.
+class _UnevenSeqToHead(torch.autograd.Function):
+    """[B, s, 1, H, D] and the same for key and value -> one message [S, B, width], whose width
+    differs between ranks.
     """
 
     @staticmethod
@@ -136,10 +139,9 @@ class _DealUnevenHeads(torch.autograd.Function):
             parts = message_parts(buffer.view(length, batch, -1), split.counts(rank), sizes)
             for part, tensor, heads in zip(parts, (query, key, value), _heads_of(split, rank)):
                 part.copy_(tensor[:, :, 0, heads].transpose(0, 1))
-        own = lengths[group.rank()]
-        (received,) = kept(
-            "exchange", lambda: (all_to_all(send, group, lengths, [own] * split.size),)
-        )
+        receive_sizes = [lengths[group.rank()]] * split.size
+        # P times [s, B, width of rank] -> P times [s, B, width]
+        (received,) = kept("exchange", lambda: (all_to_all(send, group, lengths, receive_sizes),))
         return received.view(split.size * length, batch, -1)
 
     @staticmethod
@@ -147,8 +149,9 @@ class _DealUnevenHeads(torch.autograd.Function):
         split: HeadSplit = ctx.split
         batch, length = ctx.shapes[0][:2]
         lengths = [length * batch * split.width(rank, ctx.sizes) for rank in range(split.size)]
-        own = lengths[ctx.group.rank()]
-        received = all_to_all(grad.flatten(), ctx.group, [own] * split.size, lengths)
+        send_sizes = [lengths[ctx.group.rank()]] * split.size
+        # P times [s, B, width] -> P times [s, B, width of rank]
+        received = all_to_all(grad.flatten(), ctx.group, send_sizes, lengths)
         totals = [grad.new_zeros(shape) for shape in ctx.shapes]
         for rank, buffer in enumerate(received.split(lengths)):
             parts = message_parts(buffer.view(length, batch, -1), split.counts(rank), ctx.sizes)
@@ -158,22 +161,22 @@ class _DealUnevenHeads(torch.autograd.Function):
 
 
 class _UnevenHeadToSeq(torch.autograd.Function):
-    """[B, h, S, Dv] -> [B, s, H, Dv], h this rank's own."""
+    """[B, h, S, Dv] -> [B, s, H, Dv], where h differs between ranks."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, group: ProcessGroup, split: HeadSplit) -> Tensor:
         ctx.group, ctx.split = group, split
-        batch, own, whole, value_dim = out.shape
-        length = whole // split.size
+        batch, num_heads, sequence_length, value_dim = out.shape
+        length = sequence_length // split.size
         unit = length * batch * value_dim
         counts = [split.counts(rank)[0] for rank in range(split.size)]
         send = out.permute(2, 0, 1, 3).flatten()
+        send_sizes = [unit * num_heads] * split.size
         sizes = [unit * count for count in counts]
-        (received,) = kept(
-            "exchange", lambda: (all_to_all(send, group, [unit * own] * split.size, sizes),)
-        )
+        # P times [s, B, h, Dv] -> P times [s, B, h of rank, Dv]
+        (received,) = kept("exchange", lambda: (all_to_all(send, group, send_sizes, sizes),))
         parts = received.split(sizes)
-        # P times [s, B, h, Dv] -> [B, s, H, Dv]
+        # P times [s, B, h of rank, Dv] -> [B, s, H, Dv]
         return torch.cat(
             [part.view(length, batch, -1, value_dim) for part in parts], dim=2
         ).transpose(0, 1)
@@ -184,28 +187,35 @@ class _UnevenHeadToSeq(torch.autograd.Function):
         batch, length, _, value_dim = grad.shape
         unit = length * batch * value_dim
         counts = [split.counts(rank)[0] for rank in range(split.size)]
-        own = counts[ctx.group.rank()]
-        # [B, s, H, Dv] -> P times [s, B, h, Dv]
+        num_heads = counts[ctx.group.rank()]
+        # [B, s, H, Dv] -> P times [s, B, h of rank, Dv] -> P times [s, B, h, Dv]
         send = torch.cat([part.transpose(0, 1).flatten() for part in grad.split(counts, dim=2)])
         received = all_to_all(
-            send, ctx.group, [unit * count for count in counts], [unit * own] * split.size
+            send, ctx.group, [unit * count for count in counts], [unit * num_heads] * split.size
         )
         return (
-            received.view(split.size * length, batch, own, value_dim).permute(1, 2, 0, 3),
+            received.view(split.size * length, batch, num_heads, value_dim).permute(1, 2, 0, 3),
             None,
             None,
         )
 
 
 def _heads_of(split: HeadSplit, rank: int) -> tuple[slice, slice, slice]:
-    """Returns a rank's query, key and value heads."""
+    """Returns the query, key and value heads of a rank."""
     queries, keys = slice(*split.queries(rank)), slice(*split.keys(rank))
     return queries, keys, keys
 
 
 def message_parts(buffer: Tensor, counts: Counts, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Cuts a message `[..., width]` into views of its query, key and value heads, `[..., count,
-    size]` each.
+    """Returns views of the query, key and value heads in a message.
+
+    Args:
+        buffer: `[..., width]`.
+        counts: number of query, key and value heads.
+        sizes: of a query, key and value head.
+
+    Returns:
+        `[..., count, size]` each.
     """
     widths = [count * size for count, size in zip(counts, sizes)]
     q, k, v = (
@@ -215,17 +225,17 @@ def message_parts(buffer: Tensor, counts: Counts, sizes: Sizes) -> tuple[Tensor,
     return q, k, v
 
 
-def _deal(part: Tensor, tensor: Tensor) -> None:
-    """Copies `[B, s, n, N/n, D]` into the message `[P, s, B, N/n, D]`, each of the n parts to all
-    P/n readers.
+def _write_heads(part: Tensor, tensor: Tensor) -> None:
+    """Copies heads `[B, s, n, N/n, D]` into the message `[P, s, B, N/n, D]`, each of the n parts to
+    the P/n ranks that read it.
     """
     readers = part.unflatten(0, (tensor.shape[2], -1))
     readers.copy_(tensor.permute(2, 1, 0, 3, 4).unsqueeze(1))
 
 
-def _collect(part: Tensor, readers: int) -> Tensor:
-    """Returns gradients `[P, s, B, N/n, D]` as a view `[B, s, n, N/n, D]`, summed over the readers
-    of each part.
+def _read_heads(part: Tensor, readers: int) -> Tensor:
+    """Returns gradients `[P, s, B, N/n, D]` as `[B, s, n, N/n, D]`, summed over the ranks that read
+    each part.
     """
     if readers > 1:
         part = part.unflatten(0, (-1, readers)).sum(dim=1)
@@ -233,7 +243,7 @@ def _collect(part: Tensor, readers: int) -> Tensor:
 
 
 def check_exchange(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuses tensors that can't travel as one message.
+    """Refuses tensors that can't be sent as one message.
 
     Raises:
         ShapeError: their dtypes, rows, tokens or head sizes differ.
@@ -241,18 +251,14 @@ def check_exchange(query: Tensor, key: Tensor, value: Tensor) -> None:
     if not (query.dtype == key.dtype == value.dtype):
         raise ShapeError(
             f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; they travel as one "
-            "message. "
-            f"Cast them to one dtype before attention."
+            "message. Cast them to one dtype before attention."
         )
-    if (
-        key.shape[:3] != value.shape[:3]
-        or query.shape[::2] != key.shape[::2]
-        or query.shape[3] != key.shape[3]
-    ):
+    same_tokens = key.shape[:3] == value.shape[:3] and query.shape[::2] == key.shape[::2]
+    if not same_tokens or query.shape[3] != key.shape[3]:
         raise ShapeError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
-            "must agree in rows, "
-            f"tokens and head size. Cross-attention and key caches can't be sharded by Ulysses."
+            "must agree in rows, tokens and head size. Cross-attention and key caches can't be "
+            "sharded by Ulysses."
         )
 
 
@@ -272,20 +278,22 @@ def seq_to_head(
         (`HeadSplit.counts`).
 
     Raises:
-        ShapeError: there are fewer query heads than ranks, or the tensors don't belong together.
+        ShapeError: there are fewer query heads than ranks, or the tensors' shapes or dtypes don't
+            fit.
     """
     check_exchange(query, key, value)
     split = HeadSplit(group.size(), query.shape[1], key.shape[1])
     sizes = (query.shape[3], key.shape[3], value.shape[3])
-    deal: type[torch.autograd.Function] = _DealHeads if split.is_even else _DealUnevenHeads
+    function: type[torch.autograd.Function] = _SeqToHead if split.is_even else _UnevenSeqToHead
     parts = split.size if split.is_even else 1
     # [B, N, s, D] -> [B, s, n, N/n, D]
-    dealt = [
-        t.transpose(1, 2).unflatten(2, (min(parts, t.shape[1]), -1)) for t in (query, key, value)
+    grouped = [
+        tensor.transpose(1, 2).unflatten(2, (min(parts, tensor.shape[1]), -1))
+        for tensor in (query, key, value)
     ]
-    message = deal.apply(*dealt, group, split, sizes)
+    message = function.apply(*grouped, group, split, sizes)
     counts = split.counts(group.rank())
-    result: tuple[Tensor, Tensor, Tensor] = CutHeads.apply(message, counts, sizes)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor, Tensor] = SplitMessage.apply(message, counts, sizes)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -295,13 +303,14 @@ def head_to_seq(out: Tensor, group: ProcessGroup, split: HeadSplit | None = None
     Args:
         out: `[B, h, S, Dv]`, all tokens of this rank's query heads.
         group: the P ranks of the sequence.
-        split: how the heads were dealt; evenly when None.
+        split: the heads of each rank; evenly distributed when None.
 
     Returns:
         `[B, S / P, H, Dv]`, this rank's tokens of all heads.
     """
-    function, args = (
-        (_HeadToSeq, ()) if split is None or split.is_even else (_UnevenHeadToSeq, (split,))
-    )
-    result: Tensor = function.apply(out, group, *args)  # type: ignore[no-untyped-call]
+    result: Tensor
+    if split is None or split.is_even:
+        result = _HeadToSeq.apply(out, group)  # type: ignore[no-untyped-call]
+    else:
+        result = _UnevenHeadToSeq.apply(out, group, split)  # type: ignore[no-untyped-call]
     return result

@@ -1,11 +1,10 @@
-"""Ulysses in head chunks: a rank's heads are exchanged and attended to a few at a time, in less
+"""Ulysses in head chunks: a rank's heads are exchanged and computed a few at a time, in less
 memory.
 
-The exchange of one chunk runs while the chunk before it is computed, forward and backward. Chunks
-cut whole groups of query heads; where a rank has fewer key/value heads than chunks, a head travels
-with its first query chunk and stays for the others, so that the bytes on the wire are those of the
-exchange at once. Shapes: B = rows, H / K = query / key-value heads, P = ranks, s = S / P tokens, D
-/ Dv = head sizes.
+The exchange of one chunk overlaps with the attention of the previous one, in forward and backward.
+Where a rank has fewer key/value heads than chunks, a key/value head is sent with the first chunk of
+its query heads and held for the others, so that as many bytes are sent as without chunks. Shapes: B
+= rows, H / K = query / key-value heads, P = ranks, s = S / P tokens, D / Dv = head sizes.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from ulysses_accel.attention.heads import HeadSplit, Range
 from ulysses_accel.attention.kernels.limits import MAX_ELEMENTS
 from ulysses_accel.attention.ulysses.exchange import (
     Counts,
-    CutHeads,
     Sizes,
+    SplitMessage,
     check_exchange,
     message_parts,
 )
 from ulysses_accel.attention.ulysses.overlap import (
     AsyncExchange,
-    CutByHeads,
     JoinByHeads,
+    SharedOutput,
+    SplitByHeads,
     StartExchange,
     WaitForExchange,
-    WholeTensor,
 )
 from ulysses_accel.errors import ShapeError
 
@@ -44,13 +43,14 @@ Keys = tuple[Tensor, ...]
 
 
 def min_head_chunks(batch: int, sequence_length: int, heads: int, head_dim: int) -> int:
-    """Returns the fewest head chunks with which no tensor of a core call reaches 2^31 elements.
+    """Returns the least number of head chunks with which no tensor of a core attention call reaches
+    2^31 elements.
 
     Args:
         batch: rows B.
-        sequence_length: tokens S of the core call.
+        sequence_length: tokens S of the call.
         heads: query heads of a rank.
-        head_dim: size of a head; the larger one where values' differs.
+        head_dim: size of a head; the larger one where that of values differs.
 
     Returns:
         At most one chunk for each head, also where a single head is too large.
@@ -66,8 +66,8 @@ class HeadChunks:
     """Which heads of each rank are in which chunk.
 
     Args:
-        split: how the heads are dealt to the ranks.
-        number: chunks that each rank's heads are cut into.
+        split: the heads of each rank.
+        number: of chunks on each rank.
     """
 
     split: HeadSplit
@@ -78,38 +78,38 @@ class HeadChunks:
         if not 1 <= self.number <= fewest:
             legal = ", ".join(str(number) for number in range(1, fewest + 1))
             raise ShapeError(
-                f"sp_head_chunks={self.number} can't cut the {fewest} query heads of a rank "
+                f"sp_head_chunks={self.number} can't split the {fewest} query heads of a rank "
                 f"(num_attention_heads={self.split.num_heads} on sp_size={self.split.size}). Use "
                 f"one of: {legal}."
             )
 
     @cached_property
-    def _cuts(self) -> tuple[HeadSplit, ...]:
-        """For each rank its own heads, dealt to chunks as heads are dealt to ranks."""
+    def _splits(self) -> tuple[HeadSplit, ...]:
+        """For each rank, how its heads are distributed over chunks: as heads over ranks."""
         counts = [self.split.counts(rank) for rank in range(self.split.size)]
         return tuple(HeadSplit(self.number, queries, keys) for queries, keys, _ in counts)
 
     def queries(self, chunk: int, rank: int) -> Range:
         """Returns the query heads (from, to) of a rank's chunk."""
-        return _moved(self._cuts[rank].queries(chunk), self.split.queries(rank)[0])
+        return _moved(self._splits[rank].queries(chunk), self.split.queries(rank)[0])
 
     def keys(self, chunk: int, rank: int) -> Range:
-        """Returns the key/value heads (from, to) that travel with a rank's chunk; none where an
-        earlier one did.
+        """Returns the key/value heads (from, to) that are sent with a rank's chunk; none where the
+        rank has them from an earlier chunk.
         """
-        keys = self._cuts[rank].keys(chunk)
-        if chunk > 0 and self._cuts[rank].keys(chunk - 1) == keys:
+        keys = self._splits[rank].keys(chunk)
+        if chunk > 0 and self._splits[rank].keys(chunk - 1) == keys:
             keys = (keys[1], keys[1])
         return _moved(keys, self.split.keys(rank)[0])
 
     def counts(self, chunk: int, rank: int) -> Counts:
-        """Returns how many query, key and value heads travel to a rank with a chunk."""
+        """Returns the number of query, key and value heads that are sent to a rank in a chunk."""
         queries, keys = self.queries(chunk, rank), self.keys(chunk, rank)
         return queries[1] - queries[0], keys[1] - keys[0], keys[1] - keys[0]
 
     def all_queries(self) -> list[Range]:
-        """Returns the query heads of each chunk and rank, rank by rank within a chunk; together all
-        heads once.
+        """Returns the query heads of each chunk and rank, ordered by chunk, then by rank; each head
+        is in one of them.
         """
         return [
             self.queries(chunk, rank)
@@ -118,16 +118,11 @@ class HeadChunks:
         ]
 
     def keys_in(self, chunk: int) -> list[Range]:
-        """Returns the key/value heads that travel with a chunk, each once; over all chunks all
-        heads once.
+        """Returns the different ranges of key/value heads that are sent in a chunk; each head is
+        sent in one chunk.
         """
-        return sorted(
-            {
-                self.keys(chunk, rank)
-                for rank in range(self.split.size)
-                if self.counts(chunk, rank)[1]
-            }
-        )
+        ranges = {self.keys(chunk, rank) for rank in range(self.split.size)}
+        return sorted(heads for heads in ranges if heads[0] < heads[1])
 
 
 def _moved(heads: Range, first: int) -> Range:
@@ -135,50 +130,49 @@ def _moved(heads: Range, first: int) -> Range:
 
 
 class _Pack(torch.autograd.Function):
-    """A chunk's pieces [B, s, n, D] of query, key and value -> one flat message, [s, B, width] for
-    each rank.
+    """A chunk's query, key and value heads, [B, s, n, D] each -> one flat message, [s, B, width]
+    for each rank.
     """
 
     @staticmethod
     def forward(ctx: Any, pipeline: _Pipeline, chunk: int, *pieces: Tensor) -> Tensor:
         ctx.pipeline, ctx.chunk = pipeline, chunk
         send = pieces[0].new_empty(sum(pipeline.message_sizes(chunk)))
-        for parts, places in zip(pipeline.messages(chunk, send), pipeline.places(chunk)):
-            for part, place in zip(parts, places):
-                if place is not None:
+        for parts, indices in zip(pipeline.messages(chunk, send), pipeline.piece_indices(chunk)):
+            for part, index in zip(parts, indices):
+                if index is not None:
                     # [B, s, n, D] -> [s, B, n, D]
-                    part.copy_(pieces[place].transpose(0, 1))
+                    part.copy_(pieces[index].transpose(0, 1))
         return send
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pipeline, chunk = ctx.pipeline, ctx.chunk
         pieces: dict[int, Tensor] = {}
-        for parts, places in zip(pipeline.messages(chunk, grad), pipeline.places(chunk)):
-            for part, place in zip(parts, places):
-                if place is not None:
-                    # A key/value head has several readers where there are fewer of them than ranks.
+        for parts, indices in zip(pipeline.messages(chunk, grad), pipeline.piece_indices(chunk)):
+            for part, index in zip(parts, indices):
+                if index is not None:
+                    # A key/value head is replicated where there are fewer of them than ranks.
                     part = part.transpose(0, 1)
-                    pieces[place] = pieces[place] + part if place in pieces else part
-        return None, None, *(pieces[place] for place in sorted(pieces))
+                    pieces[index] = pieces[index] + part if index in pieces else part
+        return None, None, *(pieces[index] for index in sorted(pieces))
 
 
-class _Place(torch.autograd.Function):
-    """A chunk's outputs, flat, [s, B, n, Dv] from each rank -> their places [B, s, n, Dv] in the
-    whole output.
+class _PlaceOutputs(torch.autograd.Function):
+    """A chunk's flat outputs, [s, B, n, Dv] from each rank -> views [B, s, n, Dv] of the full
+    output, which they are copied to.
     """
 
     @staticmethod
     def forward(ctx: Any, pipeline: _Pipeline, chunk: int, received: Tensor) -> tuple[Tensor, ...]:
         ctx.pipeline, ctx.chunk = pipeline, chunk
-        places = []
+        views = []
         for rank, part in enumerate(pipeline.outputs(chunk, received)):
-            place = pipeline.out.part(pipeline.chunks.queries(chunk, rank), received)
-            place.copy_(part.transpose(0, 1))
-            # Without autograd's knowledge of the view: other nodes fill other parts of the same
-            # buffer.
-            places.append(place.data)
-        return tuple(places)
+            view = pipeline.out.part(pipeline.chunks.queries(chunk, rank), received)
+            view.copy_(part.transpose(0, 1))
+            # .data, because autograd must not track that other nodes write to the same buffer.
+            views.append(view.data)
+        return tuple(views)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
@@ -189,8 +183,7 @@ class _Place(torch.autograd.Function):
 
 
 class _Pipeline:
-    """The chunks of one attention call on one rank: what is sent, where it lies, and the steps of
-    each chunk.
+    """The chunks of one attention call on one rank: their messages, and the steps of each chunk.
 
     Args:
         query: `[B, s, H, D]`.
@@ -206,22 +199,27 @@ class _Pipeline:
         self.group, self.chunks, self.rank, self.size = group, chunks, group.rank(), group.size()
         self.sizes: Sizes = (query.shape[3], key.shape[3], value.shape[3])
         self.batch, self.length = query.shape[:2]
-        self.out = WholeTensor((*query.shape[:3], value.shape[3]))
+        self.out = SharedOutput((*query.shape[:3], value.shape[3]))
 
     def pieces(self, *tensors: Tensor) -> list[list[Tensor]]:
-        """Cuts query, key and value into the pieces of each chunk."""
-        keys = [self.chunks.keys_in(chunk) for chunk in range(self.chunks.number)]
-        ranges = (self.chunks.all_queries(), *[[heads for found in keys for heads in found]] * 2)
-        cuts = zip(tensors, ranges)
-        query, key, value = (iter(CutByHeads.apply(*cut)) for cut in cuts)  # type: ignore[no-untyped-call]
-        counts = [len(found) for found in keys]
-        return [
-            [*islice(query, self.size), *islice(key, count), *islice(value, count)]
-            for count in counts
-        ]
+        """Returns for each chunk views of the heads that are sent in it: query heads of each rank,
+        then key heads, then value heads.
+        """
+        keys_in = [self.chunks.keys_in(chunk) for chunk in range(self.chunks.number)]
+        all_keys = [heads for ranges in keys_in for heads in ranges]
+        ranges_of = (self.chunks.all_queries(), all_keys, all_keys)
+        query, key, value = (
+            iter(SplitByHeads.apply(tensor, ranges))  # type: ignore[no-untyped-call]
+            for tensor, ranges in zip(tensors, ranges_of)
+        )
+        result = []
+        for ranges in keys_in:
+            count = len(ranges)
+            result.append([*islice(query, self.size), *islice(key, count), *islice(value, count)])
+        return result
 
     def message_sizes(self, chunk: int) -> list[int]:
-        """Returns the elements of a chunk's message to each rank."""
+        """Returns the number of elements of a chunk's message to each rank."""
         widths = [self._width(chunk, rank) for rank in range(self.size)]
         return [self.length * self.batch * width for width in widths]
 
@@ -229,8 +227,8 @@ class _Pipeline:
         return sum(count * size for count, size in zip(self.chunks.counts(chunk, rank), self.sizes))
 
     def messages(self, chunk: int, message: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Cuts a flat message into views [s, B, n, D] of the query, key and value heads for each
-        rank.
+        """Returns views [s, B, n, D] of the query, key and value heads for each rank in a flat
+        message.
         """
         parts = message.split(self.message_sizes(chunk))
         shaped = (part.view(self.length, self.batch, -1) for part in parts)
@@ -239,23 +237,28 @@ class _Pipeline:
             for rank, part in enumerate(shaped)
         ]
 
-    def places(self, chunk: int) -> list[tuple[int | None, int | None, int | None]]:
-        """Returns for each rank which of a chunk's pieces its query, key and value heads are."""
+    def piece_indices(self, chunk: int) -> list[tuple[int | None, int | None, int | None]]:
+        """Returns for each rank the indices of its query, key and value heads in a chunk's
+        `pieces`; None where no key/value heads are sent to it.
+        """
         keys = self.chunks.keys_in(chunk)
-        found: list[tuple[int | None, int | None, int | None]] = []
+        indices: list[tuple[int | None, int | None, int | None]] = []
         for rank in range(self.size):
             heads = self.chunks.keys(chunk, rank)
-            place = self.size + keys.index(heads) if heads in keys else None
-            found.append((rank, place, None if place is None else place + len(keys)))
-        return found
+            if heads in keys:
+                key = self.size + keys.index(heads)
+                indices.append((rank, key, key + len(keys)))
+            else:
+                indices.append((rank, None, None))
+        return indices
 
     def output_sizes(self, chunk: int) -> list[int]:
-        """Returns the elements of a chunk's outputs from each rank."""
+        """Returns the number of elements of a chunk's outputs from each rank."""
         unit = self.length * self.batch * self.sizes[2]
         return [unit * self.chunks.counts(chunk, rank)[0] for rank in range(self.size)]
 
     def outputs(self, chunk: int, message: Tensor) -> list[Tensor]:
-        """Cuts flat outputs into views [s, B, n, Dv] of each rank's heads."""
+        """Returns views [s, B, n, Dv] of each rank's heads in flat outputs."""
         shape = (self.length, self.batch, -1, self.sizes[2])
         return [part.view(shape) for part in message.split(self.output_sizes(chunk))]
 
@@ -269,13 +272,13 @@ class _Pipeline:
     def finish(
         self, chunk: int, pending: Tensor, exchange: AsyncExchange
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Waits for a chunk: all tokens of its heads, [B, h, S, D], [B, k, S, D], [B, k, S, Dv]; k
-        may be 0.
+        """Waits for a chunk; returns all tokens of its heads, [B, h, S, D], [B, k, S, D], [B, k, S,
+        Dv], where k may be 0.
         """
         message = WaitForExchange.apply(pending, exchange)  # type: ignore[no-untyped-call]
         message = message.view(self.size * self.length, self.batch, -1)
         counts = self.chunks.counts(chunk, self.rank)
-        result: tuple[Tensor, Tensor, Tensor] = CutHeads.apply(message, counts, self.sizes)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, Tensor, Tensor] = SplitMessage.apply(message, counts, self.sizes)  # type: ignore[no-untyped-call]
         return result
 
     def start_return(self, chunk: int, out: Tensor) -> tuple[Tensor, AsyncExchange]:
@@ -287,48 +290,48 @@ class _Pipeline:
         return StartExchange.apply(send, exchange), exchange  # type: ignore[no-untyped-call]
 
     def finish_return(self, chunk: int, pending: Tensor, exchange: AsyncExchange) -> list[Tensor]:
-        """Waits for a chunk's outputs and puts them in their places; returns these, [B, s, n, Dv]
-        for each rank.
+        """Waits for a chunk's outputs and copies them into the full output; returns views of it,
+        [B, s, n, Dv] for each rank.
         """
         received = WaitForExchange.apply(pending, exchange)  # type: ignore[no-untyped-call]
-        return list(_Place.apply(self, chunk, received))  # type: ignore[no-untyped-call]
+        return list(_PlaceOutputs.apply(self, chunk, received))  # type: ignore[no-untyped-call]
 
     def attend(
         self, chunk: int, arrived: Keys, kept: Keys, attend: Attend
     ) -> tuple[tuple[Tensor, AsyncExchange], Keys]:
-        """Attends with a chunk's heads and starts the return of the outputs.
+        """Computes the attention of a chunk's heads and starts the exchange of its outputs.
 
         Args:
-            chunk: which.
+            chunk: index of the chunk.
             arrived: what `finish` returned.
-            kept: key and value that an earlier chunk left for this one.
+            kept: key and value of an earlier chunk, for a chunk that is sent none.
             attend: see `attend_in_chunks`.
 
         Returns:
-            What `start_return` returned; key and value for the next chunk, where it brings none of
-            its own.
+            What `start_return` returned; and key and value for the next chunk, where it is sent
+            none.
         """
-        query, *fresh = arrived
-        keys = tuple(fresh) if fresh[0].shape[1] else kept
+        query, *received = arrived
+        keys = tuple(received) if received[0].shape[1] else kept
         out = attend(query, keys[0], keys[1], self.chunks.queries(chunk, self.rank))
         is_last = chunk + 1 == self.chunks.number or self.chunks.counts(chunk + 1, self.rank)[1] > 0
         return self.start_return(chunk, out), () if is_last else keys
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Returns the whole output [B, s, H, Dv]."""
+        """Returns the full output [B, s, H, Dv]."""
         out: Tensor = JoinByHeads.apply(self.out, self.chunks.all_queries(), *parts)  # type: ignore[no-untyped-call]
         return out
 
 
 def chunks_of(query: Tensor, value: Tensor, split: HeadSplit, number: int) -> HeadChunks:
-    """Returns the chunks of one attention call: those wished for, or more where a core call would
-    be too large.
+    """Returns the chunks of one attention call: as many as requested, or more where a core
+    attention call would be too large.
 
     Args:
         query: `[B, H, S / P, D]`, this rank's tokens of all heads.
         value: `[B, K, S / P, Dv]`.
-        split: how the heads are dealt to the ranks.
-        number: chunks wished for.
+        split: the heads of each rank.
+        number: of chunks requested.
 
     Raises:
         ShapeError: more chunks than a rank has heads.
@@ -362,15 +365,15 @@ def attend_in_chunks(
         `[B, S / P, H, Dv]`, this rank's tokens of all heads.
 
     Raises:
-        ShapeError: the tensors don't belong together.
+        ShapeError: the tensors' shapes or dtypes don't fit.
 
     Source: the idea of exchanging heads in chunks is Untied Ulysses' (UPipe).
     """
     check_exchange(query, key, value)
     run = _attend_in_chunks
     if torch.compiler.is_compiling():
-        # Messages on their way are nothing that a graph could hold; decorating costs seconds where
-        # nothing is compiled.
+        # A graph can't hold exchanges that are in progress. Not a decorator: torch.compiler.disable
+        # imports dynamo, which takes seconds also where nothing is compiled (torch 2.13).
         run = torch.compiler.disable(run)
     return run(query, key, value, group, chunks, attend)
 
@@ -390,8 +393,8 @@ def _attend_in_chunks(
     keys: Keys = ()
     parts: list[Tensor] = []
     for chunk in range(chunks.number):
-        # Popped where it is used: a name would keep a chunk's tensors alive while the next one is
-        # computed.
+        # Popped where it is used: a variable would keep a chunk's tensors alive while the next one
+        # is computed.
         arrived = [pipeline.finish(chunk, *arriving.pop())]
         if chunk + 1 < chunks.number:
             arriving.append(pipeline.start(chunk + 1, pieces[chunk + 1]))

@@ -1,10 +1,10 @@
-"""Exchanges that run while something else is computed, forward and backward, and tensors that are
-filled in parts.
+"""Exchanges that overlap with computation in forward and backward, and tensors that are filled in
+parts.
 
-An exchange is two autograd nodes, one that starts it and one that waits; their backwards do the
-same the other way round. Autograd runs nodes in the reverse order of their making, so that the
-backward overlaps as the forward does. Shapes: B = rows, N = heads, s = tokens of one rank, D = head
-size.
+An exchange is two autograd nodes, one that starts it and one that waits for it; their backwards
+wait for the adjoint and start it. Autograd runs nodes in the reverse order of their creation, so
+that backward overlaps as forward does. Shapes: B = rows, N = heads, s = tokens of one rank, D =
+head size.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from ulysses_accel.attention.heads import Range
 @dataclass
 class AsyncExchange:
     """One all-to-all of flat messages and, in the backward pass, its adjoint; at most one of them
-    is on its way.
+    is in progress.
     """
 
     group: ProcessGroup
     send_sizes: list[int]
     receive_sizes: list[int]
-    # What was sent stays alive until it has left.
-    flights: list[tuple[Tensor, Tensor, Any]] = field(default_factory=list)
+    # What is sent, what is received, and the handle; the sent tensor stays alive until it is sent.
+    in_progress: list[tuple[Tensor, Tensor, Any]] = field(default_factory=list)
 
     def start(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         received = send.new_empty(sum(receive_sizes))
-        # Detached, so that an exchange which nobody waits for (a recompute that stops early) keeps
+        # Detached, so that an exchange that is not waited for (a recompute that stops early) keeps
         # no graph alive.
         send, filled = send.detach(), received.detach()
-        # The sizes are left out where all are equal: the even exchange is the cheaper call on every
-        # backend.
+        # Without sizes, backends take their cheaper path for equal parts.
         even = len({*send_sizes, *receive_sizes}) == 1
         work = dist.all_to_all_single(
             filled,
@@ -49,18 +48,18 @@ class AsyncExchange:
             group=self.group,
             async_op=True,
         )
-        self.flights.append((send, filled, work))
+        self.in_progress.append((send, filled, work))
         return received
 
     def wait(self) -> Tensor:
-        _, received, work = self.flights.pop()
+        _, received, work = self.in_progress.pop()
         work.wait()
         return received
 
 
 class StartExchange(torch.autograd.Function):
-    """Starts an exchange; its result is filled only behind `WaitForExchange`. The backward waits
-    for the adjoint.
+    """Starts an exchange; its result is not valid before `WaitForExchange`. The backward waits for
+    the adjoint.
     """
 
     @staticmethod
@@ -74,7 +73,7 @@ class StartExchange(torch.autograd.Function):
 
 
 class WaitForExchange(torch.autograd.Function):
-    """Waits for an exchange. The backward starts the adjoint, and hands on the gradient that is
+    """Waits for an exchange. The backward starts the adjoint, and returns the gradient that is
     being sent.
     """
 
@@ -92,32 +91,30 @@ class WaitForExchange(torch.autograd.Function):
 
 
 @dataclass
-class WholeTensor:
-    """A tensor `[B, s, N, D]` that several nodes fill, each its own heads."""
+class SharedOutput:
+    """A tensor `[B, s, N, D]` that several autograd nodes fill, each with some of the heads."""
 
     shape: tuple[int, ...]
     buffer: Tensor | None = None
 
     def part(self, heads: Range, like: Tensor) -> Tensor:
-        """Returns the place of some heads, `[B, s, n, D]`."""
+        """Returns the view of some heads, `[B, s, n, D]`."""
         if self.buffer is None:
             self.buffer = like.new_empty(self.shape)
         return self.buffer[:, :, slice(*heads)]
 
     def join(self, ranges: Sequence[Range], parts: Sequence[Tensor]) -> Tensor:
-        """Returns the whole, `[B, s, N, D]`, of parts that are in their places already, or are
-        copied there.
-        """
+        """Returns the full tensor, `[B, s, N, D]`; parts that are not views of it are copied."""
         for heads, part in zip(ranges, parts, strict=True):
-            place = self.part(heads, part)
-            if place.data_ptr() != part.data_ptr():
-                place.copy_(part)
-        whole, self.buffer = self.buffer, None
-        assert whole is not None
-        return whole
+            view = self.part(heads, part)
+            if view.data_ptr() != part.data_ptr():
+                view.copy_(part)
+        full, self.buffer = self.buffer, None
+        assert full is not None
+        return full
 
 
-class CutByHeads(torch.autograd.Function):
+class SplitByHeads(torch.autograd.Function):
     """[B, s, N, D] -> views [B, s, n, D] of ranges of heads that cover all."""
 
     @staticmethod
@@ -127,14 +124,14 @@ class CutByHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return WholeTensor(ctx.shape).join(ctx.ranges, grads), None
+        return SharedOutput(ctx.shape).join(ctx.ranges, grads), None
 
 
 class JoinByHeads(torch.autograd.Function):
     """Parts [B, s, n, D] of ranges of heads that cover all -> [B, s, N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, whole: WholeTensor, ranges: Sequence[Range], *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, whole: SharedOutput, ranges: Sequence[Range], *parts: Tensor) -> Tensor:
         ctx.ranges = ranges
         return whole.join(ranges, parts)
 

@@ -86,7 +86,7 @@ class MemoryAttachment:
     def uninstall(self) -> None:
         """Restores the accelerator's methods and every model that was prepared."""
         for _, installed in self.installed:
-            installed.uninstall()
+            installed.close()
         self.installed.clear()
         for name in _WRAPPED:
             delattr(self.accelerator, name)

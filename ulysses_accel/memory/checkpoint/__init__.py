@@ -1,1 +1,1 @@
-"""Activation checkpoints of layers, with offload to the host."""
+"""Activation checkpointing of layers, with offload to host memory."""

@@ -1,8 +1,8 @@
-"""Host memory for tensors that leave the device until the backward pass wants them back.
+"""Host memory for tensors that are offloaded from the device between forward and backward.
 
-One slab holds a whole forward pass: its size is exactly the number of tensors times their bytes.
-(The framework's own pinned allocator rounds each block up to a power of two, which can double it.)
-Copies run on a stream of their own.
+One slab holds all tensors of a forward pass: its size is exactly their number times their bytes.
+(torch's own pinned allocator rounds each block up to a power of two, which can double it.) Copies
+run on a separate stream.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class _Block:
-    """One allocation of equal slots, which serves tensors of one size at a time."""
+    """One allocation, divided into equal slots for tensors of one size at a time."""
 
     memory: Tensor
     slot_bytes: int
@@ -36,29 +36,28 @@ class _Block:
 
 @dataclass(eq=False)
 class Slot:
-    """A place in the slab; it goes back to the slab when nobody holds it any more.
+    """Memory for one tensor in the slab; it is free again when the slot is garbage-collected.
 
     Args:
-        memory: its bytes.
-        block: the allocation that they are part of.
+        memory: `[bytes]`, uint8.
+        block: the allocation that it is part of.
     """
 
     memory: Tensor
     block: object
 
     def view(self, like: Tensor | torch.Size, dtype: torch.dtype) -> Tensor:
-        """Returns the slot's memory as a tensor of that shape."""
+        """Returns the slot's memory as a tensor of that shape and dtype."""
         shape = like.shape if isinstance(like, Tensor) else like
         return self.memory[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 class HostSlab:
-    """Slots of host memory, allocated for one forward pass at a time and used again by the next.
+    """Slots of host memory, which each forward pass uses again.
 
     Args:
-        num_slots: tensors that one forward pass puts away.
-        is_pinned: whether the memory is registered with the GPU's driver, so that copies run beside
-            the computation.
+        num_slots: tensors that one forward pass offloads.
+        is_pinned: whether the memory is page-locked, so that copies overlap with the computation.
     """
 
     def __init__(self, num_slots: int, is_pinned: bool = False) -> None:
@@ -67,33 +66,39 @@ class HostSlab:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are allocated now."""
+        """Bytes that are allocated."""
         return sum(block.memory.numel() for block in self._blocks)
 
     @property
     def num_bytes_used(self) -> int:
-        """Bytes of the slots that are taken now."""
+        """Bytes of the slots in use."""
         return sum(block.slot_bytes * (block.num_slots - len(block.free)) for block in self._blocks)
 
     def take(self, num_bytes: int) -> Slot:
-        """Returns a free slot of at least that size, from a new block where no block has one."""
-        serving = [
-            block for block in self._blocks if block.free and block.served_bytes == num_bytes
-        ]
-        idle = [block for block in self._blocks if block.is_idle and block.slot_bytes >= num_bytes]
-        # Never a larger slot of a block in use: the tensors it was made for would have to go
-        # elsewhere.
-        block = (
-            serving or sorted(idle, key=lambda found: found.slot_bytes) or [self._grow(num_bytes)]
-        )[0]
+        """Returns a free slot of at least that size, from a new block where there is none.
+
+        Args:
+            num_bytes: of the tensor.
+        """
+        block = self._block_for(num_bytes)
         block.served_bytes = num_bytes
         index = block.free.pop()
         slot = Slot(block.memory[index * block.slot_bytes : (index + 1) * block.slot_bytes], block)
         weakref.finalize(slot, block.free.append, index)
         return slot
 
-    def _grow(self, num_bytes: int) -> _Block:
-        # A block that nobody uses was too small: longer sequences came.
+    def _block_for(self, num_bytes: int) -> _Block:
+        for block in self._blocks:
+            if block.free and block.served_bytes == num_bytes:
+                return block
+        # Never a larger slot of a block in use: the tensors that it was allocated for need it.
+        idle = [block for block in self._blocks if block.is_idle and block.slot_bytes >= num_bytes]
+        if idle:
+            return min(idle, key=lambda block: block.slot_bytes)
+        return self._allocate(num_bytes)
+
+    def _allocate(self, num_bytes: int) -> _Block:
+        # Idle blocks are too small for the sequences that come now.
         self._blocks = [block for block in self._blocks if not block.is_idle]
         memory = torch.empty(self.num_slots * num_bytes, dtype=torch.uint8)
         block = _Block(memory, num_bytes, num_bytes, list(range(self.num_slots)))
@@ -103,7 +108,7 @@ class HostSlab:
         return block
 
     def clear(self) -> None:
-        """Lets go of all blocks; memory of slots that are still held is freed with them."""
+        """Frees all blocks; the memory of a slot in use is freed with the slot."""
         self._blocks.clear()
 
 
@@ -113,17 +118,17 @@ def _pin(block: _Block) -> None:
     if int(error) != 0:
         raise MemoryError(
             f"{memory.numel()} bytes of host memory could not be pinned (CUDA error {int(error)}). "
-            "Raise the limit of "
-            f"locked memory (ulimit -l), or use fewer tokens, every_n_layers=2 or offload=False."
+            "Raise the limit of locked memory (ulimit -l), or use fewer tokens, every_n_layers=2 "
+            "or offload=False."
         )
     weakref.finalize(block, runtime.cudaHostUnregister, memory.data_ptr())
 
 
 class Arrival(Protocol):
-    """A tensor on its way back to the device."""
+    """A copy to the device that has been started."""
 
     def wait(self) -> Tensor:
-        """Returns the tensor, ready for the operations that follow."""
+        """Returns the tensor; operations that follow wait for the copy."""
         ...
 
 
@@ -131,22 +136,22 @@ class Mover(Protocol):
     """Copies between a device and the host."""
 
     def to_host(self, tensor: Tensor, slot: Slot) -> None:
-        """Starts to copy a tensor into a slot; the caller may let go of the tensor at once."""
+        """Starts to copy a tensor into a slot; the caller may free the tensor at once."""
         ...
 
     def to_device(self, slot: Slot, like: TensorShape) -> Arrival:
-        """Starts to copy a slot's tensor back."""
+        """Starts to copy a slot's tensor to the device."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorShape:
-    """What it takes to make a tensor like another one.
+    """Shape, dtype and device of a tensor that is not there any more.
 
     Args:
-        shape: its sizes.
-        dtype: its element type.
-        device: where it lives.
+        shape: sizes of its dims.
+        dtype: of its elements.
+        device: that it was on.
     """
 
     shape: torch.Size
@@ -155,7 +160,7 @@ class TensorShape:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorShape:
-        """Returns a tensor's."""
+        """Returns those of a tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     @property
@@ -164,7 +169,7 @@ class TensorShape:
         return self.shape.numel() * self.dtype.itemsize
 
     def empty(self) -> Tensor:
-        """Returns a new tensor without values."""
+        """Returns an uninitialised tensor."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
@@ -177,14 +182,14 @@ class _Arrived:
 
 
 class HostMover:
-    """Copies of tensors that live on the host: done at once, in the same order as a device's."""
+    """Copies tensors that are on the host already, for training on the CPU; without delay."""
 
     def to_host(self, tensor: Tensor, slot: Slot) -> None:
-        """Copies."""
+        """Copies a tensor into a slot."""
         slot.view(tensor, tensor.dtype).copy_(tensor)
 
     def to_device(self, slot: Slot, like: TensorShape) -> Arrival:
-        """Copies."""
+        """Copies a slot's tensor."""
         return _Arrived(like.empty().copy_(slot.view(like.shape, like.dtype)))
 
 
@@ -199,12 +204,12 @@ class _CudaArrival:
 
 
 class CudaMover:
-    """Copies on a stream of their own, beside the computation.
+    """Copies on a separate CUDA stream, overlapping with the computation.
 
     Args:
         device: the GPU.
-        max_inflight: copies to the host that may be under way; the computation waits for the oldest
-            beyond that, so that tensors that are put away don't pile up on the device.
+        max_inflight: copies to the host that may be unfinished; the computation waits for the
+            oldest beyond that, so that offloaded tensors don't pile up on the device.
     """
 
     def __init__(self, device: torch.device, max_inflight: int = 2) -> None:
@@ -213,7 +218,7 @@ class CudaMover:
         self._leaving: deque[Any] = deque()
 
     def to_host(self, tensor: Tensor, slot: Slot) -> None:
-        """Starts the copy behind all that the current stream has been given."""
+        """Starts the copy after everything that is queued on the current stream."""
         current = torch.cuda.current_stream(self.device)
         while len(self._leaving) >= self.max_inflight:
             current.wait_event(self._leaving.popleft())
@@ -221,15 +226,15 @@ class CudaMover:
         with torch.cuda.stream(self.stream):
             slot.view(tensor, tensor.dtype).copy_(tensor, non_blocking=True)
             self._leaving.append(self.stream.record_event())
-        # The allocator must not hand out the tensor's memory before the copy has read it.
+        # CUDA's caching allocator must not reuse the tensor's memory before the copy has read it.
         tensor.record_stream(self.stream)
 
     def to_device(self, slot: Slot, like: TensorShape) -> Arrival:
-        """Starts the copy; on the same stream as the copies to the host, so behind the one that
+        """Starts the copy; on the same stream as the copies to the host, so after the one that
         filled the slot.
         """
         tensor = like.empty()
-        # The new tensor's memory may still be read by what the current stream was given before.
+        # Operations queued on the current stream may still read the new tensor's memory.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             tensor.copy_(slot.view(like.shape, like.dtype), non_blocking=True)
@@ -238,5 +243,10 @@ class CudaMover:
 
 
 def mover_for(device: torch.device, max_inflight: int = 2) -> Mover:
-    """Returns what copies between a device and the host."""
+    """Returns the mover of a device.
+
+    Args:
+        device: that tensors are offloaded from.
+        max_inflight: copies to the host that may be unfinished.
+    """
     return CudaMover(device, max_inflight) if device.type == "cuda" else HostMover()

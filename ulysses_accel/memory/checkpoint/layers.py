@@ -1,18 +1,19 @@
-"""Activation checkpointing of a transformers model's layers, with their inputs put away on the
+"""Activation checkpointing of a transformers model's layers, with their inputs offloaded to the
 host.
 
-A layer keeps nothing but its input, of which every n-th stays or leaves for a slab of host memory
-of exactly the right size; it comes back one layer ahead. Layers are driven through the attributes
-that transformers' own checkpointing uses, so module hooks (FSDP2's, DeepSpeed's) stay outside, and
-`uninstall` leaves the model as it was.
+Of every n-th layer the input is saved, on the device or in a slab of host memory of exactly the
+right size, from which it is fetched one layer ahead. The layers' checkpoint function is set through
+the attributes that transformers' own checkpointing uses, so that module hooks (FSDP2's,
+DeepSpeed's) run outside of it.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,18 +23,24 @@ from torch import Tensor, nn
 from ulysses_accel import _private_api
 from ulysses_accel.attention.saved_results import Part
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
+from ulysses_accel.installation import Installation
 from ulysses_accel.memory.checkpoint.host_slab import HostSlab, Mover, mover_for
 from ulysses_accel.memory.checkpoint.record import FromLayer, LayerRecord, is_running_again
-from ulysses_accel.memory.checkpoint.saved_results import Keeper
+from ulysses_accel.memory.checkpoint.saved_results import SavedResults
 from ulysses_accel.memory.checkpoint.storage import OnDevice, OnHost, Source
 from ulysses_accel.memory.skip_output import skip_unneeded_outputs
 
-_ATTRIBUTES = ("gradient_checkpointing", _private_api.CHECKPOINT_FUNCTION)
-
 
 @dataclass
-class _Before:
-    """The layer run that came last in a forward pass."""
+class _PreviousRun:
+    """The last layer run so far in a forward pass.
+
+    Args:
+        record: of the run.
+        index: of the layer.
+        output: reference to the tensor that goes to the next layer.
+        path: index of that tensor in the layer's output; None for the output itself.
+    """
 
     record: weakref.ref[LayerRecord]
     index: int
@@ -43,23 +50,24 @@ class _Before:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What is kept of a forward pass, and where.
+    """What is saved of a forward pass, and where.
 
     Args:
-        every_n_layers: how many layers share one kept input. The inputs in between are computed
-            again, which costs (n - 1) / n of a forward pass and keeps 1 / n of the memory.
-        offload: put the inputs away on the host, in a slab of exactly their size, pinned where the
-            model is on a GPU.
-        keep_last: how many of the last kept inputs stay on the device: they are wanted at once.
-        skip_outputs: leave out, in a recompute, the products that make only the output of a tiled
-            block, for layers where the first recompute proves that nobody reads it.
-        save_attention: keep attention's output and log-sum-exp, so that attention is never computed
-            twice: `no`, on the `device` or on the `host`.
-        save_exchange: with `save_attention`, keep too what the exchanges delivered, so that none is
-            repeated.
-        save_attention_bytes: how much `save_attention` may take on a rank, in whole layers from the
-            last one on; all layers when None.
-        max_inflight: copies to the host that may be under way before the computation waits.
+        every_n_layers: how many layers share one saved input. The inputs in between are computed
+            again, which costs (n - 1) / n of a forward pass and saves 1 / n of the memory.
+        offload: whether inputs are offloaded to the host, in a slab of exactly their size, pinned
+            where the model is on a GPU.
+        keep_last: how many of the last saved inputs stay on the device, because backward needs them
+            at once.
+        skip_outputs: whether a recompute skips the matrix products that only the output of a tiled
+            block needs, for layers where the first recompute proves that nothing reads it.
+        save_attention: whether attention's output and log-sum-exp are saved, so that attention is
+            never computed twice: `no`, on the `device` or on the `host`.
+        save_exchange: with `save_attention`, whether the outputs of exchanges are saved too, so
+            that no exchange is repeated.
+        save_attention_bytes: bytes that `save_attention` may use on a rank, in whole layers from
+            the last one backwards; all layers when None.
+        max_inflight: copies to the host that may be unfinished before the computation waits.
 
     Raises:
         ConfigError: a value is not legal.
@@ -88,45 +96,101 @@ class CheckpointOptions:
 
     @property
     def parts(self) -> frozenset[Part]:
-        """What is kept besides inputs."""
+        """What is saved besides inputs."""
         if self.save_attention == "no":
             return frozenset()
-        return (
-            frozenset(("attention", "exchange"))
-            if self.save_exchange
-            else frozenset(("attention",))
-        )
+        if self.save_exchange:
+            return frozenset(("attention", "exchange"))
+        return frozenset(("attention",))
 
 
-@dataclass
 class CheckpointedLayers:
-    """One model's checkpointing, and the way to take it off.
+    """The activation checkpoints of one model; `close` restores the model.
+
+    Layers are held weakly: they hold this object as their checkpoint function, and a strong
+    reference back would keep their memory, and the slabs, until the garbage collector runs.
 
     Args:
+        model: holds the layers.
         layers: in the order of the model.
-        options: what is kept, and where.
-        slab: the host memory of inputs.
-        attention_slab: the host memory of attention's results.
-        attention_bytes: of one token's results in one layer.
-        num_recomputed: layer runs that were computed again so far.
+        options: what is saved, and where.
     """
 
-    layers: list[nn.Module]
-    options: CheckpointOptions
-    slab: HostSlab
-    attention_slab: HostSlab
-    attention_bytes: int
-    num_recomputed: int = 0
-    _index: dict[int, int] = field(default_factory=dict)
-    _before: _Before | None = None
-    _movers: dict[torch.device, Mover] = field(default_factory=dict)
-    _may_skip: dict[int, bool] = field(default_factory=dict)
-    _originals: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
-    _hook: Any = None
+    def __init__(
+        self, model: nn.Module, layers: list[nn.Module], options: CheckpointOptions
+    ) -> None:
+        self.options = options
+        self.num_recomputed = 0
+        self._attention_bytes = _attention_bytes(model, options)
+        self._is_pinned = next(model.parameters()).is_cuda
+        self._set_layers(layers)
+        self._previous: _PreviousRun | None = None
+        self._movers: dict[torch.device, Mover] = {}
+        self._may_skip: dict[int, bool] = {}
+        self._functions, self._changes = Installation(), Installation()
+
+    def _set_layers(self, layers: list[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._index = {id(layer): index for index, layer in enumerate(layers)}
+        num_kept = max(-(-len(layers) // self.options.every_n_layers) - self.options.keep_last, 1)
+        self.slab = HostSlab(num_kept, self._is_pinned)
+        self.attention_slab = HostSlab(len(layers), self._is_pinned)
+
+    def install(self, model: nn.Module) -> None:
+        """Sets the layers' checkpoint function, and checks it before each forward."""
+        self._changes.callback(self._functions.close)
+        self._set_functions()
+        self._changes.hooks([model.register_forward_pre_hook(self._start_forward)])
+
+    def close(self) -> None:
+        """Restores the layers' own checkpointing, whatever it was, and frees the host memory."""
+        self._changes.close()
+        self.slab.clear()
+        self.attention_slab.clear()
+        self._movers.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedLayers:
+        # For the copied layers, with host memory of its own.
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._set_layers([copy.deepcopy(layer, memo) for layer in self.layers])
+        twin._previous, twin._movers, twin._may_skip = None, {}, {}
+        twin._functions, twin._changes = Installation(), Installation()
+        return twin
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers, in the order of the model."""
+        layers = [reference() for reference in self._layers]
+        return [layer for layer in layers if layer is not None]
+
+    def _attributes(self) -> dict[str, Any]:
+        # Read by GradientCheckpointingLayer.__call__ of transformers 5.
+        return {"gradient_checkpointing": True, _private_api.CHECKPOINT_FUNCTION: self.run}
+
+    def _set_functions(self) -> None:
+        self._functions.close()
+        for layer in self.layers:
+            for name, value in self._attributes().items():
+                self._functions.set(layer, name, value)
+
+    def _start_forward(self, *_: Any) -> None:
+        expected = self._attributes().items()
+        # transformers' gradient_checkpointing_enable may have set other functions since.
+        if not all(expected <= vars(layer).items() for layer in self.layers):
+            self._set_functions()
+        self._previous = None
 
     def run(self, function: partial[Any], *args: Any) -> Any:
-        """Stands in for torch's checkpoint function: runs a layer's forward and keeps its input
-        alone.
+        """Runs a layer's forward and saves only its input; called instead of
+        `torch.utils.checkpoint.checkpoint`.
+
+        Args:
+            function: the layer's forward, with the layer as first argument, and keyword arguments.
+            args: positional arguments.
+
+        Returns:
+            The layer's output.
         """
         position, hidden = _find_input(function, args)
         if not torch.is_grad_enabled() or is_running_again() or hidden is None:
@@ -141,39 +205,39 @@ class CheckpointedLayers:
             self._source(hidden, index),
             layer,
             self._recompute,
-            self._before.record if self._before is not None else None,
-            self._keeper(hidden, index),
+            self._previous.record if self._previous is not None else None,
+            self._saved_results(hidden, index),
         )
-        with record.leaving_out():
+        with record.without_saving():
             output = function(*args)
         tensor, path = _first_tensor(output)
         if tensor is not None:
-            self._before = _Before(weakref.ref(record), index, weakref.ref(tensor), path)
+            self._previous = _PreviousRun(weakref.ref(record), index, weakref.ref(tensor), path)
         return output
 
     def _source(self, hidden: Tensor, index: int) -> Source:
-        before, every = self._before, self.options.every_n_layers
-        follows = before is not None and before.index == index - 1 and before.output() is hidden
-        record = before.record() if before is not None else None
-        if index % every and follows and record is not None:
-            return FromLayer(record, before.path if before is not None else None)
-        num_kept = -(-len(self.layers) // every)
+        previous, every = self._previous, self.options.every_n_layers
+        if index % every and previous is not None and previous.index == index - 1:
+            record = previous.record()
+            # Only where nothing was computed between the two layers.
+            if record is not None and previous.output() is hidden:
+                return FromLayer(record, previous.path)
+        num_kept = -(-len(self._layers) // every)
         if not self.options.offload or index // every >= num_kept - self.options.keep_last:
             return OnDevice(hidden)
         return OnHost(hidden, self.slab, self._mover(hidden.device))
 
-    def _keeper(self, hidden: Tensor, index: int) -> Keeper | None:
-        options, num_layers = self.options, len(self.layers)
+    def _saved_results(self, hidden: Tensor, index: int) -> SavedResults | None:
+        options, num_layers = self.options, len(self._layers)
         if options.save_attention_bytes is not None:
-            # From the shard's size alone, which is every rank's: all must repeat the same
-            # collectives.
-            each = hidden.numel() // hidden.shape[-1] * self.attention_bytes
-            num_layers = min(num_layers, options.save_attention_bytes // each)
-        if not options.parts or index < len(self.layers) - num_layers:
+            # From the shard's size, which all ranks share: all must repeat the same collectives.
+            layer_bytes = hidden.numel() // hidden.shape[-1] * self._attention_bytes
+            num_layers = min(num_layers, options.save_attention_bytes // layer_bytes)
+        if not options.parts or index < len(self._layers) - num_layers:
             return None
         if options.save_attention == "device":
-            return Keeper(options.parts, OnDevice)
-        return Keeper(
+            return SavedResults(options.parts, OnDevice)
+        return SavedResults(
             options.parts,
             lambda result: OnHost(result, self.attention_slab, self._mover(result.device)),
         )
@@ -184,7 +248,7 @@ class CheckpointedLayers:
         return self._movers[device]
 
     def _recompute(self, record: LayerRecord) -> None:
-        """Runs a layer again, while what the layer before needs is on its way."""
+        """Runs a layer again, while the previous layer's input is copied to the device."""
         self.num_recomputed += 1
         previous = record.previous() if record.previous is not None else None
         record.fetch()
@@ -198,44 +262,22 @@ class CheckpointedLayers:
             self._may_skip[layer] = _outputs_are_unneeded(record)
         record.recompute(inside=skip_unneeded_outputs if self._may_skip[layer] else nullcontext)
 
-    def reinstall(self, *_: Any) -> None:
-        """Points the layers at this engine, also after `gradient_checkpointing_enable` pointed them
-        elsewhere.
-        """
-        for layer in self.layers:
-            layer.gradient_checkpointing = True  # type: ignore[assignment]
-            setattr(layer, _private_api.CHECKPOINT_FUNCTION, self.run)
-        self._before = None
-
-    def uninstall(self) -> None:
-        """Gives the layers their own checkpointing back, whatever it was, and frees the host
-        memory.
-        """
-        for layer, attributes in self._originals:
-            for name in _ATTRIBUTES:
-                vars(layer).pop(name, None)
-            vars(layer).update(attributes)
-        self._hook.remove()
-        self.slab.clear()
-        self.attention_slab.clear()
-        self._movers.clear()
-
 
 def checkpoint_layers(
     model: nn.Module, options: CheckpointOptions | None = None, **changes: Any
 ) -> CheckpointedLayers:
-    """Makes a model's layers keep only their inputs for the backward pass.
+    """Makes a model's layers save only their inputs for the backward pass.
 
-    Gradients are those of the plain model, dropout included; layers must be the same function the
-    second time.
+    Gradients equal the plain model's, dropout included; a layer must compute the same function when
+    it runs again.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
-        options: what is kept, and where; `CheckpointOptions()` when None.
+        options: what is saved, and where; `CheckpointOptions()` when None.
         changes: fields of `CheckpointOptions` that differ from `options`.
 
     Returns:
-        The installation; its `uninstall()` restores the model.
+        The installation; its `close()` restores the model.
 
     Raises:
         ConfigError: a number is not legal.
@@ -244,33 +286,26 @@ def checkpoint_layers(
     Source: gradient checkpointing (arXiv 1604.06174); ALST (arXiv 2506.13996).
     """
     options = replace(options or CheckpointOptions(), **changes)
-    layers = find_layers(model)
-    is_pinned = next(model.parameters()).is_cuda
-    num_kept = max(-(-len(layers) // options.every_n_layers) - options.keep_last, 1)
-    slabs = HostSlab(num_kept, is_pinned), HostSlab(len(layers), is_pinned)
-    engine = CheckpointedLayers(layers, options, *slabs, _attention_bytes(model, options))
-    engine._index = {id(layer): index for index, layer in enumerate(layers)}
-    engine._originals = [
-        (layer, {name: vars(layer)[name] for name in _ATTRIBUTES if name in vars(layer)})
-        for layer in layers
-    ]
-    engine._hook = model.register_forward_pre_hook(engine.reinstall)
-    engine.reinstall()
+    engine = CheckpointedLayers(model, find_layers(model), options)
+    engine.install(model)
     return engine
 
 
 def _attention_bytes(model: nn.Module, options: CheckpointOptions) -> int:
-    """Returns what attention of one layer keeps of a token: output, log-sum-exp, and what exchanges
-    deliver.
+    """Returns the bytes that attention of one layer saves of a token: its output, log-sum-exp, and
+    the outputs of exchanges.
     """
-    configs = (getattr(module, "config", None) for module in model.modules())
-    config = next((found for found in configs if hasattr(found, "get_text_config")), None)
-    text = config.get_text_config() if config is not None else None
+    text = None
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "get_text_config"):
+            text = config.get_text_config()
+            break
     heads = int(getattr(text, "num_attention_heads", None) or 1)
     size = int(getattr(text, "head_dim", None) or getattr(text, "hidden_size", heads) // heads)
     groups = int(getattr(text, "num_key_value_heads", None) or heads)
     element = next(model.parameters()).element_size()
-    # The output once more in the order of tokens, and query, key and value in the order of heads.
+    # The output after head_to_seq, and query, key and value after seq_to_head.
     delivered = (2 * heads + 2 * groups) * size * element if options.save_exchange else 0
     return heads * size * element + 4 * heads + delivered
 
@@ -289,15 +324,14 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, "
-            "which checkpointing is "
-            "installed into. Use a model of transformers 5, or its own "
+            "which checkpointing is installed into. Use a model of transformers 5, or its own "
             "gradient_checkpointing_enable."
         )
     return layers
 
 
 def _find_input(function: partial[Any], args: tuple[Any, ...]) -> tuple[int | str, Tensor | None]:
-    """Returns where a layer's input stands among its arguments, and the input; None where it has no
+    """Returns the index or keyword of a layer's input, and the input; None where there is no such
     tensor.
     """
     if isinstance(function.keywords.get("hidden_states"), Tensor):
@@ -306,7 +340,7 @@ def _find_input(function: partial[Any], args: tuple[Any, ...]) -> tuple[int | st
 
 
 def _first_tensor(output: Any) -> tuple[Tensor | None, int | str | None]:
-    """Returns the tensor of a layer's output that goes to the next layer, and where it is."""
+    """Returns the tensor of a layer's output that goes to the next layer, and its index."""
     if isinstance(output, Tensor):
         return output, None
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
@@ -315,25 +349,26 @@ def _first_tensor(output: Any) -> tuple[Tensor | None, int | str | None]:
 
 
 def _outputs_are_unneeded(record: LayerRecord) -> bool:
-    """Returns whether a layer's saved tensors stay the same, to the bit, when unneeded outputs are
-    NaN.
+    """Returns whether a layer's saved tensors stay the same to the bit when the outputs that tiled
+    blocks can skip are NaN.
 
-    Every saved tensor is compared by a checksum, so that two recomputes are never held at once.
+    Saved tensors are compared by checksum, so that two recomputes are never held at once.
     """
 
-    def checksums(probe: bool) -> list[int]:
-        found: list[Tensor] = []
+    def checksums(inside: Callable[[], AbstractContextManager[None]]) -> list[int]:
+        sums: list[Tensor] = []
 
         def keep(tensor: Tensor) -> None:
-            found.append(_checksum(tensor.detach()))
+            sums.append(_checksum(tensor.detach()))
 
-        record.recompute(keep, partial(skip_unneeded_outputs, probe=True) if probe else nullcontext)
-        return torch.stack(found).tolist() if found else []
+        record.recompute(keep, inside)
+        return torch.stack(sums).tolist() if sums else []
 
-    return checksums(probe=True) == checksums(probe=False)
+    with_nan = checksums(partial(skip_unneeded_outputs, probe=True))
+    return with_nan == checksums(nullcontext)
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Returns the sum of a tensor's elements, read as whole numbers."""
+    """Returns the sum of a tensor's elements, their bits read as integers."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(whole).sum(dtype=torch.int64)

@@ -1,18 +1,16 @@
-"""One run of a checkpointed layer: what it keeps of the forward pass, and its recompute in the
-backward pass.
+"""One run of a checkpointed layer, and its recompute in the backward pass.
 
-What autograd wants to save is left out and counted; when the backward pass asks for the first of
-it, the layer runs once more, from its input, with the same random numbers, autocast and context
-variables, and hands it all over.
+Saved-tensor hooks replace each tensor that autograd saves by a placeholder. When the backward pass
+unpacks the first of them, the layer runs again from its input, under the same random numbers,
+autocast and context variables, and fills in all of them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import Context, ContextVar, copy_context
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,35 +20,36 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ulysses_accel.errors import UlyssesAccelError
-from ulysses_accel.memory.checkpoint.saved_results import Keeper
+from ulysses_accel.memory.checkpoint.saved_results import SavedResults
 from ulysses_accel.memory.checkpoint.storage import Source
+from ulysses_accel.memory.execution_state import ExecutionState
 
 _RUNNING_AGAIN: ContextVar[bool] = ContextVar("ulysses_accel_running_again", default=False)
 
 
 def is_running_again() -> bool:
-    """Returns whether a layer runs again only for its output, which the layer behind starts
-    from.
+    """Returns whether a layer runs again only for its output, which is the input of the next
+    layer.
     """
     return _RUNNING_AGAIN.get()
 
 
-class _Place:
-    """Stands in autograd's graph for a tensor that was not saved."""
+class _Placeholder:
+    """Is in autograd's graph instead of a tensor that was not saved."""
 
     __slots__ = ("__weakref__",)
 
 
 class _AllRecomputed(Exception):
-    """Ends a recompute once everything that the backward pass can ask for is there."""
+    """Ends a recompute as soon as every tensor that the backward pass needs is there."""
 
 
 class FromLayer(Source):
-    """The output of the layer before, which is run again to get it.
+    """The output of the previous layer, which runs again to compute it.
 
     Args:
-        record: of that layer.
-        path: where in its output the tensor is; None for the output itself.
+        record: of the previous layer.
+        path: index or key of the tensor in its output; None for the output itself.
     """
 
     def __init__(self, record: LayerRecord, path: int | str | None) -> None:
@@ -58,76 +57,32 @@ class FromLayer(Source):
         self._tensor: Tensor | None = None
 
     def fetch(self) -> None:
-        """Starts to bring back what the layer before starts from."""
+        """Starts to copy the previous layer's input to the device."""
         if self._tensor is None:
             self._record.fetch()
 
     def load(self) -> Tensor:
-        """Returns it; kept for the layers in between, which have to be run for it anyway."""
+        """Returns it; held, because the layers between two saved inputs have to run anyway."""
         if self._tensor is None:
             output = self._record.run_again()
             self._tensor = (output if self._path is None else output[self._path]).detach()
         return self._tensor
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a run depends on besides its arguments."""
-
-    context: Context
-    random: Tensor
-    device: torch.device
-    device_random: Tensor | None
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    autocast_cache: bool
-
-    @classmethod
-    def now(cls, device: torch.device) -> _Surroundings:
-        types = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
-        return cls(
-            copy_context(),
-            torch.get_rng_state(),
-            device,
-            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            tuple(
-                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-                for kind in types
-            ),
-            torch.is_autocast_cache_enabled(),
-        )
-
-    def run(self, function: Callable[[], Any]) -> Any:
-        """Calls a function as if it were called then; random numbers go on afterwards as if it had
-        not been.
-        """
-        return self.context.copy().run(self._run, function)
-
-    def _run(self, function: Callable[[], Any]) -> Any:
-        devices = [self.device] if self.device_random is not None else []
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=devices))
-            torch.set_rng_state(self.random)
-            if self.device_random is not None:
-                torch.cuda.set_rng_state(self.device_random, self.device)
-            for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype, enabled, self.autocast_cache))
-            return function()
-
-
 class LayerRecord:
     """One run of one layer.
 
     Args:
-        function: the layer's forward without the input.
-        position: where in the arguments the input stands; a name among the keywords.
-        hidden: the input, `[B, S / P, hidden]`.
-        args: positional arguments, the input's place included.
-        source: where the input is kept.
-        layer: whose run it is.
-        recompute: called when the backward pass asks for what was not saved; calls `recompute` of
+        function: the layer's forward with its keyword arguments.
+        position: index of the input among the positional arguments, or its keyword.
+        hidden: the input, `[B, S / P, hidden]`; not held.
+        args: positional arguments, the input included.
+        source: where the input is stored.
+        layer: the module.
+        recompute: called when the backward pass needs what was not saved; calls `recompute` of
             this record.
-        previous: the run that came before in the same forward pass.
-        keeper: holds what is not to be computed again besides; None for nothing.
+        previous: the previous layer's run in the same forward pass.
+        saved: results that are not to be computed again; None for none.
     """
 
     def __init__(
@@ -140,82 +95,83 @@ class LayerRecord:
         layer: nn.Module,
         recompute: Callable[[LayerRecord], None],
         previous: weakref.ref[LayerRecord] | None,
-        keeper: Keeper | None = None,
+        saved: SavedResults | None = None,
     ) -> None:
         self.source, self.layer, self.previous = source, layer, previous
-        self._keeper = keeper
+        self._saved = saved
         self._position, self._requires_grad = position, hidden.requires_grad
         self._args = tuple(None if index == position else arg for index, arg in enumerate(args))
         kwargs = {
             key: None if key == position else value for key, value in function.keywords.items()
         }
         self._function = partial(function.func, *function.args, **kwargs)
-        self._demand = recompute
-        self._surroundings = _Surroundings.now(hidden.device)
-        self._places: list[weakref.ref[_Place]] = []
-        self._values: WeakKeyDictionary[_Place, Tensor] = WeakKeyDictionary()
+        self._request_recompute = recompute
+        self._context, self._state = copy_context(), ExecutionState.capture(hidden.device)
+        # In the order in which autograd saved; one that is gone belongs to a part of the graph
+        # that is not differentiated.
+        self._placeholders: list[weakref.ref[_Placeholder]] = []
+        self._values: WeakKeyDictionary[_Placeholder, Tensor] = WeakKeyDictionary()
 
     @contextmanager
-    def leaving_out(self) -> Iterator[None]:
-        """Runs the forward pass without saving anything of it."""
-        recording = self._keeper.recording() if self._keeper is not None else nullcontext()
-        with recording, saved_tensors_hooks(self._leave_out, self._hand_over):
+    def without_saving(self) -> Iterator[None]:
+        """Lets autograd save placeholders instead of tensors inside of it."""
+        recording = self._saved.recording() if self._saved is not None else nullcontext()
+        with recording, saved_tensors_hooks(self._pack, self._unpack):
             yield
 
     def fetch(self) -> None:
-        """Starts to bring back what the recompute needs."""
+        """Starts to copy what the recompute needs to the device."""
         self.source.fetch()
-        if self._keeper is not None:
-            self._keeper.fetch()
+        if self._saved is not None:
+            self._saved.fetch()
 
-    def _leave_out(self, _: Tensor) -> _Place:
-        place = _Place()
-        self._places.append(weakref.ref(place))
-        return place
+    def _pack(self, _: Tensor) -> _Placeholder:
+        placeholder = _Placeholder()
+        self._placeholders.append(weakref.ref(placeholder))
+        return placeholder
 
-    def _hand_over(self, place: _Place) -> Tensor:
-        if place not in self._values:
-            self._demand(self)
-        if place not in self._values:
+    def _unpack(self, placeholder: _Placeholder) -> Tensor:
+        if placeholder not in self._values:
+            self._request_recompute(self)
+        if placeholder not in self._values:
             raise UlyssesAccelError(
-                f"a checkpointed layer saved {len(self._places)} tensors in the forward pass and "
-                "fewer when it was "
-                "computed again: it does something else the second time. Switch checkpointing off "
-                "for this model."
+                f"a checkpointed layer saved {len(self._placeholders)} tensors in the forward pass "
+                "and fewer when it was computed again: it does something else the second time. "
+                "Switch checkpointing off for this model."
             )
-        return self._values.pop(place)
+        return self._values.pop(placeholder)
 
     def recompute(
         self,
         keep: Callable[[Tensor], Tensor | None] = Tensor.detach,
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Runs the layer again and holds what the backward pass will ask for.
+        """Runs the layer again and holds the tensors that the backward pass needs.
 
         Args:
-            keep: called with each tensor that autograd saves; returns what is held of it, None for
-                nothing.
-            inside: makes the context that the layer runs in, within the context variables of the
-                forward pass.
+            keep: called with each tensor that autograd saves; returns the tensor to hold, None for
+                none.
+            inside: returns the context that the layer runs in, inside of the forward pass's context
+                variables.
         """
         count = 0
 
         def hold(tensor: Tensor) -> None:
             nonlocal count
-            place = self._places[count]() if count < len(self._places) else None
+            is_counted = count < len(self._placeholders)
+            placeholder = self._placeholders[count]() if is_counted else None
             count += 1
             held = keep(tensor)
-            if place is not None and held is not None:
-                self._values[place] = held
-            if count >= len(self._places):
+            if placeholder is not None and held is not None:
+                self._values[placeholder] = held
+            if count >= len(self._placeholders):
                 raise _AllRecomputed
 
         def run() -> None:
             hidden = self.source.load().detach().requires_grad_(self._requires_grad)
-            replaying = self._keeper.replaying() if self._keeper is not None else nullcontext()
             try:
                 with (
-                    replaying,
+                    self._replaying(),
                     inside(),
                     torch.enable_grad(),
                     saved_tensors_hooks(hold, _refuse_backward),
@@ -224,7 +180,7 @@ class LayerRecord:
             except _AllRecomputed:
                 pass
 
-        self._surroundings.run(run)
+        self._as_in_forward(run)
 
     def run_again(self) -> Any:
         """Returns the layer's output, computed from its input without gradient."""
@@ -233,14 +189,28 @@ class LayerRecord:
             with torch.no_grad():
                 token = _RUNNING_AGAIN.set(True)
                 try:
-                    # Not the forward alone: the module's hooks bring its parameters where they are
-                    # sharded.
-                    with self._keeper.replaying() if self._keeper is not None else nullcontext():
+                    # The module, not its forward alone: its hooks gather sharded parameters under
+                    # FSDP2 and ZeRO-3.
+                    with self._replaying():
                         return self._call(self.layer, self.source.load())
                 finally:
                     _RUNNING_AGAIN.reset(token)
 
-        return self._surroundings.run(run)
+        return self._as_in_forward(run)
+
+    def _replaying(self) -> AbstractContextManager[None]:
+        return self._saved.replaying() if self._saved is not None else nullcontext()
+
+    def _as_in_forward(self, function: Callable[[], Any]) -> Any:
+        """Calls a function with the context variables, random numbers and autocast of the forward
+        pass.
+        """
+
+        def run() -> Any:
+            with self._state.same_random_numbers(), self._state.same_autocast():
+                return function()
+
+        return self._context.copy().run(run)
 
     def _call(self, function: Callable[..., Any], hidden: Tensor) -> Any:
         if isinstance(self._position, str):
@@ -253,7 +223,6 @@ class LayerRecord:
 def _refuse_backward(_: None) -> Tensor:
     raise UlyssesAccelError(
         "a backward pass went through the recompute of a checkpointed layer, which only gathers "
-        "saved tensors. "
-        "Compute gradients inside of a layer's forward with torch.autograd.grad on tensors of your "
-        "own."
+        "saved tensors. Compute gradients inside of a layer's forward with torch.autograd.grad on "
+        "tensors of your own."
     )

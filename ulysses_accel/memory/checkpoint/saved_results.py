@@ -1,5 +1,5 @@
-"""What one run of a checkpointed layer keeps besides its input: attention's results, and what
-exchanges delivered.
+"""What one run of a checkpointed layer saves besides its input: attention's results, and the
+outputs of its exchanges.
 """
 
 from __future__ import annotations
@@ -14,51 +14,50 @@ from ulysses_accel.errors import UlyssesAccelError
 from ulysses_accel.memory.checkpoint.storage import Source
 
 
-class Keeper:
-    """The results that one run of a layer keeps.
+class SavedResults:
+    """The results that one run of a layer saves.
 
     Args:
-        parts: which kinds are kept; the others are computed again.
-        put_away: makes of a tensor what holds it until the recompute.
+        parts: which kinds are saved; the others are computed again.
+        store: takes a tensor, and returns what holds it until the recompute.
     """
 
-    def __init__(self, parts: frozenset[Part], put_away: Callable[[Tensor], Source]) -> None:
-        self._parts, self._put_away = parts, put_away
-        self._kept: list[tuple[Source, ...]] = []
+    def __init__(self, parts: frozenset[Part], store: Callable[[Tensor], Source]) -> None:
+        self._parts, self._store = parts, store
+        self._saved: list[tuple[Source, ...]] = []
 
     def fetch(self) -> None:
-        """Starts to bring back what is on the host."""
-        for sources in self._kept:
+        """Starts to copy to the device what is on the host."""
+        for sources in self._saved:
             for source in sources:
                 source.fetch()
 
     def recording(self) -> AbstractContextManager[None]:
-        """Puts results away while a layer's forward runs."""
+        """Saves results while a layer's forward runs."""
 
         def record(part: Part, compute: Callable[[], Results]) -> Results:
             results = compute()
             if part in self._parts:
-                self._kept.append(tuple(self._put_away(result) for result in results))
+                self._saved.append(tuple(self._store(result) for result in results))
             return results
 
         return answering(record)
 
     def replaying(self) -> AbstractContextManager[None]:
-        """Hands results out again, in the order in which they were put away."""
-        left = iter(self._kept)
+        """Returns the saved results, in the order of the forward, while the layer runs again."""
+        remaining = iter(self._saved)
 
         def replay(part: Part, compute: Callable[[], Results]) -> Results:
             if part not in self._parts:
                 return compute()
-            sources = next(left, None)
+            sources = next(remaining, None)
             if sources is None:
                 raise UlyssesAccelError(
-                    f"a checkpointed layer kept {len(self._kept)} results of attention in the "
-                    "forward pass and asks "
-                    f"for more when it is computed again. Switch save_attention off for this model."
+                    f"a checkpointed layer saved {len(self._saved)} results of attention in the "
+                    "forward pass and needs more when it is computed again. Switch save_attention "
+                    "off for this model."
                 )
-            # A tensor of its own each time: autograd makes it the output of the Function that hands
-            # it back.
+            # A new tensor each time: autograd sets the grad_fn of what a Function returns.
             return tuple(source.load().detach() for source in sources)
 
         return answering(replay)

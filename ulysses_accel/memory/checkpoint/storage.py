@@ -1,6 +1,4 @@
-"""Where a tensor of the forward pass is until the backward pass wants it: on the device, or on the
-host.
-"""
+"""Where a layer's input is stored between forward and backward: on the device or on the host."""
 
 from __future__ import annotations
 
@@ -14,19 +12,19 @@ from ulysses_accel.memory.checkpoint.host_slab import Arrival, HostSlab, Mover, 
 
 
 class Source(Protocol):
-    """A tensor that is kept somewhere."""
+    """A stored tensor."""
 
     def fetch(self) -> None:
-        """Starts to bring it back, where it is not on the device."""
+        """Starts to copy it to the device, if it is not there."""
         return
 
     def load(self) -> Tensor:
-        """Returns it, without gradient."""
+        """Returns it, detached."""
         ...
 
 
 class OnDevice(Source):
-    """An input that stays where it is."""
+    """A tensor that stays on the device."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor.detach(), _private_api.tensor_version(tensor)
@@ -35,25 +33,24 @@ class OnDevice(Source):
         """Returns it.
 
         Raises:
-            UlyssesAccelError: something wrote to it since.
+            UlyssesAccelError: it was modified in place since.
         """
         if _private_api.tensor_version(self._tensor) != self._version:
             raise UlyssesAccelError(
                 f"the input {list(self._tensor.shape)} of a checkpointed layer was modified in "
-                "place after the layer "
-                "ran, so it can't be computed again. Use offload=True, which copies it, or change "
-                "that operation."
+                "place after the layer ran, so it can't be computed again. Use offload=True, which "
+                "copies it, or change that operation."
             )
         return self._tensor
 
 
 class OnHost(Source):
-    """An input that was put away.
+    """A tensor that was offloaded to the host.
 
     Args:
-        tensor: the input; not held.
-        slab: where to.
-        mover: who copies.
+        tensor: to be copied; not held.
+        slab: holds the copy.
+        mover: copies it.
     """
 
     def __init__(self, tensor: Tensor, slab: HostSlab, mover: Mover) -> None:
@@ -63,12 +60,12 @@ class OnHost(Source):
         mover.to_host(tensor.detach(), self._slot)
 
     def fetch(self) -> None:
-        """Starts to bring it back."""
+        """Starts to copy it to the device."""
         if self._arrival is None:
             self._arrival = self._mover.to_device(self._slot, self._like)
 
     def load(self) -> Tensor:
-        """Returns it, and lets go of the copy on the device."""
+        """Returns it; the only reference to the copy on the device is the caller's."""
         self.fetch()
         assert self._arrival is not None
         tensor = self._arrival.wait()

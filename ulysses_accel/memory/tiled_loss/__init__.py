@@ -1,1 +1,1 @@
-"""The language model head and its loss, computed in tiles of tokens."""
+"""The output layer of a language model and its loss, computed in tiles of tokens."""

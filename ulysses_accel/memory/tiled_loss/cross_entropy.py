@@ -1,9 +1,9 @@
-"""Cross-entropy from hidden states, without the logits of more than one tile of tokens at a time.
+"""Cross-entropy from hidden states, with the logits of one tile of tokens at a time.
 
-Gradients are computed in forward, while a tile's logits are there, and multiplied in backward by
-the gradient of the loss: all of them, so that they are right however the loss is scaled, weighted
-or accumulated afterwards. One product makes the logits and two the gradients. With `recompute`
-backward makes the logits once more, and nothing is held.
+Gradients are computed in forward, while a tile's logits exist, and all of them are multiplied in
+backward by the gradient of the loss, so that they are right however the loss is scaled, weighted or
+accumulated afterwards. That takes one matrix product for the logits and two for the gradients. With
+`recompute`, backward computes the logits again, and no gradients are held in between.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulysses_accel.attention.kernels.base import accumulation_dtype
 from ulysses_accel.errors import ConfigError, UlyssesAccelError
-from ulysses_accel.memory.accumulate import sum_dtype
+from ulysses_accel.memory.execution_state import linear_dtype
 from ulysses_accel.memory.tiled_loss.head import (
     Head,
     HeadGradients,
     Inputs,
     check_shapes,
-    product_dtype,
     scale_,
     softmax_,
     tokens_per_tile,
@@ -46,32 +46,33 @@ def tiled_cross_entropy(
     tile_bytes: int | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the tokens' cross-entropies and the number of tokens that count.
+    """Returns the sum of the tokens' cross-entropies and the number of counted tokens.
 
     The logits are `logit_scale * (hidden @ weight.T + bias)`, bounded by `softcap * tanh(logits /
-    softcap)`. Losses are computed and summed in float32 (float64 for float64), as is the weight's
-    gradient. Besides its results, forward holds for backward one tensor of the hidden states' size
-    and dtype, and a float32 one of the weight's size.
+    softcap)`. Losses and the weight's gradient are accumulated in float32 (float64 for float64).
+    Between forward and backward, one tensor of the hidden states' size and dtype and a float32
+    tensor of the weight's size are held.
 
     Args:
         hidden: `[.., D]`, hidden states.
-        weight: `[V, D]`, the head's weight, whole on this rank.
+        weight: `[V, D]`, the output layer's full weight.
         labels: `[..]`, each token's label: already shifted where the model predicts the next token.
-        bias: `[V]`, the head's bias.
-        softcap: bound of the logits.
+        bias: `[V]`, the output layer's bias.
+        softcap: bound of the logits; None for no bound.
         logit_scale: factor of the logits.
-        ignore_index: the label of tokens that don't count.
+        ignore_index: the label of tokens that are not counted.
         label_smoothing: share of each label's weight that is spread over the whole vocabulary.
         z_loss: weight of the squared log-sum-exp of each token's logits, added to its loss.
         token_weights: `[..]`, a factor for each token's loss; constants.
         tile_tokens: tokens of a tile.
-        tile_bytes: bytes of a tile's logits where `tile_tokens` is not given; default 512 MiB,
-            8,192 tokens at most.
-        recompute: make the logits once more in backward, and hold only the inputs in between.
+        tile_bytes: bytes of a tile's logits where `tile_tokens` is None; default 512 MiB, 8,192
+            tokens at most.
+        recompute: whether backward computes the logits again, so that only the inputs are held in
+            between.
 
     Returns:
-        The sum, scalar, and the number of counted tokens, an integer scalar. Where no token counts
-        both are 0, and the gradients are zero.
+        The sum, scalar, and the number of counted tokens, an integer scalar. Where no token is
+        counted both are 0, and the gradients are zero.
 
     Raises:
         ShapeError: the tensors don't fit.
@@ -89,7 +90,7 @@ def tiled_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
         tokens=tokens_per_tile(weight.shape[0], hidden.dtype, tile_tokens, tile_bytes),
-        dtype=product_dtype(hidden),
+        dtype=linear_dtype(hidden),
     )
     count = (labels != ignore_index).sum()
     needed = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
@@ -121,7 +122,16 @@ def _check_options(
 
 @dataclass(frozen=True)
 class _Call:
-    """A loss that is to be computed in tiles of `tokens` tokens."""
+    """The settings of one tiled loss.
+
+    Args:
+        head: computes logits from hidden states.
+        label_smoothing: as for `tiled_cross_entropy`.
+        z_loss: as for `tiled_cross_entropy`.
+        ignore_index: the label of tokens that are not counted.
+        tokens: of a tile.
+        dtype: of the matrix products.
+    """
 
     head: Head
     label_smoothing: float
@@ -138,29 +148,35 @@ class _Call:
         gradients: HeadGradients | None = None,
         factor: Tensor | None = None,
     ) -> Tensor:
-        """Returns the sum, and adds `factor` times the gradients of hidden states, weight and bias
-        where asked.
+        """Returns the sum of the losses.
+
+        Args:
+            tensors: hidden states, weight and bias.
+            labels: `[..]`.
+            token_weights: `[..]`.
+            gradients: accumulates the tensors' gradients; None for none.
+            factor: scalar, of the gradients; 1 when None.
         """
         inputs = self.inputs(tensors, labels)
         weights = None if token_weights is None else token_weights.reshape(-1, 1)
-        total = torch.zeros((), dtype=sum_dtype(self.dtype), device=labels.device)
+        total = torch.zeros((), dtype=accumulation_dtype(self.dtype), device=labels.device)
         with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
             product_weight = inputs.product_weight()
             for rows in inputs.tiles(self.tokens):
                 tile = inputs.hidden[rows].to(self.dtype)
                 logits, bounded = self.head.logits(tile, product_weight, inputs.bias)
-                of_tile = None if weights is None else weights[rows]
-                losses, log_sum = self._losses_(logits, inputs.labels[rows, None], of_tile)
+                tile_weights = None if weights is None else weights[rows]
+                losses, log_sum = self._losses_(logits, inputs.labels[rows, None], tile_weights)
                 total += losses.sum()
                 if gradients is not None:
                     grad = self._logit_gradient_(
-                        logits, log_sum, inputs.labels[rows, None], of_tile, factor
+                        logits, log_sum, inputs.labels[rows, None], tile_weights, factor
                     )
                     gradients.add(
                         rows, tile, self.head.product_gradient_(grad, bounded), product_weight
                     )
                     del grad
-                # The next tile's logits must not be made beside this one's.
+                # Freed before the next tile's logits are computed.
                 del logits, bounded
         return total
 
@@ -192,7 +208,7 @@ class _Call:
         weights: Tensor | None,
         factor: Tensor | None,
     ) -> Tensor:
-        """Turns probabilities into the gradient of the logits."""
+        """Turns probabilities into the gradient of the logits, in place."""
         if self.z_loss:
             grad.mul_(log_sum.mul(2 * self.z_loss).add_(1.0))
         grad.scatter_add_(-1, labels, torch.full_like(log_sum, self.label_smoothing - 1))
@@ -204,7 +220,7 @@ class _Call:
 
 
 class _TiledLoss(torch.autograd.Function):
-    """The sum, with the gradients computed in forward."""
+    """The sum of the losses; forward computes the gradients, too."""
 
     @staticmethod
     def forward(
@@ -216,32 +232,31 @@ class _TiledLoss(torch.autograd.Function):
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.tokens, ctx.shapes = call.tokens, [None if x is None else x.shape for x in tensors]
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
-        # The mean of no token hands back 0 / 0, which must not reach gradients that are zero
-        # whatever it is.
-        ctx.is_zero, ctx.spent = gradients.is_zero, False
+        # Where no token is counted, the gradient of a mean is 0 / 0, and gradients stay zero.
+        ctx.is_zero, ctx.is_used = gradients.is_zero, False
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
+        if ctx.is_used:
             raise UlyssesAccelError(
                 "backward ran a second time through a tiled loss, whose gradients the first run "
-                "has scaled in place. "
-                "Pass recompute=True to run it several times."
+                "has scaled in place. Pass recompute=True to run it several times."
             )
-        ctx.spent = True
-        results = [
-            None
-            if grad is None
-            else (grad if ctx.is_zero else scale_(grad, factor, ctx.tokens)).to(dtype).view(shape)
-            for grad, dtype, shape in zip(ctx.saved_tensors, ctx.dtypes, ctx.shapes, strict=True)
-        ]
+        ctx.is_used = True
+        results: list[Tensor | None] = []
+        for grad, dtype, shape in zip(ctx.saved_tensors, ctx.dtypes, ctx.shapes, strict=True):
+            if grad is None:
+                results.append(None)
+                continue
+            scaled = grad if ctx.is_zero else scale_(grad, factor, ctx.tokens)
+            results.append(scaled.to(dtype).view(shape))
         return None, None, None, *results
 
 
 class _RecomputedLoss(torch.autograd.Function):
-    """The sum, with the gradients computed in backward from the logits made once more."""
+    """The sum of the losses; backward computes the logits again, and then the gradients."""
 
     @staticmethod
     def forward(

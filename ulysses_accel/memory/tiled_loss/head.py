@@ -1,5 +1,5 @@
-"""A language model's head, a tile of tokens at a time: the logits of a tile, and gradients summed
-over the tiles.
+"""A language model's output layer, one tile of tokens at a time: a tile's logits, and gradients
+accumulated over the tiles.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulysses_accel.attention.kernels.base import accumulation_dtype
 from ulysses_accel.errors import ConfigError, ShapeError
-from ulysses_accel.memory.accumulate import add_product, sum_dtype
+from ulysses_accel.memory.accumulate import add_product
 
 Rows = slice | Tensor
 
-# One tile's logits in float32. Each tile adds to the weight's gradient once, which costs its
-# reading and writing: at a vocabulary of 128,256 these are 1,046 tokens a tile, and the adding
-# takes about as long as the products.
+# Bytes of a tile's logits in float32. Each tile reads and writes the weight's gradient once; with
+# 128,256 tokens of vocabulary a tile has 1,046 tokens, and that takes about as long as the matrix
+# products.
 TILE_BYTES = 512 * 2**20
 MAX_TILE_TOKENS = 8192
 
@@ -25,32 +26,35 @@ MAX_TILE_TOKENS = 8192
 def tokens_per_tile(
     vocab_size: int, dtype: torch.dtype, tile_tokens: int | None, tile_bytes: int | None
 ) -> int:
-    """Returns the tokens of a tile, which don't depend on how many tokens there are.
+    """Returns the tokens of a tile, which don't depend on the sequence length.
 
     Args:
         vocab_size: entries of the vocabulary.
         dtype: of the hidden states.
-        tile_tokens: tokens, if they are asked for.
-        tile_bytes: bytes of one tile's logits otherwise; default 512 MiB, and 8,192 tokens at most.
+        tile_tokens: tokens of a tile; None to compute them from `tile_bytes`.
+        tile_bytes: bytes of a tile's logits; default 512 MiB, and 8,192 tokens at most.
+
+    Raises:
+        ConfigError: one of them is not positive.
     """
     for name, value in (("tile_tokens", tile_tokens), ("tile_bytes", tile_bytes)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is not a size. Pass at least 1, or leave it out.")
     if tile_tokens is not None:
         return tile_tokens
-    row_bytes = max(1, vocab_size) * sum_dtype(dtype).itemsize
+    row_bytes = max(1, vocab_size) * accumulation_dtype(dtype).itemsize
     return max(1, min(MAX_TILE_TOKENS, (tile_bytes or TILE_BYTES) // row_bytes))
 
 
 @dataclass(frozen=True)
 class Head:
-    """How the logits are made: `after * softcap * tanh(scale * (hidden @ weight.T + bias) /
+    """How logits are computed: `after * softcap * tanh(scale * (hidden @ weight.T + bias) /
     softcap)`.
 
     Args:
-        scale: factor of the product.
-        softcap: bound of the logits; None: there is no tanh.
-        after: factor behind the bound.
+        scale: factor before the bound.
+        softcap: bound of the logits; None for no tanh.
+        after: factor after the bound.
     """
 
     scale: float = 1.0
@@ -60,7 +64,7 @@ class Head:
     def logits(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns a tile's logits, and the tanh where there is one.
+        """Returns a tile's logits, and the tanh; None for the tanh where there is no bound.
 
         Args:
             rows: `[tokens, D]`, in the weight's dtype.
@@ -70,7 +74,7 @@ class Head:
         Returns:
             `[tokens, V]` each, in float32 or float64.
         """
-        exact = sum_dtype(rows.dtype)
+        exact = accumulation_dtype(rows.dtype)
         if rows.is_cuda and rows.dtype != exact:
             logits = torch.mm(rows, weight.t(), out_dtype=exact)
         else:
@@ -83,8 +87,8 @@ class Head:
         return bounded * (self.softcap * self.after), bounded
 
     def product_gradient_(self, grad: Tensor, bounded: Tensor | None) -> Tensor:
-        """Returns the gradient of the product from the logits', in the same memory; spends
-        `bounded`.
+        """Turns the gradient of the logits into that of `hidden @ weight.T + bias`, in place;
+        overwrites `bounded`.
         """
         if bounded is not None:
             grad.mul_(bounded.square_().neg_().add_(1.0))
@@ -107,15 +111,15 @@ def softmax_(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a head is computed on, as rows.
+    """The inputs of a head, as rows.
 
     Args:
         hidden: `[tokens, D]`.
         weight: `[V, D]`.
         bias: `[V]`.
         labels: `[tokens]`.
-        ignore_index: the label of tokens that don't count.
-        dtype: of the products.
+        ignore_index: the label of tokens that are not counted.
+        dtype: of the matrix products.
     """
 
     hidden: Tensor
@@ -129,8 +133,13 @@ class Inputs:
     def of(
         cls, tensors: Sequence[Tensor | None], labels: Tensor, ignore_index: int, dtype: torch.dtype
     ) -> Inputs:
-        """Returns the rows of `hidden [.., D]` and `labels [..]`; the tensors are hidden states,
-        weight and bias.
+        """Returns the inputs of a call.
+
+        Args:
+            tensors: hidden states `[.., D]`, weight and bias.
+            labels: `[..]`.
+            ignore_index: the label of tokens that are not counted.
+            dtype: of the matrix products.
         """
         hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors)
         assert hidden is not None
@@ -145,40 +154,36 @@ class Inputs:
         )
 
     def tiles(self, tokens: int) -> Iterator[Rows]:
-        """Yields the rows of each tile: counted tokens only, whose places the host must know.
+        """Yields the rows of each tile: counted tokens only.
 
         Args:
             tokens: rows of a tile.
         """
-        places = (self.labels != self.ignore_index).nonzero().squeeze(-1)
-        all_count = len(places) == len(self.labels)
-        for start in range(0, len(places), tokens):
-            stop = min(start + tokens, len(places))
-            yield slice(start, stop) if all_count else places[start:stop]
+        # nonzero synchronises with the device: the number of tiles depends on the labels.
+        counted = (self.labels != self.ignore_index).nonzero().squeeze(-1)
+        all_count = len(counted) == len(self.labels)
+        for start in range(0, len(counted), tokens):
+            stop = min(start + tokens, len(counted))
+            yield slice(start, stop) if all_count else counted[start:stop]
 
     def product_weight(self) -> Tensor:
-        """Returns the weight in the products' dtype."""
+        """Returns the weight in the dtype of the matrix products."""
         return self.weight.to(self.dtype)
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
-    """Returns the dtype that a linear layer would compute in: autocast's inside of autocast."""
-    kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
-
-
 def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Refuses tensors that are not one head's on one set of tokens."""
-    if (
-        weight.dim() != 2
-        or hidden.shape[-1] != weight.shape[1]
-        or hidden.shape[:-1] != labels.shape
-    ):
+    """Refuses tensors whose shapes don't fit.
+
+    Raises:
+        ShapeError: they are not hidden states `[.., D]`, weight `[V, D]`, labels `[..]` and bias
+            `[V]`.
+    """
+    is_linear = weight.dim() == 2 and hidden.shape[-1] == weight.shape[1]
+    if not is_linear or hidden.shape[:-1] != labels.shape:
         raise ShapeError(
             f"hidden states {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "
-            f"{tuple(labels.shape)} don't "
-            f"fit. Pass [.., D], [V, D] and [..]; a sharded weight must be gathered first."
+            f"{tuple(labels.shape)} don't fit. Pass [.., D], [V, D] and [..]; a sharded weight "
+            "must be gathered first."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(
@@ -187,17 +192,17 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 
 class HeadGradients:
-    """Gradients of hidden states, written tile by tile, and of weight and bias, summed over the
-    tiles unrounded.
+    """Gradients of hidden states, written tile by tile, and of weight and bias, accumulated over
+    the tiles in float32 (float64 for float64).
 
     Args:
-        inputs: what the head is computed on.
-        needed: whether hidden states, weight and bias need one.
+        inputs: of the head.
+        needed: whether hidden states, weight and bias need a gradient.
     """
 
     def __init__(self, inputs: Inputs, needed: Sequence[bool]) -> None:
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
-        exact = sum_dtype(inputs.dtype)
+        exact = accumulation_dtype(inputs.dtype)
         self.is_zero = True
         self.hidden = torch.zeros_like(hidden) if needed[0] else None
         self.weight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
@@ -206,7 +211,7 @@ class HeadGradients:
     def results(
         self, inputs: Inputs, shape: torch.Size
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns the gradients in the tensors' dtypes, the hidden states' with their shape."""
+        """Returns the gradients in the inputs' dtypes, that of the hidden states in `shape`."""
         return (
             None if self.hidden is None else self.hidden.view(shape),
             None if self.weight is None else self.weight.to(inputs.weight.dtype),
@@ -217,18 +222,17 @@ class HeadGradients:
         """Adds one tile.
 
         Args:
-            rows: the tile's.
-            tile: `[tokens, D]`, its hidden states in the products' dtype.
-            grad: `[tokens, V]`, the gradient of its product, in float32 or float64.
-            weight: `[V, D]`, in the products' dtype.
+            rows: of the tile.
+            tile: `[tokens, D]`, its hidden states, in the dtype of the matrix products.
+            grad: `[tokens, V]`, the gradient of `hidden @ weight.T + bias`, in float32 or float64.
+            weight: `[V, D]`, in the dtype of the matrix products.
         """
         self.is_zero = False
         if self.bias is not None:
             self.bias.add_(grad.sum(0))
         rounded = grad.to(tile.dtype)
         if self.weight is not None:
-            # On the CPU the sum is wide anyway, so the gradient need not be rounded for a fast
-            # product.
+            # On the CPU the product is computed in the total's dtype anyway.
             add_product(self.weight, rounded if self.weight.is_cuda else grad, tile)
         if self.hidden is None:
             return
@@ -239,8 +243,8 @@ class HeadGradients:
 
 
 def scale_(tensor: Tensor, factor: Tensor, tokens: int) -> Tensor:
-    """Multiplies in place, `tokens` rows at a time; a factor that is not rounded to the tensor's
-    dtype first.
+    """Multiplies a tensor in place, `tokens` rows at a time, without rounding the factor to the
+    tensor's dtype first.
     """
     if tensor.dtype == factor.dtype:
         return tensor.mul_(factor)

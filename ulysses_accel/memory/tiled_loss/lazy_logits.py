@@ -1,10 +1,10 @@
-"""Logits that are not there: they stand in for a head's output from the head to the loss, which is
-made without them.
+"""Lazy logits: the output layer returns this object instead of a tensor, and the loss is computed
+from it without the logits of all tokens.
 
-What models do to logits in between is written down (a factor, a bound, another shape), and anything
-else is refused by name. `torch.nn.functional.cross_entropy` on them is the tiled one, so that every
-loss function that ends there works as it is, with its own shift of the labels, its own
-normalisation and its own options.
+What models do to logits before the loss (a factor, a bound, another shape) is recorded, and
+anything else is refused by name. `torch.nn.functional.cross_entropy` of lazy logits is the tiled
+one, so that a loss function that calls it works unchanged, with its own shift of the labels,
+normalisation and options.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _FLOATS = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What a head is asked for in place of logits.
+    """A loss that the output layer's forward computes instead of logits.
 
     Args:
         labels: `[..]`, one for each token.
         chain: what the model does to the logits.
-        ignore_index: the label of tokens that don't count.
-        label_smoothing: as of `cross_entropy`.
-        per_token: each token's loss instead of the sum and the count.
+        ignore_index: the label of tokens that are not counted.
+        label_smoothing: as for `torch.nn.functional.cross_entropy`.
+        per_token: whether each token's loss is returned; otherwise their sum.
     """
 
     labels: Tensor
@@ -45,14 +45,14 @@ class LossRequest:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a model does to its logits, in order: `after * tanh(scale * logits + offset)`, the tanh
-    where `bounded`.
+    """What a model does to its logits: `after * tanh(scale * logits + offset)`; without `after` and
+    tanh where not `bounded`.
 
     Args:
         scale: factor of the logits.
         offset: `[V]`, added to them.
         bounded: whether there is a tanh.
-        after: factor behind it.
+        after: factor after the tanh.
     """
 
     scale: float = 1.0
@@ -61,7 +61,7 @@ class Chain:
     after: float = 1.0
 
     def times(self, factor: float) -> Chain | None:
-        """Returns the chain with a factor at its end; None where it can't be said."""
+        """Returns the chain followed by a factor; None where a chain can't express that."""
         if self.offset is not None:
             return None
         if self.bounded:
@@ -69,30 +69,34 @@ class Chain:
         return replace(self, scale=self.scale * factor)
 
     def tanh(self) -> Chain | None:
-        """Returns the chain with a tanh at its end; None where it can't be said."""
-        return None if self.bounded or self.offset is not None else replace(self, bounded=True)
+        """Returns the chain followed by a tanh; None where a chain can't express that."""
+        if self.bounded or self.offset is not None:
+            return None
+        return replace(self, bounded=True)
 
     def plus(self, offset: Tensor, vocab_size: int) -> Chain | None:
-        """Returns the chain with a bias at its end; None where it can't be said."""
+        """Returns the chain followed by a bias; None where a chain can't express that."""
         fits = offset.numel() == vocab_size and not offset.requires_grad
-        return replace(self, offset=offset.reshape(-1)) if fits and self == Chain() else None
+        if not fits or self != Chain():
+            return None
+        return replace(self, offset=offset.reshape(-1))
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Does it to logits that are there."""
+        """Returns what the model computes from logits `[.., V]`."""
         logits = logits * self.scale if self.offset is None else logits + self.offset
         return logits.tanh() * self.after if self.bounded else logits
 
 
 class LazyLogits:
-    """Stands in for the logits `[.., V]` of hidden states `[.., D]`.
+    """The logits `[.., V]` of hidden states `[.., D]`, which are not computed.
 
     Args:
-        head: called with hidden states and a request; returns what was asked for, real logits
-            without a request.
+        head: called with hidden states and a `LossRequest`, returns the loss; without a request,
+            logits.
         hidden: `[.., D]`.
         vocab_size: V.
         dtype: the dtype that the logits would have.
-        chain: what was done to them.
+        chain: what the model has done to them.
     """
 
     def __init__(
@@ -134,22 +138,26 @@ class LazyLogits:
         return self.to(torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> LazyLogits:
-        """Casts upwards, which the loss does in any case, and stays where it is."""
+        """Casts to a wider dtype, which the loss does anyway; other casts and devices are
+        refused.
+        """
+        dtype = None
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.dtype):
                 if value != self.dtype and value not in _FLOATS:
                     raise refusal(f"casts its logits to {value}")
-            elif (
-                isinstance(value, str | torch.device)
-                and torch.device(value).type != self.device.type
-            ):
+                dtype = value
+                continue
+            is_device = isinstance(value, str | torch.device)
+            if is_device and torch.device(value).type != self.device.type:
                 raise refusal(f"moves its logits to {value}")
-        casts = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-        return self._with(dtype=casts[-1]) if casts else self
+        return self if dtype is None else self._with(dtype=dtype)
 
     def view(self, *shape: Any) -> LazyLogits:
-        """Gives the tokens another shape."""
-        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        """Changes the leading dims, those of tokens."""
+        sizes = shape
+        if len(shape) == 1 and not isinstance(shape[0], int):
+            sizes = tuple(shape[0])
         lead, last = sizes[:-1], sizes[-1] if sizes else None
         keeps_tokens = last == -1 and math.prod(lead) == self._hidden.shape[:-1].numel()
         if last != self._vocab_size and not keeps_tokens:
@@ -159,13 +167,13 @@ class LazyLogits:
     reshape = view
 
     def __getitem__(self, index: Any) -> LazyLogits:
-        places = index if isinstance(index, tuple) else (index,)
-        if not all(place is Ellipsis or isinstance(place, int | slice) for place in places):
+        indices = index if isinstance(index, tuple) else (index,)
+        if not all(item is Ellipsis or isinstance(item, int | slice) for item in indices):
             raise refusal(
-                f"indexes its logits by {', '.join(type(place).__name__ for place in places)}"
+                f"indexes its logits by {', '.join(type(item).__name__ for item in indices)}"
             )
-        reaches_vocabulary = len(places) == self.ndim or any(place is Ellipsis for place in places)
-        if reaches_vocabulary and places[-1] is not Ellipsis and places[-1] != slice(None):
+        reaches_vocabulary = len(indices) == self.ndim or any(item is Ellipsis for item in indices)
+        if reaches_vocabulary and indices[-1] is not Ellipsis and indices[-1] != slice(None):
             raise refusal("takes some of the vocabulary's logits")
         return self._with(hidden=self._hidden[index])
 
@@ -189,7 +197,7 @@ class LazyLogits:
         return self._chained(self._chain.tanh(), "takes the tanh of its logits")
 
     def materialize(self) -> Tensor:
-        """Returns the logits."""
+        """Returns the logits as a tensor."""
         return self._chain.apply(self._head(self._hidden)).to(self.dtype)
 
     @classmethod
@@ -209,8 +217,13 @@ class LazyLogits:
     def loss(
         self, target: Tensor, ignore_index: int, label_smoothing: Any, *, per_token: bool
     ) -> tuple[Tensor, Tensor]:
-        """Returns the sum of the tokens' losses, or the losses one by one, and the number of
-        counted tokens.
+        """Returns the sum of the tokens' losses and the number of counted tokens.
+
+        Args:
+            target: `[..]`, labels.
+            ignore_index: the label of tokens that are not counted.
+            label_smoothing: as for `torch.nn.functional.cross_entropy`.
+            per_token: whether to return each token's loss `[..]` instead of the sum.
         """
         request = LossRequest(target, self._chain, ignore_index, label_smoothing, per_token)
         result: tuple[Tensor, Tensor] = self._head(self._hidden, request)
@@ -236,26 +249,21 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if (
-        weight is not None
-        or size_average is not None
-        or reduce is not None
-        or target.shape != logits.shape[:-1]
-    ):
+    is_deprecated = size_average is not None or reduce is not None
+    if weight is not None or is_deprecated or target.shape != logits.shape[:-1]:
         raise refusal(
             "calls cross_entropy with class weights, probabilities or deprecated reductions"
         )
     loss, count = logits.loss(target, ignore_index, label_smoothing, per_token=reduction == "none")
-    # As torch's: the mean of no token is not a number.
+    # As in torch, the mean over no counted token is NaN.
     return loss / count if reduction == "mean" else loss
 
 
 def refusal(action: str) -> UnsupportedModelError:
-    """Returns the error for a model that does something unknown to its logits."""
+    """Returns the error for a model that does something to its logits that is not recorded."""
     return UnsupportedModelError(
         f"the model {action}, which needs all of them at once: its loss can't be tiled. Pass "
-        "return_logits=True to the "
-        f"model for the ordinary loss, or uninstall the tiled one."
+        "return_logits=True to the model for the ordinary loss, or close() the tiled one."
     )
 
 

@@ -1,8 +1,5 @@
-"""Each token's log-probability from hidden states, without the logits of more than one tile of
-tokens at a time.
-
-For losses that are made of log-probabilities, as those of preference and reinforcement learning
-are.
+"""Each token's log-probability from hidden states, with the logits of one tile of tokens at a time:
+for losses of preference optimisation and reinforcement learning.
 """
 
 from __future__ import annotations
@@ -14,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulysses_accel.attention.kernels.base import accumulation_dtype
 from ulysses_accel.errors import ConfigError
-from ulysses_accel.memory.accumulate import sum_dtype
+from ulysses_accel.memory.execution_state import linear_dtype
 from ulysses_accel.memory.tiled_loss.head import (
     Head,
     HeadGradients,
     Inputs,
     check_shapes,
-    product_dtype,
     softmax_,
     tokens_per_tile,
 )
@@ -42,24 +39,24 @@ def token_log_probs(
     tile_bytes: int | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the log-probability of each token's label, and the entropy of its prediction on
-    request.
+    """Returns the log-probability of each token's label and, if requested, the entropy of its
+    prediction.
 
-    Backward makes the logits once more; in between only the inputs are held. It may run several
+    Backward computes the logits again; in between only the inputs are held. It may run several
     times.
 
     Args:
         hidden: `[.., D]`, hidden states.
-        weight: `[V, D]`, the head's weight, whole on this rank.
-        labels: `[..]`, the token whose probability is asked for: already shifted.
-        bias: `[V]`, the head's bias.
-        softcap: bound of the logits, `softcap * tanh(logits / softcap)`.
+        weight: `[V, D]`, the output layer's full weight.
+        labels: `[..]`, the token whose log-probability is returned: already shifted.
+        bias: `[V]`, the output layer's bias.
+        softcap: bound of the logits, `softcap * tanh(logits / softcap)`; None for no bound.
         logit_scale: factor of the logits, before the bound.
-        temperature: divisor of the logits, behind the bound.
-        ignore_index: the label of tokens that are left out: 0, without gradient.
+        temperature: divisor of the logits, after the bound.
+        ignore_index: the label of tokens whose log-probability is 0, without gradient.
         tile_tokens: tokens of a tile.
-        tile_bytes: bytes of a tile's logits where `tile_tokens` is not given; default 512 MiB,
-            8,192 tokens at most.
+        tile_bytes: bytes of a tile's logits where `tile_tokens` is None; default 512 MiB, 8,192
+            tokens at most.
         entropy: whether to compute the entropy, in nats.
 
     Returns:
@@ -78,7 +75,7 @@ def token_log_probs(
         head=Head(logit_scale, softcap, 1.0 / temperature),
         ignore_index=ignore_index,
         tokens=tokens_per_tile(weight.shape[0], hidden.dtype, tile_tokens, tile_bytes),
-        dtype=product_dtype(hidden),
+        dtype=linear_dtype(hidden),
         entropy=entropy,
     )
     function: Any = _TokenLogProbs
@@ -88,7 +85,15 @@ def token_log_probs(
 
 @dataclass(frozen=True)
 class _Call:
-    """Log-probabilities that are to be computed in tiles of `tokens` tokens."""
+    """The settings of one call.
+
+    Args:
+        head: computes logits from hidden states.
+        ignore_index: the label of tokens that are not counted.
+        tokens: of a tile.
+        dtype: of the matrix products.
+        entropy: whether to compute the entropy.
+    """
 
     head: Head
     ignore_index: int
@@ -101,19 +106,19 @@ class _Call:
         return Inputs.of(tensors, labels, self.ignore_index, self.dtype)
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Returns log-probabilities and entropies, `[tokens]` each; the latter are 0 where they
-        were not asked for.
+        """Returns log-probabilities `[tokens]` and entropies `[tokens]`, or a scalar 0 where no
+        entropies are requested.
         """
         log_probs = torch.zeros(
-            inputs.labels.shape, dtype=sum_dtype(self.dtype), device=inputs.labels.device
+            inputs.labels.shape, dtype=accumulation_dtype(self.dtype), device=inputs.labels.device
         )
         entropies = torch.zeros_like(log_probs) if self.entropy else log_probs.new_zeros(())
         with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
             weight = inputs.product_weight()
             for rows in inputs.tiles(self.tokens):
-                logits = self.head.logits(inputs.hidden[rows].to(self.dtype), weight, inputs.bias)[
-                    0
-                ]
+                tile = inputs.hidden[rows].to(self.dtype)
+                logits, bounded = self.head.logits(tile, weight, inputs.bias)
+                del tile, bounded
                 target = logits.gather(-1, inputs.labels[rows, None])
                 log_probs[rows] = (target - softmax_(logits)).squeeze(-1)
                 if self.entropy:
@@ -122,8 +127,12 @@ class _Call:
         return log_probs, entropies
 
     def add_gradients(self, inputs: Inputs, gradients: HeadGradients, factors: Tensor) -> None:
-        """Adds the gradients of hidden states, weight and bias, for the log-probabilities' gradient
-        `[tokens]`.
+        """Adds the gradients of hidden states, weight and bias.
+
+        Args:
+            inputs: of the head.
+            gradients: to be added to.
+            factors: `[tokens]`, the gradient of the log-probabilities.
         """
         with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
             weight = inputs.product_weight()
@@ -138,7 +147,7 @@ class _Call:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities and entropies, with the gradients of the first computed in backward."""
+    """Log-probabilities, and entropies, which are not differentiable."""
 
     @staticmethod
     def forward(

@@ -1,10 +1,10 @@
-"""Feed-forward and experts' blocks in tiles of tokens: what is wide about them exists for one tile
-at a time.
+"""Feed-forward and experts' blocks in tiles of tokens: the wide intermediate exists for one tile at
+a time.
 
-A block is found by its structure, and what it computes is confirmed on a small copy before anything
-is installed. The module stays what it is, with its children and parameter names; only its
-instance's `forward` is another, until `uninstall`. How many tiles there are is arithmetic on
-shapes: no collective, and nothing is read back from a device.
+Blocks are recognised by their structure, and what they compute is confirmed on a small copy before
+anything is installed. The module keeps its class, children and parameter names; only its instance's
+`forward` is overridden. The number of tiles follows from shapes alone: it takes no collective and
+no device synchronisation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from ulysses_accel import _private_api
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
+from ulysses_accel.memory.tiling.method import InstalledTiles, Method
 from ulysses_accel.memory.tiling.mlp_formula import tile_projections
-from ulysses_accel.memory.tiling.probe import has_hooks, own_method
+from ulysses_accel.memory.tiling.probe import has_hooks
 from ulysses_accel.memory.tiling.rows import rows_per_tile, tile_rows
 from ulysses_accel.memory.tiling.structure import (
     CHUNK_METHODS,
@@ -33,59 +33,6 @@ from ulysses_accel.memory.tiling.structure import (
     looks_like_mlp,
     make_plan,
 )
-
-Method = Callable[..., Any]
-
-
-class InstalledTiles:
-    """Methods of module instances that are computed in tiles; `uninstall` gives back the ones they
-    had.
-
-    Args:
-        originals: module, name of the method, and the instance's own attribute of that name, if it
-            had one.
-    """
-
-    def __init__(self, originals: list[tuple[nn.Module, str, Method | None]]) -> None:
-        self._originals = originals
-
-    def add(self, other: InstalledTiles) -> None:
-        """Takes another's methods over, to be given back with these."""
-        self._originals += other._originals
-
-    def uninstall(self) -> None:
-        """Takes the tiles away again; may be called twice."""
-        while self._originals:
-            module, method, original = self._originals.pop()
-            if original is None:
-                vars(module).pop(method, None)
-            else:
-                setattr(module, method, original)
-
-
-def install_method(module: nn.Module, method: str, tiled: Callable[..., Any]) -> InstalledTiles:
-    """Replaces a method of one module.
-
-    Args:
-        module: the instance; its class and other instances stay as they are.
-        method: name of the method.
-        tiled: called as `tiled(original, module, *args, **kwargs)`, where `original` takes the
-            module first.
-
-    Raises:
-        UnsupportedModelError: the instance's own method is tied to another object, and can't be
-            called for a copy.
-    """
-    own, original = vars(module).get(method), own_method(module, method)
-
-    @functools.wraps(original)
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return tiled(original, self, *args, **kwargs)
-
-    # Bound to the module it is an attribute of, also when that is a deep copy of this one.
-    setattr(module, method, MethodType(forward, module))
-    return InstalledTiles([(module, method, own)])
 
 
 def tile_mlp(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledTiles:
@@ -98,20 +45,24 @@ def tile_mlp(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
             size, 128 MiB at most, and not less than 256 tokens.
 
     Returns:
-        What `uninstall` is called on.
+        The installation; its `close()` restores the block.
 
     Raises:
         ConfigError: `tile_bytes` is not positive.
         UnsupportedModelError: the block can't be computed in tiles; the message says why.
     """
-    tiling = Tiling(module, _method_of(module), tile_bytes)
-    installed = install_method(module, tiling.method, tiling)
-    if tiling.method == "forward" and _private_api.ZERO3_LEAF not in vars(module):
-        # The children are not called; DeepSpeed gathers a leaf's parameters around the leaf's own
-        # forward and backward.
-        vars(module)[_private_api.ZERO3_LEAF] = True
-        installed.add(InstalledTiles([(module, _private_api.ZERO3_LEAF, None)]))
+    installed = InstalledTiles()
+    _tile(installed, module, tile_bytes)
     return installed
+
+
+def _tile(installed: InstalledTiles, module: nn.Module, tile_bytes: int | None) -> None:
+    tiling = Tiling(module, _method_of(module), tile_bytes)
+    installed.tile(module, tiling.method, tiling)
+    if tiling.method == "forward" and _private_api.ZERO3_LEAF not in vars(module):
+        # The tiles don't call the children. DeepSpeed gathers the parameters of a leaf module
+        # around the leaf's own forward and backward.
+        installed.set(module, _private_api.ZERO3_LEAF, True)
 
 
 def _method_of(module: nn.Module) -> str:
@@ -121,8 +72,8 @@ def _method_of(module: nn.Module) -> str:
 
 
 class Tiling:
-    """One block's tiles: decides at each call, from shapes and from what the block's children are
-    by then.
+    """The tiled forward of one block; each call decides from shapes and from the block's present
+    children how it is tiled.
 
     Args:
         module: the block.
@@ -141,7 +92,7 @@ class Tiling:
         self.signature = _signature(module)
 
     def __call__(self, original: Method, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Computes one call, in tiles where it has rows."""
+        """Computes one call, in tiles where its arguments are rows of tokens."""
         inputs = self._inputs(original, module, args, kwargs)
         if inputs is None:
             return original(module, *args, **kwargs)
@@ -152,8 +103,9 @@ class Tiling:
         return self.compute(functools.partial(original, module), module, inputs, rows)
 
     def rows(self, inputs: list[Tensor]) -> int:
-        """Returns how many rows a tile has."""
+        """Returns the number of rows in a tile."""
         first, plan = inputs[0], self.plan
+        # Each token is computed once for each expert that it is routed to.
         copies = inputs[1].shape[-1] if plan.routed else 1
         size = first.element_size()
         row_bytes = plan.width * copies * size
@@ -164,8 +116,8 @@ class Tiling:
     def compute(
         self, original: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor], rows: int
     ) -> Tensor:
-        """Returns the output, by the block's formula where it has one and autograd's help
-        elsewhere.
+        """Returns the output: by the block's formula, which has a backward of its own, where one is
+        known; otherwise autograd differentiates the block tile by tile.
         """
         formula = self.plan.formula
         if formula is not None and _is_plain(module, formula):
@@ -178,60 +130,61 @@ class Tiling:
     def _inputs(
         self, original: Method, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor] | None:
-        """The tensors to cut into rows; None for a call that has no rows, or arguments beside
-        them.
+        """Returns the tensors that are split into tiles; None for a call whose arguments are not
+        all rows of the same tokens.
         """
         try:
-            given = inspect.signature(original).bind(module, *args, **kwargs).arguments
+            arguments = inspect.signature(original).bind(module, *args, **kwargs).arguments
         except TypeError:
             return None
-        inputs = [given.pop(name, None) for name in self.plan.inputs]
-        extra = [value for value in list(given.values())[1:] if value is not None and value != {}]
-        first = inputs[0]
-        if extra or not isinstance(first, Tensor) or first.dim() < 2 or first.numel() == 0:
+        inputs = [arguments.pop(name, None) for name in self.plan.inputs]
+        # The first of the others is the module.
+        others = list(arguments.values())[1:]
+        if any(value is not None and value != {} for value in others):
             return None
-        lead = first.shape[:-1]
-        tensors = [
-            it
-            for it in inputs
-            if isinstance(it, Tensor) and it.dim() == first.dim() and it.shape[:-1] == lead
-        ]
-        return tensors if len(tensors) == len(inputs) else None
+        first = inputs[0]
+        if not isinstance(first, Tensor) or first.dim() < 2 or first.numel() == 0:
+            return None
+        tensors: list[Tensor] = []
+        for tensor in inputs:
+            if not isinstance(tensor, Tensor) or tensor.shape[:-1] != first.shape[:-1]:
+                return None
+            tensors.append(tensor)
+        return tensors
 
     def _follow_changes(self, module: nn.Module, original: Method) -> None:
-        # An adapter may have been injected, or a dropout switched on, since the tiles were
-        # installed.
+        # PEFT may have injected an adapter, or a dropout may have been enabled, since the tiles
+        # were installed.
         signature = _signature(module)
         if signature != self.signature:
             self.plan, self.signature = make_plan(module, self.method, original), signature
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    """What a block's code depends on: its children's types, and settings such as a dropout's
-    probability.
+    """Returns what a block's computation depends on: its children's types, and settings such as a
+    dropout's probability.
     """
-    return tuple(
-        (
-            name,
-            type(child),
-            tuple(
-                (key, value)
-                for key, value in vars(child).items()
-                if type(value) is float and key[0] != "_"
-            ),
-        )
-        for name, child in module.named_modules()
-    )
+    entries = []
+    for name, child in module.named_modules():
+        settings = [
+            (key, value)
+            for key, value in vars(child).items()
+            if type(value) is float and key[0] != "_"
+        ]
+        entries.append((name, type(child), tuple(settings)))
+    return tuple(entries)
 
 
 def _is_plain(module: nn.Module, formula: Formula) -> bool:
-    """True where calling the children would do nothing but their products."""
+    """Returns whether calling the children would compute nothing but their matrix products: no
+    hooks, no replaced forwards, plain weights.
+    """
     for name, child in module.named_children():
         if isinstance(child, FSDPModule):
             raise UnsupportedModelError(
                 f"{type(module).__name__}.{name} is sharded by FSDP2 on its own, and would be "
-                "gathered once for every "
-                f"tile. Shard the whole {type(module).__name__} or the layer around it."
+                f"gathered once for every tile. Shard the whole {type(module).__name__} or the "
+                "layer around it."
             )
         if has_hooks(child) or "forward" in vars(child):
             return False
@@ -242,14 +195,14 @@ def _is_plain(module: nn.Module, formula: Formula) -> bool:
 
 
 def find_tileable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Finds the blocks of a model whose intermediates need not exist for the whole sequence.
+    """Returns the blocks of a model whose intermediates need not exist for the whole sequence.
 
     Args:
-        model: any model, on any device, whole or in pieces.
+        model: any model, on any device, sharded or not.
 
     Returns:
-        The blocks to give to `tile_mlp`, by name; and, by name, why others that look like one can't
-        be tiled.
+        By name, the blocks that `tile_mlp` takes; and, by name, why other blocks that look like
+        one can't be tiled.
     """
     tileable: dict[str, nn.Module] = {}
     refused: dict[str, str] = {}
@@ -257,11 +210,9 @@ def find_tileable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in tileable) or not _is_candidate(module):
             continue
-        key = (
-            type(module),
-            _signature(module),
-            tuple((n, tuple(p.shape)) for n, p in module.named_parameters()),
-        )
+        # Equal blocks, of which a model has one in each layer, are probed once.
+        shapes = [(key, tuple(value.shape)) for key, value in module.named_parameters()]
+        key = (type(module), _signature(module), tuple(shapes))
         if key not in plans:
             plans[key] = _why_not(module)
         if plans[key]:
@@ -280,7 +231,7 @@ def _why_not(module: nn.Module) -> str:
     if method == "forward" and not input_names(module):
         inner = ", ".join(linear_children(module)) or "its experts"
         name = type(module).__name__
-        return f"{name} computes {inner} inside a forward that takes more than rows of features"
+        return f"{name} computes {inner} inside of a forward that takes more than rows of features"
     try:
         make_plan(module, method)
     except UnsupportedModelError as error:
@@ -296,7 +247,7 @@ def tile_mlps(model: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
         tile_bytes: as for `tile_mlp`.
 
     Returns:
-        What `uninstall` is called on.
+        The installation; its `close()` restores the blocks.
 
     Raises:
         ConfigError: `tile_bytes` is not positive.
@@ -304,14 +255,12 @@ def tile_mlps(model: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
     """
     tileable, refused = find_tileable(model)
     if not tileable:
-        reasons = (
-            "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-            or "no block looks like one"
-        )
+        reasons = [f"{name}: {reason}" for name, reason in refused.items()]
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no feed-forward block to tile. {reasons}"
+            f"{type(model).__name__} has no feed-forward block to tile. "
+            f"{'; '.join(reasons) or 'no block looks like one'}"
         )
-    installed = InstalledTiles([])
+    installed = InstalledTiles(refused)
     for module in tileable.values():
-        installed.add(tile_mlp(module, tile_bytes=tile_bytes))
+        _tile(installed, module, tile_bytes)
     return installed

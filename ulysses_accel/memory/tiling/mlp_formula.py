@@ -1,9 +1,9 @@
-"""The feed-forward formula, `down(act(gate(x)) * up(x))` or `down(act(up(x)))`, in tiles with a
-backward of its own.
+"""The feed-forward formula, `down(act(gate(x)) * up(x))` or `down(act(up(x)))`, in tiles, with its
+own backward.
 
-Forward keeps x only. Backward recomputes a tile's first projections and not the last: eight
-products where six are the least, against nine when autograd reruns the block. Weight gradients are
-summed over the tiles in float32 and given to autograd once.
+Forward saves only x. Backward recomputes a tile's first projections but not the last one: eight
+matrix products where six are the minimum, and nine when autograd runs the block again. Weight
+gradients are summed over the tiles in float32 and returned to autograd once.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulysses_accel.memory.accumulate import add_product, sum_dtype
+from ulysses_accel.attention.kernels.base import accumulation_dtype
+from ulysses_accel.memory.accumulate import add_product
+from ulysses_accel.memory.execution_state import ExecutionState, linear_dtype
 from ulysses_accel.memory.skip_output import recomputing, unneeded_output
-from ulysses_accel.memory.tiling.rows import Autocast, flat_rows, tiles
+from ulysses_accel.memory.tiling.rows import flat_rows, tiles
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Where a projection's matrix is.
+    """Where a projection's weight and bias are.
 
     Args:
         parameters: index of its weight among the parameters; its bias is the next one.
-        in_by_out: the weight is stored `[in, out]`; otherwise `[out, in]`.
-        half: 0 or 1 when it is the first or second half of the weight's output features.
+        in_by_out: whether the weight is stored `[in, out]`; otherwise `[out, in]`.
+        half: 0 or 1 where the projection is the first or second half of a fused weight's output
+            features; None for a whole weight.
     """
 
     parameters: int
@@ -35,7 +38,7 @@ class Projection:
     half: int | None = None
 
     def of_output(self, tensor: Tensor, dim: int) -> Tensor:
-        """Returns this projection's part along the dim of output features."""
+        """Returns this projection's slice of a tensor along its dim of output features."""
         return tensor if self.half is None else tensor.chunk(2, dim)[self.half]
 
 
@@ -44,9 +47,9 @@ class MlpCall:
     """A feed-forward block.
 
     Args:
-        activation: function of each element.
+        activation: elementwise function.
         gate: the projection that the activation is applied to.
-        up: the projection that its result is multiplied by, if there is one.
+        up: the projection that multiplies the activation; None for a block without gate.
         down: the projection back to the hidden size.
         rows: rows of a tile.
     """
@@ -62,7 +65,7 @@ class _Weights:
     """Matrices `[in, out]` and biases in the dtype that the products are computed in."""
 
     def __init__(self, parameters: Sequence[Tensor | None], dtype: torch.dtype) -> None:
-        # A fused weight serves two projections: cast it once.
+        # A fused weight holds two projections: it is cast once.
         self.parameters = [
             None if parameter is None else parameter.to(dtype) for parameter in parameters
         ]
@@ -73,7 +76,7 @@ class _Weights:
         return projection.of_output(weight if projection.in_by_out else weight.t(), 1)
 
     def project(self, rows: Tensor, projection: Projection, out: Tensor | None = None) -> Tensor:
-        """`[rows, in] -> [rows, out]`."""
+        """Returns the projection of rows: `[rows, in] -> [rows, out]`."""
         bias = self.parameters[projection.parameters + 1]
         if bias is None:
             return torch.mm(rows, self.matrix(projection), out=out)
@@ -81,12 +84,14 @@ class _Weights:
 
 
 class _WeightGradients:
-    """Sums over tiles of the gradients of weights and biases, in float32 or better."""
+    """Gradients of weights and biases, summed over the tiles in float32 (float64 for float64)."""
 
     def __init__(self, parameters: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
         self.parameters = parameters
         self.totals = [
-            torch.zeros(parameter.shape, dtype=sum_dtype(parameter.dtype), device=parameter.device)
+            torch.zeros(
+                parameter.shape, dtype=accumulation_dtype(parameter.dtype), device=parameter.device
+            )
             if parameter is not None and need
             else None
             for parameter, need in zip(parameters, needed)
@@ -99,8 +104,8 @@ class _WeightGradients:
         )
 
     def add(self, projection: Projection, rows: Tensor, grad: Tensor) -> None:
-        """Adds one tile: `rows [rows, in]` went in, `grad [rows, out]` is the gradient of what came
-        out.
+        """Adds one tile's part: `rows` `[rows, in]` is the projection's input, `grad` `[rows, out]`
+        the gradient of its output.
         """
         weight, bias = self.totals[projection.parameters : projection.parameters + 2]
         if weight is not None:
@@ -112,7 +117,7 @@ class _WeightGradients:
             projection.of_output(bias, 0).add_(grad.sum(0, dtype=bias.dtype))
 
     def gradients(self) -> list[Tensor | None]:
-        """Returns one gradient per parameter, in its dtype, and lets go of the sums one by one."""
+        """Returns one gradient per parameter, in its dtype, and frees the sums one by one."""
         result: list[Tensor | None] = []
         for i, parameter in enumerate(self.parameters):
             total, self.totals[i] = self.totals[i], None
@@ -121,22 +126,23 @@ class _WeightGradients:
 
 
 class _TiledMlp(torch.autograd.Function):
-    """The block on `hidden [.., in]`; `parameters` are weight and bias (or None) of each linear
-    layer.
+    """The block applied to `hidden` `[.., in]`; `parameters` are weight and bias (or None) of each
+    linear layer.
     """
 
     @staticmethod
     def forward(ctx: Any, call: MlpCall, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden, *parameters)
-        ctx.call, ctx.autocast = call, Autocast.of(hidden)
-        dtype = _compute_dtype(hidden, ctx.autocast)
+        ctx.call, ctx.dtype = call, linear_dtype(hidden)
+        ctx.state = ExecutionState.capture(hidden.device, random=False)
+        dtype = ctx.dtype
         weights, rows = _Weights(parameters, dtype), flat_rows(hidden)
         width = weights.matrix(call.down).shape[1]
         if recomputing():
             return unneeded_output(
                 rows.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], width)
             )
-        # Not a view of what is filled: the caller may go on in place.
+        # The tensor itself, not a view: the caller may modify it in place.
         output = rows.new_empty(*hidden.shape[:-1], width, dtype=dtype)
         output_rows = flat_rows(output)
         for tile in tiles(rows.shape[0], call.rows):
@@ -150,7 +156,7 @@ class _TiledMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = ctx.saved_tensors
         call: MlpCall = ctx.call
-        dtype = _compute_dtype(hidden, ctx.autocast)
+        dtype: torch.dtype = ctx.dtype
         backward = _Backward(
             call,
             _Weights(parameters, dtype),
@@ -162,7 +168,7 @@ class _TiledMlp(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
-        with ctx.autocast.again():
+        with ctx.state.same_autocast():
             for tile in tiles(rows.shape[0], call.rows):
                 part = None if grad_hidden is None else grad_hidden[tile]
                 backward.tile(rows[tile].to(dtype), grad_rows[tile].to(dtype), part)
@@ -170,13 +176,10 @@ class _TiledMlp(torch.autograd.Function):
         return None, whole, *backward.sums.gradients()
 
 
-def _compute_dtype(hidden: Tensor, autocast: Autocast) -> torch.dtype:
-    # As F.linear does it: autocast leaves float64 alone.
-    return autocast.dtype if autocast.enabled and hidden.dtype != torch.float64 else hidden.dtype
-
-
 def _intermediate(call: MlpCall, weights: _Weights, rows: Tensor) -> Tensor:
-    """`[rows, in] -> [rows, intermediate]`, without a graph."""
+    """Returns the input of the last projection, without a graph: `[rows, in] -> [rows,
+    intermediate]`.
+    """
     inner = call.activation(weights.project(rows, call.gate))
     if call.up is not None:
         inner.mul_(weights.project(rows, call.up))
@@ -185,7 +188,7 @@ def _intermediate(call: MlpCall, weights: _Weights, rows: Tensor) -> Tensor:
 
 @dataclass
 class _Backward:
-    """The backward of one tile after the other."""
+    """The backward pass, tile by tile."""
 
     call: MlpCall
     weights: _Weights
@@ -202,9 +205,10 @@ class _Backward:
             inner = activated.detach() if up is None else activated.detach() * up
             self.sums.add(self.call.down, inner.to(grad.dtype), grad)
             del inner
-        if grad_rows is None and not any(
-            self.sums.needs(it) for it in (self.call.gate, self.call.up) if it is not None
-        ):
+        first_projections = (
+            [self.call.gate] if self.call.up is None else [self.call.gate, self.call.up]
+        )
+        if grad_rows is None and not any(map(self.sums.needs, first_projections)):
             return
         grad_inner = torch.mm(grad, self.weights.matrix(self.call.down).t()).to(activated.dtype)
         if up is not None and self.call.up is not None:
@@ -231,7 +235,7 @@ class _Backward:
             return
         matrix = self.weights.matrix(projection).t()
         if grad_rows.dtype != grad.dtype:
-            # Under autocast the input is wider than the products.
+            # Under autocast the input is float32 and the products are in half precision.
             product = torch.mm(grad, matrix)
             grad_rows.copy_(product) if first else grad_rows.add_(product)
         elif first:

@@ -1,10 +1,10 @@
-"""Norms in tiles of rows: transformers computes them in float32, and only a tile of that needs to
-exist at a time.
+"""Norms in tiles of rows: transformers 5 computes them in float32, and only one tile of float32
+values needs to exist at a time.
 
-RMS norms of the usual kinds have a backward of their own, in one pass over the rows; others are
-rerun by autograd tile by tile. What they give is to the last bit what the module gives. torch's own
-`nn.LayerNorm` and `nn.RMSNorm` make no float32 copies and are left alone. A residual sum can't join
-in from outside: the sum is part of a layer's own forward.
+RMS norms of the usual kinds get their own backward, one pass over the rows; for others autograd
+differentiates the module tile by tile. Outputs equal the module's to the last bit. torch's
+`nn.LayerNorm` and `nn.RMSNorm` make no float32 copies and are left alone. The residual sum is not
+fused with the norm, because it is part of the layer's forward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
-from ulysses_accel.memory.tiling.mlp import InstalledTiles, Tiling, install_method
+from ulysses_accel.memory.tiling.method import InstalledTiles
+from ulysses_accel.memory.tiling.mlp import Tiling
 from ulysses_accel.memory.tiling.probe import inputs_like, shape_of, small_copy
 from ulysses_accel.memory.tiling.rows import flat_rows, rows_per_tile, tile_rows, tiles
 from ulysses_accel.memory.tiling.structure import input_names
@@ -33,9 +34,9 @@ class RmsFormula:
 
     Args:
         eps: name of the module's attribute.
-        offset: 1 where the weight counts from one, as Gemma's.
-        rounds_first: the normalised rows are rounded to their own dtype before the weight, as
-            Llama's.
+        offset: 1 where the factor is `1 + weight`, as in Gemma; otherwise 0.
+        rounds_first: whether the normalised rows are rounded to their dtype before they are
+            multiplied by the weight, as in Llama.
     """
 
     eps: str
@@ -47,7 +48,7 @@ class RmsFormula:
         return weight.float() + 1.0 if self.offset else weight
 
     def output(self, rows: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-        """Returns normalised rows, from float32 maths: `[rows, D] -> [rows, D]`."""
+        """Returns normalised rows, computed in float32: `[rows, D] -> [rows, D]`."""
         normed = rows.float() * rstd
         if self.rounds_first:
             return self.weight(weight) * normed.to(rows.dtype)
@@ -55,12 +56,12 @@ class RmsFormula:
 
 
 def _rstd(rows: Tensor, eps: float) -> Tensor:
-    """`[rows, D] -> [rows, 1]`."""
+    """Returns the reciprocal root mean square of each row: `[rows, D] -> [rows, 1]`."""
     return torch.rsqrt(rows.float().pow(2).mean(-1, keepdim=True) + eps)
 
 
 class _TiledRmsNorm(torch.autograd.Function):
-    """The norm of `hidden [.., D]`; saves it, and one float32 per row."""
+    """The norm of `hidden` `[.., D]`; saves its input, and one float32 number per row."""
 
     @staticmethod
     def forward(
@@ -83,16 +84,11 @@ class _TiledRmsNorm(torch.autograd.Function):
         hidden, weight, rstd = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[3:]
         rows, grads = flat_rows(hidden), flat_rows(grad)
-        grad_hidden = (
-            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            if needs_hidden
-            else None
-        )
-        total = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if needs_weight
-            else None
-        )
+        grad_hidden, total = None, None
+        if needs_hidden:
+            grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        if needs_weight:
+            total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         factor = ctx.formula.weight(weight).float()
         for tile in tiles(rows.shape[0], ctx.num_rows):
             normed, part = rows[tile].float() * rstd[tile], grads[tile].float()
@@ -106,7 +102,7 @@ class _TiledRmsNorm(torch.autograd.Function):
 
 
 class _NormTiling(Tiling):
-    """One norm's tiles."""
+    """The tiled forward of one norm."""
 
     def __init__(self, module: nn.Module, tile_bytes: int | None) -> None:
         super().__init__(module, "forward", tile_bytes)
@@ -123,12 +119,9 @@ class _NormTiling(Tiling):
         self, original: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor], rows: int
     ) -> Tensor:
         weight = getattr(module, "weight", None)
-        # In float64 the module's own float32 is the reference, down to autograd's roundings.
-        if (
-            self.rms is not None
-            and type(weight) in (Tensor, nn.Parameter)
-            and inputs[0].dtype in _DTYPES
-        ):
+        is_plain = type(weight) in (Tensor, nn.Parameter)
+        # For float64 inputs the module rounds to float32 inside; autograd repeats those roundings.
+        if self.rms is not None and is_plain and inputs[0].dtype in _DTYPES:
             eps = getattr(module, self.rms.eps)
             output: Tensor = _TiledRmsNorm.apply(self.rms, eps, rows, inputs[0], weight)  # type: ignore[no-untyped-call]
             return output
@@ -137,11 +130,11 @@ class _NormTiling(Tiling):
 
 
 def find_rms_formula(module: nn.Module) -> RmsFormula | None:
-    """Returns the formula that gives the very numbers of a norm in every mixture of dtypes, if one
-    does.
+    """Returns the formula whose outputs equal a norm's to the last bit for every combination of
+    dtypes; None where there is none.
 
     Args:
-        module: a norm; its code is run on a small copy.
+        module: a norm; a small copy of it is run.
     """
     eps_names = [name for name, value in vars(module).items() if type(value) is float]
     if set(_private_api.module_parameters(module)) != {"weight"} or len(input_names(module)) != 1:
@@ -161,28 +154,23 @@ def _agrees(
     (hidden,) = inputs_like([weight.shape[0]], dtype)
     with torch.no_grad():
         expected: Tensor = twin(hidden)
-        found = formula.output(hidden, _rstd(hidden, getattr(twin, formula.eps)), weight)
-    return found.dtype == expected.dtype and torch.equal(found, expected)
+        output = formula.output(hidden, _rstd(hidden, getattr(twin, formula.eps)), weight)
+    return output.dtype == expected.dtype and torch.equal(output, expected)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns True for what looks like a norm written in Python: a weight for each feature, and a
-    small number.
+    """Returns whether a module looks like a norm written in Python: it has no children, one weight
+    for each feature, and a small number for epsilon.
     """
-    own = list(module.parameters(recurse=False))
-    native = isinstance(module, nn.LayerNorm | nn.RMSNorm) and type(module).forward in (
-        nn.LayerNorm.forward,
-        nn.RMSNorm.forward,
-    )
-    small = any(type(value) is float and 0 < value < 0.1 for value in vars(module).values())
-    return (
-        bool(own)
-        and all(len(shape_of(parameter)) == 1 for parameter in own)
-        and not any(True for _ in module.children())
-        and small
-        and not native
-        and 1 <= len(input_names(module)) <= 2
-    )
+    if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+        return False
+    weights = list(module.parameters(recurse=False))
+    if not weights or any(len(shape_of(weight)) != 1 for weight in weights):
+        return False
+    if any(True for _ in module.children()):
+        return False
+    has_epsilon = any(type(value) is float and 0 < value < 0.1 for value in vars(module).values())
+    return has_epsilon and 1 <= len(input_names(module)) <= 2
 
 
 def tile_norm(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledTiles:
@@ -194,13 +182,15 @@ def tile_norm(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledT
             at most, and not less than 256 rows.
 
     Returns:
-        What `uninstall` is called on.
+        The installation; its `close()` restores the norm.
 
     Raises:
         ConfigError: `tile_bytes` is not positive.
         UnsupportedModelError: the module can't be computed in tiles; the message says why.
     """
-    return install_method(module, "forward", _NormTiling(module, tile_bytes))
+    installed = InstalledTiles()
+    installed.tile(module, "forward", _NormTiling(module, tile_bytes))
+    return installed
 
 
 def tile_norms(
@@ -213,13 +203,18 @@ def tile_norms(
         tile_bytes: as for `tile_norm`.
 
     Returns:
-        What `uninstall` is called on; and, by name, why a norm is left as it is.
+        The installation, whose `close()` restores the norms; and, by name, why a norm is left as
+        it is.
+
+    Raises:
+        ConfigError: `tile_bytes` is not positive.
     """
-    installed, refused = InstalledTiles([]), {}
+    installed = InstalledTiles()
     for name, module in model.named_modules():
-        if is_norm(module):
-            try:
-                installed.add(tile_norm(module, tile_bytes=tile_bytes))
-            except UnsupportedModelError as error:
-                refused[name] = str(error)
-    return installed, refused
+        if not is_norm(module):
+            continue
+        try:
+            installed.tile(module, "forward", _NormTiling(module, tile_bytes))
+        except UnsupportedModelError as error:
+            installed.left_alone[name] = str(error)
+    return installed, installed.left_alone

@@ -1,39 +1,38 @@
-"""A function of rows in tiles of rows: what treats each token alone needs its intermediates for one
-tile only.
+"""A function of independent rows in tiles: its intermediates exist for one tile at a time.
 
-Forward saves the inputs and nothing else; backward runs the function once more on each tile, under
-autograd. Gradients of parameters are summed over the tiles in float32 and handed to autograd once,
-so that an engine reduces them once.
+Forward saves only the inputs; backward runs the function again on each tile, under autograd.
+Gradients of parameters are summed over the tiles in float32 and returned to autograd once, so that
+DDP, FSDP2 and DeepSpeed reduce them once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ulysses_accel.memory.accumulate import sum_dtype
+from ulysses_accel.attention.kernels.base import accumulation_dtype
+from ulysses_accel.memory.execution_state import ExecutionState
 from ulysses_accel.memory.skip_output import recomputing, unneeded_output
 
 MAX_TILE_BYTES = 128 * 2**20
-# A product of fewer rows spends its time reading the weights.
+# A matrix product of fewer rows is bound by reading the weights.
 MIN_TILE_ROWS = 256
-# In the backward pass some eight tiles are alive at a time: with a twentieth each, they are less
-# than half an input.
+# About eight tiles are alive at a time in the backward pass: at a twentieth of the input each, less
+# than half an input together.
 TILE_SHARE = 20
 
 
 def rows_per_tile(
     num_rows: int, row_bytes: int, input_row_bytes: int, tile_bytes: int | None = None
 ) -> int:
-    """Returns how many rows a tile has, tiles being as equal as they can.
+    """Returns the number of rows in a tile; all tiles are of nearly equal size.
 
     Args:
-        num_rows: rows in all.
+        num_rows: rows of all tiles together.
         row_bytes: bytes of the widest intermediate of one row.
         input_row_bytes: bytes of one row of the input.
         tile_bytes: bytes of one tile's widest intermediate. Default: a twentieth of the input's
@@ -55,62 +54,16 @@ def tiles(num_rows: int, rows: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Autocast:
-    """The autocast state of a forward, for its backward, which autograd runs outside of it."""
-
-    device_type: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Autocast:
-        """Returns the state that an operation on this tensor would see now."""
-        kind = tensor.device.type
-        return cls(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def again(self) -> Any:
-        """Returns a context with this state."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of the generators that dropout draws from, before a forward."""
-
-    host: Tensor
-    device: Tensor | None
-
-    @classmethod
-    def now(cls, tensor: Tensor) -> RandomState:
-        """Returns the state on the host and on this tensor's device."""
-        return cls(
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(tensor.device) if tensor.is_cuda else None,
-        )
-
-    @contextmanager
-    def again(self, tensor: Tensor) -> Iterator[None]:
-        """Draws the same numbers inside; the generators go on afterwards as if nothing had been
-        drawn.
-        """
-        with torch.random.fork_rng(devices=[tensor.device] if tensor.is_cuda else []):
-            torch.set_rng_state(self.host)
-            if self.device is not None:
-                torch.cuda.set_rng_state(self.device, tensor.device)
-            yield
-
-
-@dataclass(frozen=True)
 class RowCall:
-    """A call in tiles.
+    """A function that is computed in tiles.
 
     Args:
-        function: takes one tile of each input, and treats each row alone.
+        function: takes one tile of each input, and treats rows independently.
         rows: rows of a tile.
         num_inputs: how many of the tensors are inputs; the others are the parameters that the
             function reads.
         random: whether the function draws random numbers.
-        may_skip: whether to leave the output out where `recomputing()` says so.
+        may_skip: whether to skip the output where `recomputing()`.
     """
 
     function: Callable[..., Tensor]
@@ -131,19 +84,18 @@ class _TiledRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: RowCall, *tensors: Tensor) -> Tensor:
         ctx.call = call
-        ctx.autocast = Autocast.of(tensors[0])
-        ctx.random = RandomState.now(tensors[0]) if call.random else None
+        ctx.state = ExecutionState.capture(tensors[0].device, random=call.random)
         ctx.save_for_backward(*tensors)
         inputs = _Inputs(tensors[: call.num_inputs])
         if call.may_skip and recomputing() and not call.random:
-            # Only a call says how wide the output is, and of which dtype.
+            # Only a call shows the width and dtype of the output.
             one_row = call.function(*inputs.tile(slice(0, 1)))
             return unneeded_output(one_row.new_empty(()).expand(*inputs.lead, one_row.shape[-1]))
         output: Tensor | None = None
         for tile in tiles(inputs.num_rows, call.rows):
             part = call.function(*inputs.tile(tile))
             if output is None:
-                # Not a view of what is filled: the caller may go on in place.
+                # The tensor itself, not a view: the caller may modify it in place.
                 output = part.new_empty(*inputs.lead, part.shape[-1])
             flat_rows(output)[tile] = flat_rows(part)
             del part
@@ -157,10 +109,10 @@ class _TiledRows(torch.autograd.Function):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
         inputs, grad_rows = _Inputs(tensors[: call.num_inputs]), flat_rows(grad)
         sums = _GradientSums(tensors, needed, call.num_inputs)
-        with ctx.random.again(grad) if ctx.random else nullcontext():
+        with ctx.state.same_random_numbers():
             for tile in tiles(inputs.num_rows, call.rows):
                 parts = [part.detach() for part in inputs.tile(tile)]
-                with ctx.autocast.again(), torch.enable_grad():
+                with ctx.state.same_autocast(), torch.enable_grad():
                     for part, need in zip(parts, needed):
                         part.requires_grad_(need)
                     output = call.function(*parts)
@@ -170,8 +122,8 @@ class _TiledRows(torch.autograd.Function):
 
 
 class _Inputs:
-    """Inputs with the same leading dims, cut into tiles that have as many dims: `[B, S, D] -> [1,
-    rows, D]`.
+    """Inputs with the same leading dims, split into tiles with the same number of dims: `[B, S, D]
+    -> [1, rows, D]`.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -192,44 +144,53 @@ class _GradientSums:
 
     def __init__(self, tensors: Sequence[Tensor], needed: Sequence[bool], num_inputs: int) -> None:
         self.tensors, self.needed, self.num_inputs = tensors, needed, num_inputs
-        self.totals: dict[int, Tensor] = {
-            i: torch.empty(tensors[i].shape, dtype=tensors[i].dtype, device=tensors[i].device)
-            for i in range(num_inputs)
-            if needed[i]
-        }
-        self.ours: set[int] = set()
+        self.totals: dict[int, Tensor] = {}
+        for i, tensor in enumerate(tensors[:num_inputs]):
+            if needed[i]:
+                # Contiguous, which empty_like of a transposed input would not be.
+                self.totals[i] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        # Totals that no other tensor shares memory with.
+        self.private: set[int] = set()
 
     def add(self, tile: slice, parts: list[Tensor], output: Tensor, grad: Tensor) -> None:
-        """Adds what one tile gives."""
+        """Adds the gradients of one tile.
+
+        Args:
+            tile: the tile's rows.
+            parts: the tile of each input, which the output was computed from.
+            output: of the function.
+            grad: of the output.
+        """
         sources = [*parts, *self.tensors[self.num_inputs :]]
-        asked = [i for i, need in enumerate(self.needed) if need]
-        grads = torch.autograd.grad(output, [sources[i] for i in asked], grad, allow_unused=True)
-        for i, part in zip(asked, grads):
+        indices = [i for i, need in enumerate(self.needed) if need]
+        grads = torch.autograd.grad(output, [sources[i] for i in indices], grad, allow_unused=True)
+        for i, part in zip(indices, grads):
             if i < self.num_inputs:
                 flat_rows(self.totals[i])[tile] = 0 if part is None else flat_rows(part)
             elif part is not None:
                 self._add_parameter(i, part)
 
     def _add_parameter(self, i: int, part: Tensor) -> None:
-        if i in self.ours:
+        if i in self.private:
             self.totals[i].add_(part)
         elif i in self.totals:
-            # The first term is autograd's own tensor, which other terms may share.
-            self.totals[i] = self.totals[i].to(sum_dtype(part.dtype)) + part
-            self.ours.add(i)
+            # The first term is autograd's tensor, which may share memory with another gradient.
+            self.totals[i] = self.totals[i].to(accumulation_dtype(part.dtype)) + part
+            self.private.add(i)
         else:
             self.totals[i] = part
 
     def gradients(self) -> list[Tensor | None]:
         """Returns one gradient for each tensor that needs one, in the tensor's dtype."""
-        return [
-            None
-            if not need
-            else self.totals[i].to(tensor.dtype)
-            if i in self.totals
-            else torch.zeros_like(tensor)
-            for i, (tensor, need) in enumerate(zip(self.tensors, self.needed))
-        ]
+        result: list[Tensor | None] = []
+        for i, (tensor, need) in enumerate(zip(self.tensors, self.needed)):
+            if not need:
+                result.append(None)
+            elif i in self.totals:
+                result.append(self.totals[i].to(tensor.dtype))
+            else:
+                result.append(torch.zeros_like(tensor))
+        return result
 
 
 def tile_rows(
@@ -244,12 +205,12 @@ def tile_rows(
     """Returns `function(*inputs)`, computed on `rows` rows at a time.
 
     Args:
-        function: treats each row alone; takes tiles with as many dims as the inputs have.
+        function: treats rows independently; takes tiles with as many dims as the inputs have.
         inputs: `[.., D]` each, with the same leading dims.
         parameters: every parameter that the function reads.
         rows: rows of a tile, at least 1.
         random: whether the function draws random numbers; backward then draws the same ones.
-        may_skip: whether to leave the output out where `recomputing()` says so.
+        may_skip: whether to skip the output where `recomputing()`.
 
     Returns:
         `[.., D]`.

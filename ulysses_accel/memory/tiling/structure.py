@@ -1,5 +1,5 @@
-"""Which blocks can be tiled and by which formula: told by their structure, confirmed by what they
-compute.
+"""Which blocks can be tiled, and by which formula: suggested by their structure, confirmed by
+running a small copy.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
+from ulysses_accel.memory.tiling.method import unbound_method
 from ulysses_accel.memory.tiling.mlp_formula import MlpCall, Projection, tile_projections
 from ulysses_accel.memory.tiling.probe import (
     draws_random_numbers,
     inputs_like,
-    own_method,
     shape_of,
     small_copy,
     treats_rows_alone,
     used_parameters,
 )
 
-# float64, the same products in the same order but for the sum over two projections.
+# In float64; the formula computes the same products as the module, and may sum the two projections
+# in another order.
 SAME_FORMULA = 1e-12
-# transformers names the part of a layer that it can compute in chunks of tokens itself.
+# The methods that transformers 5 passes to apply_chunking_to_forward.
 CHUNK_METHODS = ("feed_forward_chunk", "ff_chunk")
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -45,13 +45,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Formula:
-    """`down(act(gate(x)) * up(x))` in names.
+    """`down(act(gate(x)) * up(x))`, by the names of a module's children.
 
     Args:
         linears: names of the linear layers.
-        gate: the projection under the activation.
-        up: the projection that multiplies it, if there is one.
-        down: the last one.
+        gate: the projection that the activation is applied to.
+        up: the projection that multiplies the activation; None for a block without gate.
+        down: the projection back to the hidden size.
         activation: an attribute of the module, or a key of `FUNCTIONS`.
     """
 
@@ -68,11 +68,14 @@ class Formula:
 
     def parameters(self, module: nn.Module) -> list[Tensor | None]:
         """Returns weight and bias of each linear layer, as this module has them now."""
-        children = [module.get_submodule(name) for name in self.linears]
-        return [getattr(child, name, None) for child in children for name in ("weight", "bias")]
+        result: list[Tensor | None] = []
+        for name in self.linears:
+            child = module.get_submodule(name)
+            result += [getattr(child, "weight", None), getattr(child, "bias", None)]
+        return result
 
     def width(self, module: nn.Module) -> int:
-        """Returns how many features go into the last projection."""
+        """Returns the number of input features of the last projection."""
         rows, columns = shape_of(module.get_submodule(self.linears[-1]).get_parameter("weight"))
         return rows if self.down.in_by_out else columns
 
@@ -84,11 +87,11 @@ class Plan:
     Args:
         method: the method that is computed in tiles.
         inputs: names of its tensor arguments, which have one row per token.
-        formula: the block's formula; None where autograd reruns it tile by tile.
-        random: it draws random numbers in training.
+        formula: the block's formula; None where autograd differentiates it tile by tile.
+        random: whether it draws random numbers in training.
         parameters: names of the parameters that it reads.
-        width: features of its widest intermediate, counted per token and expert.
-        routed: it computes tokens by the experts that the second input names.
+        width: features of its widest intermediate, per token and expert.
+        routed: whether its second input says which experts compute each token.
     """
 
     method: str
@@ -108,7 +111,7 @@ def make_plan(
     Args:
         module: a feed-forward block, an experts' block, or a layer that has a chunk method.
         method: what to compute in tiles.
-        original: the function behind the method, where the module's own is in tiles already.
+        original: the method's function, where the instance's method is tiled already.
 
     Raises:
         UnsupportedModelError: it can't be computed in tiles; the message says why.
@@ -119,7 +122,7 @@ def make_plan(
             module, f"its {method} takes other arguments than one row of features per token"
         )
     try:
-        return _probed_plan(module, method, inputs, original or own_method(module, method))
+        return _probed_plan(module, method, inputs, original or unbound_method(module, method))
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -132,7 +135,7 @@ def _probed_plan(
     module: nn.Module, method: str, inputs: tuple[str, ...], original: Callable[..., Any]
 ) -> Plan:
     routed = is_experts(module)
-    # Grouped products are not made in float64.
+    # torch's grouped matrix products don't take float64.
     twin = small_copy(module, torch.float32 if routed else torch.float64)
     function = functools.partial(original, twin)
     setattr(twin, method, function)
@@ -142,11 +145,9 @@ def _probed_plan(
     why_not = treats_rows_alone(function, arguments, 0 if routed else 1)
     if why_not:
         raise _refusal(module, why_not)
-    formula = (
-        None
-        if random or len(inputs) > 1 or method != "forward"
-        else _find_formula(twin, arguments[0])
-    )
+    formula = None
+    if not random and len(inputs) == 1 and method == "forward":
+        formula = _find_formula(twin, arguments[0])
     parameters = used_parameters(twin, function, arguments)
     width = formula.width(module) if formula is not None else _widest(module, parameters)
     return Plan(method, inputs, formula, random, parameters, width, routed)
@@ -155,27 +156,29 @@ def _probed_plan(
 def _refusal(module: nn.Module, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(module).__name__} can't be computed in tiles of tokens: {reason}. Leave it as it "
-        "is: its memory grows "
-        f"with the sequence, its results are right."
+        "is: its memory grows with the sequence, its results are right."
     )
 
 
 def input_names(module: nn.Module, method: str = "forward") -> tuple[str, ...]:
-    """Returns the arguments that have one row per token; nothing where the method takes more than a
-    block would.
+    """Returns the names of the arguments that have one row per token; none where the method takes
+    other arguments than a block does.
     """
-    named = inspect.signature(getattr(module, method)).parameters.values()
-    plain = [it for it in named if it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD)]
+    plain = []
+    for parameter in inspect.signature(getattr(module, method)).parameters.values():
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            plain.append(parameter)
     if is_experts(module):
-        return tuple(it.name for it in plain) if len(plain) == 3 else ()
-    required = [it.name for it in plain if it.default is it.empty]
-    return tuple(required) if 1 <= len(required) <= 2 and len(plain) - len(required) <= 2 else ()
+        return tuple(parameter.name for parameter in plain) if len(plain) == 3 else ()
+    required = [parameter.name for parameter in plain if parameter.default is parameter.empty]
+    num_optional = len(plain) - len(required)
+    return tuple(required) if 1 <= len(required) <= 2 and num_optional <= 2 else ()
 
 
 def _probe_arguments(
     twin: nn.Module, function: Callable[..., Any], num_inputs: int, routed: bool
 ) -> list[Tensor]:
-    """A few rows that the copy takes; of the widths that a block may have, the first that fits."""
+    """Returns a few rows that the copy accepts, of the first width that fits."""
     problem: Exception | None = None
     for width in _hidden_widths(twin, routed):
         arguments = _routed_arguments(twin, width) if routed else _rows(num_inputs, width)
@@ -205,88 +208,77 @@ def _routed_arguments(twin: nn.Module, width: int) -> list[Tensor]:
 
 
 def _hidden_widths(twin: nn.Module, routed: bool) -> list[int]:
-    """Widths that a block's input may have: those that all of its projections have, or its
-    norms'.
+    """Returns the widths that a block's input may have: those of its projections, then those of
+    its norms and biases.
     """
+    projected: set[int] = set()
     if routed:
-        weights = [
-            parameter for parameter in twin.parameters(recurse=False) if parameter.dim() == 3
-        ]
-        sizes: Sequence[set[int]] = [set(weight.shape[1:]) for weight in weights]
+        for parameter in twin.parameters(recurse=False):
+            if parameter.dim() == 3:
+                projected.update(parameter.shape[1:])
     else:
-        sizes = [set(dims) for dims in linear_children(twin).values()]
-    common = set.union(*sizes) if sizes else set()
+        for sizes in linear_children(twin).values():
+            projected.update(sizes)
     normed = {parameter.shape[0] for parameter in twin.parameters() if parameter.dim() == 1}
-    return [*sorted(common), *sorted(normed - common)]
+    return [*sorted(projected), *sorted(normed - projected)]
 
 
 def _widest(module: nn.Module, names: tuple[str, ...]) -> int:
     shapes = [shape_of(module.get_parameter(name)) for name in names]
-    return max(
-        (max(shape[-2:]) for shape in shapes if len(shape) > 1),
-        default=max(max(shape) for shape in shapes),
-    )
+    matrices = [shape[-2:] for shape in shapes if len(shape) > 1]
+    return max(max(shape) for shape in matrices or shapes)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Returns True for a module that holds the matrices of several experts in one parameter
-    each.
+    """Returns whether a module stacks the weights of several experts in parameters of three
+    dims.
     """
-    return (
-        sum(
-            len(shape_of(parameter)) == 3
-            for parameter in _private_api.module_parameters(module).values()
-            if parameter is not None
-        )
-        > 1
-    )
+    parameters = module.parameters(recurse=False)
+    return sum(len(shape_of(parameter)) == 3 for parameter in parameters) > 1
 
 
 def linear_children(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the sizes of the linear layers right below a module, wrapped ones (LoRA, quantised)
+    """Returns the sizes of a module's linear children by name, wrapped ones (LoRA, quantised)
     included.
     """
-    found = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for name, child in module.named_children():
-        sizes = (getattr(child, "in_features", None), getattr(child, "out_features", None))
+        num_in, num_out = getattr(child, "in_features", None), getattr(child, "out_features", None)
         weight = getattr(child, "weight", None)
-        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-            found[name] = (sizes[0], sizes[1])
-        elif (
-            isinstance(weight, Tensor)
-            and len(shape_of(weight)) == 2
-            and not isinstance(child, nn.Embedding)
-        ):
-            rows, columns = shape_of(weight)
-            found[name] = (rows, columns)
-    return found
+        if isinstance(num_in, int) and isinstance(num_out, int):
+            sizes[name] = num_in, num_out
+        elif isinstance(weight, Tensor) and not isinstance(child, nn.Embedding):
+            shape = shape_of(weight)
+            if len(shape) == 2:
+                sizes[name] = shape[0], shape[1]
+    return sizes
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Returns True for two or three linear layers that widen, or narrow, and come back to the same
-    width.
+    """Returns whether a module has two or three linear children that widen, or narrow, and return
+    to the same width.
     """
-    sizes = [tuple(sorted(dims)) for dims in linear_children(module).values()]
-    if (
-        len(sizes) not in (2, 3)
-        or len({min(dims) for dims in sizes} | {max(dims) for dims in sizes}) == 1
-    ):
+    sizes = [(min(pair), max(pair)) for pair in linear_children(module).values()]
+    if len(sizes) not in (2, 3) or all(pair == (sizes[0][0],) * 2 for pair in sizes):
         return False
-    first, *others = sizes
-    if all(dims == first for dims in others):
+    if all(pair == sizes[0] for pair in sizes):
         return True
-    shared = set(first) & set(others[-1])
-    # What makes gate and up at once is twice as wide as what comes behind it.
-    return len(sizes) == 2 and any(
-        {2 * (sum(a) - width), width} == {sum(b) - width, width}
-        for a, b in (sizes, sizes[::-1])
-        for width in shared
-        if width in a and width in b
-    )
+    return len(sizes) == 2 and (_is_fused_with(*sizes) or _is_fused_with(*reversed(sizes)))
+
+
+def _is_fused_with(down: tuple[int, int], fused: tuple[int, int]) -> bool:
+    """Returns whether the sizes of two linear layers are those of a down projection and of gate and
+    up in one: equal hidden size, twice the intermediate size.
+    """
+    for hidden in set(down) & set(fused):
+        inner, fused_inner = sum(down) - hidden, sum(fused) - hidden
+        if {2 * inner, hidden} == {fused_inner, hidden}:
+            return True
+    return False
 
 
 def _find_formula(twin: nn.Module, hidden: Tensor) -> Formula | None:
-    """The formula that gives what the copy gives on `hidden`, if one does."""
+    """Returns the formula whose output on `hidden` is the copy's; None where there is none."""
     with torch.no_grad():
         expected = twin(hidden)
         for formula in _candidates(twin):
@@ -294,25 +286,21 @@ def _find_formula(twin: nn.Module, hidden: Tensor) -> Formula | None:
                 output = tile_projections(formula.call(twin, 4), hidden, formula.parameters(twin))
             except (RuntimeError, TypeError, AttributeError):
                 continue
-            same_shape = output.shape == expected.shape and output.dtype == expected.dtype
-            if (
-                same_shape
-                and (output - expected).abs().max() <= SAME_FORMULA * expected.abs().max()
-            ):
+            if output.shape != expected.shape or output.dtype != expected.dtype:
+                continue
+            if (output - expected).abs().max() <= SAME_FORMULA * expected.abs().max():
                 return formula
     return None
 
 
 def _candidates(twin: nn.Module) -> Iterator[Formula]:
-    orientations = {
-        name: stored
-        for name, child in twin.named_children()
-        if (stored := _is_in_by_out(child)) is not None
-    }
-    if len(orientations) != sum(1 for _ in linear_children(twin)) or len(orientations) not in (
-        2,
-        3,
-    ):
+    """Yields every assignment of a block's linear layers and activations to the formula."""
+    orientations: dict[str, bool] = {}
+    for name, child in twin.named_children():
+        is_in_by_out = _is_in_by_out(child)
+        if is_in_by_out is not None:
+            orientations[name] = is_in_by_out
+    if len(orientations) != len(linear_children(twin)) or len(orientations) not in (2, 3):
         return
     for names in itertools.permutations(orientations):
         parts = [Projection(2 * i, orientations[name]) for i, name in enumerate(names)]
@@ -321,22 +309,19 @@ def _candidates(twin: nn.Module) -> Iterator[Formula]:
                 yield Formula(names, parts[0], parts[1], parts[2], activation)
             else:
                 yield Formula(names, parts[0], None, parts[1], activation)
-                for half in (0, 1):
-                    halves = [
-                        Projection(0, parts[0].in_by_out, which) for which in (half, 1 - half)
-                    ]
-                    yield Formula(names, halves[0], halves[1], parts[1], activation)
+                # Gate and up in one weight, in either order.
+                first, second = (Projection(0, parts[0].in_by_out, half) for half in (0, 1))
+                yield Formula(names, first, second, parts[1], activation)
+                yield Formula(names, second, first, parts[1], activation)
 
 
 def _is_in_by_out(child: nn.Module) -> bool | None:
-    """How a linear layer stores its weight; None for anything else."""
+    """Returns whether a linear layer stores its weight `[in, out]`; None for anything else."""
     weight, bias = getattr(child, "weight", None), getattr(child, "bias", None)
-    own = {id(parameter) for parameter in child.parameters()}
-    if (
-        not isinstance(weight, Tensor)
-        or weight.dim() != 2
-        or own != {id(it) for it in (weight, bias) if it is not None}
-    ):
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    expected = {id(tensor) for tensor in (weight, bias) if tensor is not None}
+    if {id(parameter) for parameter in child.parameters()} != expected:
         return None
     for in_by_out in (False, True):
         matrix = weight if in_by_out else weight.t()
@@ -351,10 +336,13 @@ def _is_in_by_out(child: nn.Module) -> bool | None:
 
 
 def _activations(twin: nn.Module) -> list[str]:
+    """Returns the names of what may be a block's activation: children without parameters, callable
+    attributes, and the functions that a forward may call directly.
+    """
     children = [
         name
         for name, child in twin.named_children()
-        if not any(True for _ in child.parameters()) and not isinstance(child, nn.Dropout)
+        if next(child.parameters(), None) is None and not isinstance(child, nn.Dropout)
     ]
     attributes = [
         name for name, value in vars(twin).items() if callable(value) and not name.startswith("_")

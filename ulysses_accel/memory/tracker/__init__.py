@@ -1,1 +1,1 @@
-"""A tracker of allocations: what is live, what was the peak, and which module made it."""
+"""A tracker of allocations: what is live, what was the peak, and which module allocated it."""

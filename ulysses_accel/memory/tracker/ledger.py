@@ -1,4 +1,4 @@
-"""The books of the allocation tracker: which storages are alive, and what they are for."""
+"""The storages that the allocation tracker knows: which are alive, and what they are used for."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Block:
     """One storage.
 
     Args:
-        reference: to the storage, which the books must not keep alive.
+        reference: weak, to the storage.
         device: the type of its device.
-        module: the module that allocated it.
-        base_bytes: bytes that it had before the tracker started.
-        size: bytes that it has.
-        kind: parameters, gradients or temporary.
-        num_saved: how many tensors that are saved for backward lie in it.
-        parameter: the parameter that lies in it.
+        module: name of the module that allocated it.
+        base_bytes: its bytes before the tracker started.
+        size: its bytes now.
+        kind: `parameters`, `gradients` or `temporary`.
+        num_saved: the number of tensors in it that are saved for backward.
+        parameter: weak, to the parameter in it.
     """
 
     reference: weakref.ref[UntypedStorage]
@@ -47,21 +47,24 @@ class Block:
 
 
 def storages(tensor: Tensor) -> list[UntypedStorage]:
-    """Returns the storages of a tensor; those of a wrapper's inner tensors, and none where there is
-    no storage.
+    """Returns the storages of a tensor: those of the inner tensors of a wrapper subclass, and none
+    where there is no storage.
     """
     if _private_api.is_wrapper(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        inner = [getattr(tensor, name) for name in names]
-        return [storage for part in inner if isinstance(part, Tensor) for storage in storages(part)]
+        result: list[UntypedStorage] = []
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor):
+                result += storages(inner)
+        return result
     return [tensor.untyped_storage()] if tensor.layout == torch.strided else []
 
 
 class Ledger:
-    """Books every storage once, for as long as it lives.
+    """Counts every storage once, for as long as it is alive.
 
     Args:
-        report: where the sums are kept.
+        report: holds the sums.
     """
 
     def __init__(self, report: Allocations) -> None:
@@ -71,14 +74,20 @@ class Ledger:
         self._at_peak: tuple[dict[str, int], dict[str, int]] = ({}, {})
 
     def find(self, storage: UntypedStorage) -> Block | None:
-        """Returns a storage's block, brought up to date with its size."""
+        """Returns a storage's block, updated to its present size; None for an unknown storage."""
         block = self.blocks.get(_private_api.storage_key(storage))
         if block is not None and block.size != storage.nbytes():
             self._resize(block, storage.nbytes())
         return block
 
     def add(self, storage: UntypedStorage, module: str, *, resident: bool) -> Block:
-        """Books a storage, as allocated by `module` now or as there before."""
+        """Adds a storage.
+
+        Args:
+            storage: not known yet.
+            module: name of the module that allocates it.
+            resident: whether it was allocated before the tracker started.
+        """
         size, key = storage.nbytes(), _private_api.storage_key(storage)
         reference = weakref.ref(storage, partial(self._died, key))
         block = Block(
@@ -90,15 +99,15 @@ class Ledger:
         return block
 
     def note(self, tensor: Tensor, kind: str) -> None:
-        """Marks a tensor's storages as parameters or gradients."""
+        """Marks a tensor's storages as `parameters` or `gradients`."""
         for storage in storages(tensor):
             block = self.find(storage) or self.add(storage, "", resident=True)
-            self._rebook(block, kind=kind)
+            self._change(block, kind=kind)
             if kind == "parameters":
                 block.parameter = weakref.ref(tensor)
 
     def exclude(self, tensor: Tensor) -> None:
-        """Takes a tensor's storages out of the count, as if they had been there before."""
+        """Stops counting a tensor's storages, as if they had been allocated before."""
         for storage in storages(tensor):
             block = self.find(storage)
             if block is None:
@@ -108,11 +117,11 @@ class Ledger:
                 block.base_bytes = block.size
 
     def save(self, block: Block, change: int) -> None:
-        """Books that a tensor in the block was saved for backward (+1), or released (-1)."""
+        """Records that a tensor in the block was saved for backward (+1), or released (-1)."""
         if self.closed:
             return
         was = block.num_saved
-        self._rebook(block, num_saved=was + change)
+        self._change(block, num_saved=was + change)
         if block.kind == "temporary" and (was == 0) != (block.num_saved == 0):
             self.report.saved_bytes += block.size if was == 0 else -block.size
             self.report.peak_saved_bytes = max(
@@ -120,12 +129,17 @@ class Ledger:
             )
 
     def check_peak(self, operation: str, module: str, phase: str) -> None:
-        """Keeps the highest live bytes and what they were made of."""
+        """Records a new peak of live bytes and what it consists of.
+
+        Args:
+            operation: name of the operator that ran.
+            module: name of the module that it ran for.
+            phase: `forward` or `backward`.
+        """
         report = self.report
         if report.live_bytes <= min(report.peak_bytes, report.peak_by_phase[phase]):
             return
-        # Storages that were resized behind the dispatcher's back, as FSDP2 does, are seen only
-        # here.
+        # FSDP2 resizes storages without an operator that the dispatch mode would see.
         for block in list(self.blocks.values()):
             storage = block.reference()
             if storage is not None and storage.nbytes() != block.size:
@@ -140,7 +154,7 @@ class Ledger:
             self._at_peak = (_live(report.by_kind), _live(report.by_module))
 
     def reset_peak(self) -> None:
-        """Forgets the peaks so far."""
+        """Resets the peaks."""
         report = self.report
         report.peak_bytes, report.peak_saved_bytes = report.live_bytes, report.saved_bytes
         report.peak_by_phase = dict.fromkeys(report.peak_by_phase, 0)
@@ -149,7 +163,7 @@ class Ledger:
         self._at_peak = (_live(report.by_kind), _live(report.by_module))
 
     def write_shares(self) -> None:
-        """Writes into the report what the peak was made of."""
+        """Writes into the report what the peak consisted of."""
         for tallies, shares in zip(
             (self.report.by_kind, self.report.by_module), self._at_peak, strict=True
         ):
@@ -160,10 +174,12 @@ class Ledger:
         """Returns a module's tally."""
         return self.report.by_module.setdefault(name, Tally())
 
-    def _rebook(
+    def _change(
         self, block: Block, *, kind: str | None = None, num_saved: int | None = None
     ) -> None:
-        """Moves a block's bytes to the kind that it has now."""
+        """Changes a block's kind or number of saved tensors, and moves its bytes to the kind that
+        follows.
+        """
         self._charge(block, -block.counted)
         if block.num_saved and block.kind == "temporary" and kind not in (None, "temporary"):
             self.report.saved_bytes -= block.size
@@ -196,7 +212,7 @@ class Ledger:
 
     def _died(self, key: int, reference: weakref.ref[UntypedStorage]) -> None:
         block = self.blocks.get(key)
-        # The address may have been given to another storage before this call came.
+        # Another storage may have been allocated at the address before this callback runs.
         if block is not None and block.reference is reference:
             del self.blocks[key]
             self._charge(block, -block.counted)

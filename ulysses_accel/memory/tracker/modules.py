@@ -1,4 +1,4 @@
-"""Which module an operation belongs to, in forward and in backward, without touching the graph."""
+"""Which module an operator belongs to, in forward and in backward, without changing the graph."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from ulysses_accel.memory.tracker.ledger import Ledger
 
 
 class ModulePlaces:
-    """Hooks on a model's modules that say which of them an operation is part of.
+    """Forward hooks on a model's modules that tell which of them an operator belongs to.
 
-    Autograd numbers its nodes in the order of forward: the numbers at a module's entry and exit
-        tell in backward whose
-    a node is, and no hook needs to be in the graph.
+    Autograd numbers its nodes in the order of the forward pass: the numbers at a module's start and
+    end tell in backward which module a node belongs to, without hooks in the graph.
 
     Args:
-        model: whose modules are told apart; None: all is outside.
-        ledger: is told of the parameters and gradients.
+        model: whose modules are told apart; None for none.
+        ledger: gets the parameters and gradients.
     """
 
     def __init__(self, model: nn.Module | None, ledger: Ledger) -> None:
@@ -39,13 +38,17 @@ class ModulePlaces:
     def current(self) -> tuple[str, str]:
         """Returns the running module's name and the phase, `forward` or `backward`."""
         node = _private_api.running_node()
-        if node is None or self._stack:
-            return self._stack[-1] if self._stack else "", "forward" if node is None else "backward"
-        place = bisect.bisect_right(self._numbers, _private_api.sequence_number(node)) - 1
-        return self._names[place] if place >= 0 else "", "backward"
+        phase = "forward" if node is None else "backward"
+        # Inside of backward, a module runs where a checkpoint recomputes it.
+        if self._stack:
+            return self._stack[-1], phase
+        if node is None:
+            return "", phase
+        index = bisect.bisect_right(self._numbers, _private_api.sequence_number(node)) - 1
+        return self._names[index] if index >= 0 else "", phase
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -73,7 +76,7 @@ class ModulePlaces:
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self._stack.append(name)
         self._mark()
-        # Engines put gathered parameters in place of the sharded ones just before a module runs.
+        # FSDP2 and ZeRO-3 replace sharded parameters by gathered ones just before a module runs.
         for parameter in _private_api.module_parameters(module).values():
             if parameter is not None:
                 self._ledger.note(parameter, "parameters")
@@ -84,9 +87,8 @@ class ModulePlaces:
         self._mark()
 
     def _mark(self) -> None:
-        """Notes that nodes from here on belong to the module on top."""
-        # Every thread numbers its own nodes; on CUDA what backward computes anew is built in
-        # another thread.
+        """Records that nodes from here on belong to the module that runs now."""
+        # Each thread numbers its own nodes; on CUDA a recompute in backward runs in another thread.
         if threading.get_ident() != self._thread:
             return
         number = _private_api.next_sequence_number()

@@ -1,4 +1,4 @@
-"""What an allocation tracker found, as numbers and as a table."""
+"""The report of an allocation tracker, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Tally:
     Args:
         live: bytes that are allocated now.
         peak: the most that were live at once.
-        at_peak: bytes that were live at the moment of the whole's peak.
-        allocated: bytes that were ever allocated; by module only, for a kind is known later.
+        at_peak: bytes that were live at the peak of all together.
+        allocated: bytes that were ever allocated; by module only, because the kind is known later.
         copied: bytes that were written by copies, casts, concatenations and the like.
         matmul_flops: floating-point operations of matrix products, two for each multiply and add;
             by module only.
@@ -31,19 +31,18 @@ class Tally:
 
 @dataclass
 class Allocations:
-    """What was allocated inside of `track_allocations`, on one device; up to date also while it
-    runs.
+    """What was allocated inside of `track_allocations`, on one device; up to date at any time.
 
-    Tensors from before count as resident, not as live: a peak is what was needed beside them.
+    Tensors from before are counted as resident, not as live: a peak is what was needed besides.
 
     Args:
-        device: the type of the device that is followed.
+        device: the type of the device.
         unit_bytes: bytes of one u, for reports; usually of one local hidden-sized tensor.
         resident_bytes: bytes of the model's parameters, buffers and gradients before.
         live_bytes: bytes that are allocated now.
         peak_bytes: the most that were live at once.
-        peak_by_phase: the most that were live at once in `forward` (all that is not backward) and
-            in `backward`, which has the recomputing of checkpoints in it.
+        peak_by_phase: the most that were live at once in `forward` (everything but backward) and in
+            `backward`, which includes the recompute of checkpoints.
         peak_operation: the operation that reached the peak.
         peak_module: the module that it ran for.
         allocated_bytes: bytes that were ever allocated.
@@ -52,15 +51,15 @@ class Allocations:
             parameters apart.
         peak_saved_bytes: the most of them at once.
         by_kind: parameters, gradients, saved for backward, temporary (everything else).
-        by_module: by the module that allocated, innermost, in its forward or in its part of
-            backward; "" is outside.
+        by_module: by the innermost module that allocated, in its forward or backward; "" for
+            outside of all.
         matmul_calls: matrix products.
         matmul_flops: their floating-point operations.
         attention_forward_calls: forward calls of fused attention kernels.
         attention_backward_calls: their backward calls.
         other_devices: bytes on other device types.
-        allocator_peak_bytes: the CUDA allocator's peak beside what was allocated before, kernels'
-            workspaces included; None on other devices.
+        allocator_peak_bytes: the CUDA allocator's peak above what was allocated before, workspaces
+            of kernels included; None on other devices.
     """
 
     device: str
@@ -97,11 +96,10 @@ class Allocations:
         return self.matmul_flops / (2 * tokens * in_features * out_features)
 
     def table(self, max_modules: int = 12) -> str:
-        """Returns the findings as lines of text: by kind, and the modules that held most at the
-        peak.
+        """Returns the report as text: by kind, and the modules that held most at the peak.
 
         Args:
-            max_modules: modules to list.
+            max_modules: number of modules in the table.
         """
         lines = [f"{'':40}{'at peak':>12}{'own peak':>12}{'allocated':>12}{'copied':>12}"]
         lines += [self._line(kind, tally) for kind, tally in self.by_kind.items()]
@@ -125,8 +123,8 @@ class Allocations:
         )
         lines.append(
             f"{self.matmul_calls} matrix products ({self.matmul_flops:.3e} FLOPs), attention "
-            "kernels "
-            f"{self.attention_forward_calls} forward and {self.attention_backward_calls} backward"
+            f"kernels {self.attention_forward_calls} forward and "
+            f"{self.attention_backward_calls} backward"
         )
         if self.allocator_peak_bytes is not None:
             lines.append(

@@ -1,8 +1,9 @@
 """Counts allocated bytes, copies, matrix products and attention calls, by module and by kind, on
 CPU and CUDA.
 
-A dispatch mode sees every operator's outputs; a weak reference to a storage tells when it is gone.
-What a kernel allocates inside of itself is not seen: on CUDA `allocator_peak_bytes` has it.
+A dispatch mode sees every operator's outputs; a weak reference to each storage tells when it is
+freed. Memory that a kernel allocates internally is not seen, except in `allocator_peak_bytes` on
+CUDA.
 """
 
 from __future__ import annotations
@@ -20,38 +21,37 @@ from ulysses_accel.memory.tracker.modules import ModulePlaces
 from ulysses_accel.memory.tracker.report import Allocations, Tally
 
 _COPIES = {
-    *(
-        "copy_",
-        "clone",
-        "_to_copy",
-        "cat",
-        "stack",
-        "index_select",
-        "index",
-        "constant_pad_nd",
-        "repeat",
-    ),
-    *(
-        "_foreach_copy_",
-        "split_with_sizes_copy",
-        "slice_scatter",
-        "select_scatter",
-        "index_copy_",
-        "_pin_memory",
-    ),
+    "_foreach_copy_",
+    "_pin_memory",
+    "_to_copy",
+    "cat",
+    "clone",
+    "constant_pad_nd",
+    "copy_",
+    "index",
+    "index_copy_",
+    "index_select",
+    "repeat",
+    "select_scatter",
+    "slice_scatter",
+    "split_with_sizes_copy",
+    "stack",
 }
-# Operator to the place of its left factor; the right one follows it.
+# Names of operators, and the index of the left factor among their arguments.
 _PRODUCTS = {
-    **{"mm": 0, "bmm": 0, "_grouped_mm": 0, "_scaled_mm": 0, "mv": 0, "linear": 0},
-    **{
-        "addmm": 1,
-        "addmm_": 1,
-        "baddbmm": 1,
-        "baddbmm_": 1,
-        "addbmm": 1,
-        "addmv": 1,
-        "_addmm_activation": 1,
-    },
+    "_addmm_activation": 1,
+    "_grouped_mm": 0,
+    "_scaled_mm": 0,
+    "addbmm": 1,
+    "addmm": 1,
+    "addmm_": 1,
+    "addmv": 1,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+    "bmm": 0,
+    "linear": 0,
+    "mm": 0,
+    "mv": 0,
 }
 _ATTENTION = (
     "_scaled_dot_product_",
@@ -63,20 +63,19 @@ _ATTENTION = (
 
 
 class AllocationTracker(Allocations):
-    """The report, and what can be asked of the tracker while it runs."""
+    """The report of `track_allocations`, and the tracker's controls while it runs."""
 
     _ledger: Ledger
 
     def reset_peak(self) -> None:
-        """Forgets the peaks so far, so that the next one is that of what follows."""
+        """Resets the peaks, so that they are those of what follows."""
         self._ledger.reset_peak()
 
     def exclude(self, tensor: Tensor) -> None:
-        """Takes a tensor out of the count, for example a host buffer where host and device are the
-        same.
+        """Stops counting a tensor, for example a host buffer where the device is the CPU.
 
         Args:
-            tensor: any tensor; its whole storage is taken out.
+            tensor: any tensor; its whole storage is not counted any more.
         """
         self._ledger.exclude(tensor)
 
@@ -89,23 +88,23 @@ def track_allocations(
     device: torch.device | str | None = None,
     saved: bool = True,
 ) -> Iterator[AllocationTracker]:
-    """Counts what is allocated inside of it, forward and backward.
+    """Counts what is allocated inside of it, in forward and backward.
 
     Backward's operators are seen on CPU, which runs them in the calling thread, and on CUDA, where
-    autograd takes the mode along to its own thread. Names of modules in backward are right where
-    the graph was built in the calling thread; what a reentrant checkpoint builds anew on CUDA
-    counts for the module around it.
+    autograd carries the dispatch mode to its own thread. Names of modules in backward are right
+    where the graph was built in the calling thread; what a reentrant checkpoint recomputes on CUDA
+    is counted for the module around it.
 
     Args:
-        model: its modules are told apart, and its parameters and gradients known.
+        model: whose modules, parameters and gradients are told apart; None for none.
         unit_bytes: bytes of one u, for reports.
-        device: whose bytes to follow; default: the model's, or the CPU.
-        saved: count what autograd saves for backward, by saved-tensor hooks. False where these are
-            not allowed. What torch's checkpoint holds while it recomputes, under hooks of its own,
-            counts as temporary.
+        device: whose bytes are counted; default: the model's device, or the CPU.
+        saved: whether to count what autograd saves for backward, by saved-tensor hooks; False where
+            these are not allowed. What torch's checkpoint holds while it recomputes, under its own
+            hooks, is counted as temporary.
 
     Yields:
-        The report, up to date while it runs; its `table()` is for reading.
+        The report, up to date at any time; `table()` returns it as text.
     """
     followed = torch.device(device) if device is not None else _device_of(model)
     report = AllocationTracker(device=followed.type, unit_bytes=unit_bytes)
@@ -114,7 +113,7 @@ def track_allocations(
     resident = (block for block in ledger.blocks.values() if block.device == followed.type)
     report.resident_bytes = sum(block.size for block in resident)
     before = _reset_allocator(followed)
-    mode = _Watch(ledger, places)
+    mode = _TrackingMode(ledger, places)
     with ExitStack() as stack:
         stack.callback(_finish, report, places, followed, before)
         if saved:
@@ -146,7 +145,7 @@ def _finish(
 
 
 class _Saved:
-    """A tensor that is saved for backward, in the books for as long as the graph holds it."""
+    """A tensor that is saved for backward; counted as such for as long as the graph holds it."""
 
     def __init__(self, tensor: Tensor, ledger: Ledger, blocks: list[Block]) -> None:
         self.tensor, self._ledger, self._blocks = tensor, ledger, blocks
@@ -162,8 +161,8 @@ def _unpack(saved: _Saved) -> Tensor:
     return saved.tensor.detach() if isinstance(saved.tensor, nn.Parameter) else saved.tensor
 
 
-class _Watch(_private_api.dispatch_mode()):  # type: ignore[misc]
-    """Books the outputs of every operator."""
+class _TrackingMode(_private_api.dispatch_mode()):  # type: ignore[misc]
+    """Counts the outputs of every operator."""
 
     supports_higher_order_operators = True
 
@@ -173,15 +172,11 @@ class _Watch(_private_api.dispatch_mode()):  # type: ignore[misc]
         self._places = places
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A wrapper's own dispatch comes back here with the tensors inside of it.
+        # A wrapper subclass's own dispatch calls this mode again with its inner tensors.
         if any(_private_api.is_wrapper_class(kind) for kind in types):
             return NotImplemented
         output = func(*args, **(kwargs or {}))
-        tensors = (
-            [output]
-            if isinstance(output, Tensor)
-            else [x for x in _private_api.tree_leaves(output) if isinstance(x, Tensor)]
-        )
+        tensors = _tensors_in(output)
         module, phase = self._places.current()
         name = getattr(getattr(func, "overloadpacket", func), "__name__", str(func))
         for tensor in tensors:
@@ -195,14 +190,12 @@ class _Watch(_private_api.dispatch_mode()):  # type: ignore[misc]
     def _count(self, name: str, module: str, outputs: list[Tensor], args: Any) -> None:
         report, tally = self._ledger.report, self._ledger.module(module)
         if name in _COPIES:
-            written = outputs or [
-                x for x in _private_api.tree_leaves(args[:1]) if isinstance(x, Tensor)
-            ]
-            for tensor in written:
+            # An operator without outputs, such as _foreach_copy_, writes to its first argument.
+            for tensor in outputs or _tensors_in(args[:1]):
                 self._count_copy(tensor, tally)
         elif name in _PRODUCTS:
             left = args[_PRODUCTS[name]]
-            # Every element of the left factor meets each of the output's columns.
+            # Every element of the left factor is multiplied once for each column of the output.
             columns = 1 if name in ("mv", "addmv") else outputs[0].shape[-1]
             report.matmul_calls += 1
             report.matmul_flops += 2 * left.numel() * columns
@@ -223,20 +216,17 @@ class _Watch(_private_api.dispatch_mode()):  # type: ignore[misc]
             self._ledger.report.by_kind[block.kind_now].copied += copied
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """Books a tensor that autograd saves."""
+        """Counts a tensor that autograd saves."""
         blocks = [
-            self._ledger.find(x) or self._ledger.add(x, "", resident=True) for x in storages(tensor)
+            self._ledger.find(storage) or self._ledger.add(storage, "", resident=True)
+            for storage in storages(tensor)
         ]
-        parameter = (
-            blocks[0].parameter() if len(blocks) == 1 and blocks[0].parameter is not None else None
-        )
-        # ZeRO-3 takes a parameter's storage away by giving it another: an alias would keep the
-        # gathered one alive.
-        if (
-            parameter is not None
-            and parameter.shape == tensor.shape
-            and parameter.stride() == tensor.stride()
-        ):
+        parameter = None
+        if len(blocks) == 1 and blocks[0].parameter is not None:
+            parameter = blocks[0].parameter()
+        if parameter is not None and _is_same_view(parameter, tensor):
+            # ZeRO-3 frees a gathered parameter by replacing its storage: an alias would keep the
+            # gathered storage alive.
             tensor = parameter
         elif tensor.grad_fn is not None:
             # A node that saves its own output would hold itself.
@@ -244,19 +234,28 @@ class _Watch(_private_api.dispatch_mode()):  # type: ignore[misc]
         return _Saved(tensor, self._ledger, blocks)
 
 
+def _is_same_view(parameter: Tensor, tensor: Tensor) -> bool:
+    return parameter.shape == tensor.shape and parameter.stride() == tensor.stride()
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    # Most operators have one output: flattening would cost more than the rest of the dispatch.
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in _private_api.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _is_input(storage: UntypedStorage, args: Any, kwargs: Any) -> bool:
-    """True where an operator's output lies in the storage of one of its inputs, which is from
-    before then.
+    """Returns whether an operator's output is in the storage of one of its inputs, and so was
+    allocated before.
     """
     key = _private_api.storage_key(storage)
     for value in _private_api.tree_leaves((args, kwargs)):
-        if isinstance(value, Tensor) and any(
-            key == _private_api.storage_key(x) for x in storages(value)
-        ):
-            return True
-        if (
-            isinstance(value, UntypedStorage | torch.TypedStorage)
-            and _private_api.storage_key(value) == key
-        ):
+        parts: list[Any] = []
+        if isinstance(value, Tensor):
+            parts = storages(value)
+        elif isinstance(value, UntypedStorage | torch.TypedStorage):
+            parts = [value]
+        if any(_private_api.storage_key(part) == key for part in parts):
             return True
     return False
