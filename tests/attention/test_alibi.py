@@ -253,7 +253,7 @@ def test_slopes_that_do_not_fit_are_refused() -> None:
     )
     with pytest.raises(ShapeError, match=r"alibi_slopes has shape \(3,\) for 2 query heads"):
         attention(query, query, query, description, AttentionCall(alibi_slopes=torch.ones(3)))
-    with pytest.raises(UnsupportedModelError, match="alibi_slopes asks for a gradient"):
+    with pytest.raises(UnsupportedModelError, match="alibi_slopes requires a gradient"):
         attention(
             query,
             query,

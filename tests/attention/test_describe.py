@@ -39,7 +39,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert described(document_ids=whole) is whole
     with pytest.raises(ConfigError, match="leave out key_lengths and prefix_lengths"):
         described(document_ids=whole, key_lengths=torch.tensor([5, 8]))
-    with pytest.raises(ShapeError, match="each batch anew"):
+    with pytest.raises(ShapeError, match=r"each batch (again|anew)"):
         described(document_ids=SequenceDescription(6, 2, (((0, 6),),) * 2))
     with pytest.raises(
         BatchError, match=r"key_lengths=\[9, 1\] must be one number of tokens, 0 to 8"

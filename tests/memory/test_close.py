@@ -112,7 +112,7 @@ def test_close_restores_what_was_set_before() -> None:
 
 
 @pytest.mark.usefixtures("no_collector")
-@pytest.mark.parametrize("name", [name for name in FEATURES if "attention" not in name])
+@pytest.mark.parametrize("name", FEATURES)
 def test_a_deleted_model_is_freed(name: str) -> None:
     model = build("llama").train()
     installed = apply_memory(model, MemoryConfig(**FEATURES[name]))

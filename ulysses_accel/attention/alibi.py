@@ -1,9 +1,8 @@
-"""ALiBi: each head adds its slope times the way from the query to the key, in tokens, to its
-scores.
+"""ALiBi: adds slope * (key position - query position) to the scores, with a slope for each head.
 
-Only distances count, so the places may be those in the row, whatever document a token is in. Keys
-in front of the query lower its score, those behind it, where they are seen at all, raise it, as in
-the models that have such biases. Source: Train Short, Test Long (arXiv 2108.12409).
+Only differences count, so positions may be indices in the row, whatever document a token is in.
+Keys before the query get a lower score; those after it, where they are seen at all, a higher one,
+as in the models that have such biases. Source: Train Short, Test Long (arXiv 2108.12409).
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ class Alibi:
     """The biases of one block of attention.
 
     Args:
-        slopes: `[H]`, of the heads at hand.
-        queries: `[q]` places of the queries in their row, in tokens.
-        keys: `[k]` places of the keys.
+        slopes: `[H]`, of this rank's heads.
+        queries: `[q]` positions of the queries in their row, in tokens.
+        keys: `[k]` positions of the keys.
     """
 
     slopes: Tensor
@@ -65,7 +64,7 @@ def check_slopes(slopes: Tensor, num_heads: int) -> None:
 
     Raises:
         ShapeError: there are more or fewer.
-        UnsupportedModelError: they are to be trained.
+        UnsupportedModelError: they require a gradient.
     """
     if tuple(slopes.shape) != (num_heads,):
         raise ShapeError(
@@ -74,6 +73,6 @@ def check_slopes(slopes: Tensor, num_heads: int) -> None:
         )
     if slopes.requires_grad:
         raise UnsupportedModelError(
-            "alibi_slopes asks for a gradient, which is not computed. Give slopes that are "
-            "constant: slopes.detach()."
+            "alibi_slopes requires a gradient, which is not computed. Give constant slopes: "
+            "slopes.detach()."
         )

@@ -1,4 +1,4 @@
-"""What one attention call asks for, apart from its tensors."""
+"""The arguments of one attention call, apart from its tensors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention call asks for, apart from its tensors.
+    """The arguments of one attention call, apart from query, key and value.
 
     Args:
         is_causal: whether a token sees only itself and the tokens before it.
         scale: factor on the scores; 1 / sqrt(D) when None.
         dropout: probability of dropping an attention weight.
         softcap: bound of the scores through tanh; None for no bound.
-        sinks: `[H]` scores of a key of no value that every token sees, one for each query head;
-            None for none.
-        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the
-            key; None for none.
+        sinks: `[H]`, a learned per-head logit in the softmax denominator; None for none.
+        alibi_slopes: `[H]`; slope * (key position - query position) is added to the scores; None
+            for none.
     """
 
     is_causal: bool = True
@@ -30,10 +29,9 @@ class AttentionCall:
     alibi_slopes: Tensor | None = None
 
     def for_heads(self, first: int, last: int) -> AttentionCall:
-        """Returns the call for the query heads from `first` up to `last`: sinks and slopes are each
-        head's own.
+        """Returns the call for the query heads from `first` up to `last`, with their sinks and
+        slopes.
         """
-        sinks, slopes = (
-            None if t is None else t[first:last] for t in (self.sinks, self.alibi_slopes)
-        )
+        sinks = None if self.sinks is None else self.sinks[first:last]
+        slopes = None if self.alibi_slopes is None else self.alibi_slopes[first:last]
         return replace(self, sinks=sinks, alibi_slopes=slopes)

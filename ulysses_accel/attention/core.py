@@ -1,7 +1,7 @@
-"""Core attention on whole sequences: one call where the rows are dense, one call per document where
+"""Core attention on full sequences: one call where the rows are dense, one call per document where
 they are not.
 
-An S × S mask is never made. Padding tokens belong to no document; they get zeros and give no
+An S × S mask is never built. Padding tokens belong to no document; they get zeros and give no
 gradient. Shapes: B = rows, H = query heads, K = key/value heads, S = tokens, D = head size, Dv =
 value head size.
 """
@@ -83,7 +83,7 @@ def flash(implementation: str) -> Core:
         out = _private_api.flash_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
-            # The kernels want one head size for all three.
+            # The flash attention kernels need one head size for all three.
             F.pad(value, (0, head_dim - value_dim)).transpose(1, 2),
             None,
             query_length=query.shape[2],
@@ -117,7 +117,7 @@ def core_attention(
     description: SequenceDescription,
     call: AttentionCall,
 ) -> Tensor:
-    """Runs attention over whole sequences so that no token sees another document or padding.
+    """Runs attention over full sequences so that no token sees another document or padding.
 
     Args:
         implementation: name of the core.
@@ -163,7 +163,7 @@ def core_cross_attention(
         key: `[B, K, S, D]`.
         value: `[B, K, S, Dv]`.
         seen: each row's segments without padding, of the queries and of the keys.
-        call: scale, dropout, soft cap; causality is not asked for.
+        call: scale, dropout, soft cap; causality is ignored.
 
     Returns:
         `[B, H, T, Dv]`; zeros for padding.
@@ -213,7 +213,7 @@ def _pieces(
     holes: tuple[Segment, ...] = (),
     joined: bool = False,
 ) -> tuple[list[int], list[int | None]]:
-    """Cuts a row into consecutive pieces: their lengths, and the document of each, None for
+    """Splits a row into consecutive pieces: their lengths, and the document of each, None for
     padding.
 
     With `joined` all documents count as one.
@@ -242,29 +242,28 @@ def _by_document(
     keys: tuple[list[int], list[int | None]],
     call: AttentionCall,
 ) -> Tensor:
-    """Runs the core on each document of rows that are cut alike, `[B, H, S, D]` -> `[B, H, S,
+    """Runs the core on each document of rows that are split alike, `[B, H, S, D]` -> `[B, H, S,
     Dv]`.
     """
     # `split`, not slices: its backward joins all gradients once, a slice's pads each one to the
-    # whole row.
+    # full row.
     q_parts, k_parts, v_parts = (
         tensor.split(lengths, dim=2) for tensor, (lengths, _) in zip(tensors, (queries, keys, keys))
     )
     out = [part.new_zeros(*part.shape[:3], tensors[2].shape[3]) for part in q_parts]
-    q_places, k_places = _places(queries[1]), _places(keys[1])
-    if q_places.keys().isdisjoint(k_places):
+    q_indices, k_indices = _indices(queries[1]), _indices(keys[1])
+    if q_indices.keys().isdisjoint(k_indices):
         nothing: Tensor = _SeesNothing.apply(*tensors)  # type: ignore[no-untyped-call]
         return nothing
-    for document, places in q_places.items():
-        if document not in k_places:
+    for document, indices in q_indices.items():
+        if document not in k_indices:
             continue
-        q = _joined([q_parts[place] for place in places])
-        k, v = (
-            _joined([parts[place] for place in k_places[document]]) for parts in (k_parts, v_parts)
-        )
-        found = core(q, k, v, call).split([queries[0][place] for place in places], dim=2)
-        for place, part in zip(places, found):
-            out[place] = part
+        q = _joined([q_parts[index] for index in indices])
+        k = _joined([k_parts[index] for index in k_indices[document]])
+        v = _joined([v_parts[index] for index in k_indices[document]])
+        parts = core(q, k, v, call).split([queries[0][index] for index in indices], dim=2)
+        for index, part in zip(indices, parts):
+            out[index] = part
     return _joined(out)
 
 
@@ -284,13 +283,13 @@ class _SeesNothing(torch.autograd.Function):
         return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
-def _places(owners: list[int | None]) -> dict[int, list[int]]:
-    """Returns the places of each document's pieces."""
-    places: dict[int, list[int]] = {}
-    for place, owner in enumerate(owners):
-        if owner is not None:
-            places.setdefault(owner, []).append(place)
-    return places
+def _indices(documents: list[int | None]) -> dict[int, list[int]]:
+    """Returns the indices of each document's pieces."""
+    indices: dict[int, list[int]] = {}
+    for index, document in enumerate(documents):
+        if document is not None:
+            indices.setdefault(document, []).append(index)
+    return indices
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -306,8 +305,8 @@ def _flash_by_document(
     description: SequenceDescription,
     call: AttentionCall,
 ) -> Tensor:
-    """Runs one variable-length call over all rows laid end to end; padding is a document of its
-    own.
+    """Runs one variable-length call over all rows laid end to end; padding counts as a
+    document.
     """
     batch, length = query.shape[0], query.shape[2]
     bounds, longest = cumulative_lengths(description.rows, length)

@@ -1,7 +1,7 @@
 """Cross-attention over a sharded sequence: the queries are one sequence's, keys and values
 another's of its own length.
 
-Where every rank has all of the other sequence, attention is local. Otherwise both are exchanged,
+Where every rank has the other sequence in full, attention is local. Otherwise both are exchanged,
 tokens for heads. Shapes: B = rows, H / K = query / key-value heads, P = ranks, T / S = tokens of
 the two sequences, D / Dv = head sizes.
 """
@@ -44,15 +44,16 @@ class _TokensForHeads(torch.autograd.Function):
             )
             for ranges in heads
         ]
-        own, size = parts[group.rank()].numel(), len(parts)
+        local, size = parts[group.rank()].numel(), len(parts)
         send = torch.cat([part.flatten() for part in parts])
-        received = all_to_all(send, group, [part.numel() for part in parts], [own] * size)
+        received = all_to_all(send, group, [part.numel() for part in parts], [local] * size)
         counts = [high - low for low, high in heads[group.rank()]]
         widths = [count * tensor.shape[3] for count, tensor in zip(counts, tensors)]
         # [P * s, B, n * D] -> [B, n, P * s, D]
-        found = received.view(size * length, batch, -1).split(widths, dim=2)
+        by_tensor = received.view(size * length, batch, -1).split(widths, dim=2)
         return tuple(
-            part.unflatten(2, (count, -1)).permute(1, 2, 0, 3) for part, count in zip(found, counts)
+            part.unflatten(2, (count, -1)).permute(1, 2, 0, 3)
+            for part, count in zip(by_tensor, counts)
         )
 
     @staticmethod
@@ -71,7 +72,7 @@ class _TokensForHeads(torch.autograd.Function):
         for rank, message in enumerate(received.split(sizes)):
             parts = message.view(length, batch, -1).split(widths[rank], dim=2)
             for total, part, (low, high) in zip(totals, parts, heads[rank]):
-                # [s, B, n * D] -> [B, n, s, D]; a key/value head may have several readers.
+                # [s, B, n * D] -> [B, n, s, D]; a key/value head may be on several ranks.
                 total[:, low:high] += part.unflatten(2, (high - low, -1)).permute(1, 2, 0, 3)
         return None, None, *totals
 
@@ -86,7 +87,7 @@ def sequences_to_heads(
         key: `[B, K, S / P, D]`.
         value: `[B, K, S / P, Dv]`.
         group: the P ranks of both sequences.
-        split: how the heads are dealt.
+        split: how the heads are partitioned.
 
     Returns:
         `[B, h, T, D]`, `[B, k, S, D]`, `[B, k, S, Dv]`: all tokens of this rank's heads.
@@ -99,86 +100,82 @@ def sequences_to_heads(
 
 
 def encoder_of(description: SequenceDescription, key: Tensor) -> SequenceDescription:
-    """Returns the sequence that cross-attention reads; where the batch does not say, all of `key`
-    `[B, K, S, D]`.
+    """Returns the sequence that cross-attention reads; all of `key` `[B, K, S, D]` where the batch
+    describes none.
     """
     if description.encoder is not None:
         return description.encoder
-    wanted = ("encoder", key.shape[2])
-    if wanted not in description.cache:
+    cache_key = ("encoder", key.shape[2])
+    if cache_key not in description.cache:
         rows = (((0, key.shape[2]),),) * description.batch_size
-        description.cache[wanted] = SequenceDescription(key.shape[2], 1, rows)
-    encoder: SequenceDescription = description.cache[wanted]
+        description.cache[cache_key] = SequenceDescription(key.shape[2], 1, rows)
+    encoder: SequenceDescription = description.cache[cache_key]
     return encoder
 
 
 def check_lengths(
     query: Tensor, key: Tensor, description: SequenceDescription, encoder: SequenceDescription
 ) -> None:
-    """Raises ShapeError where the tensors are not of the described sequences, or these are dealt in
-    different ways.
+    """Raises ShapeError where the tensors are not of the described sequences, or these are sharded
+    in different ways.
     """
-    held, expected = (
-        (query.shape[2], key.shape[2]),
-        (description.shard_length, encoder.shard_length),
-    )
+    lengths = (query.shape[2], key.shape[2])
+    expected = (description.shard_length, encoder.shard_length)
     if encoder.batch_size != description.batch_size:
         raise ShapeError(
             f"the sequence that cross-attention reads has {encoder.batch_size} rows, the one that "
-            "reads it "
-            f"{description.batch_size}. Describe both of the same batch."
+            f"reads it {description.batch_size}. Describe both of the same batch."
         )
-    dealt = (description.num_shards, description.ring_size)
-    if held != expected or (
-        encoder.num_shards > 1 and (encoder.num_shards, encoder.ring_size) != dealt
+    degrees = (description.num_shards, description.ring_size)
+    if lengths != expected or (
+        encoder.num_shards > 1 and (encoder.num_shards, encoder.ring_size) != degrees
     ):
         raise ShapeError(
-            f"cross-attention got {held[0]} queries and {held[1]} keys on a rank, of sequences "
-            "described as "
-            f"{description.sequence_length} tokens on {description.num_shards} ranks (ring of "
-            f"{description.ring_size}) "
-            f"and {encoder.sequence_length} on {encoder.num_shards} (ring of {encoder.ring_size}). "
-            "Describe both as "
-            f"they are dealt; an encoder's sequence of one shard is whole on every rank."
+            f"cross-attention got {lengths[0]} queries and {lengths[1]} keys on a rank, of "
+            f"sequences described as {description.sequence_length} tokens on "
+            f"{description.num_shards} ranks (ring of {description.ring_size}) and "
+            f"{encoder.sequence_length} on {encoder.num_shards} (ring of {encoder.ring_size}). "
+            "Describe both as they are sharded; an encoder's sequence of one shard is full on "
+            "every rank."
         )
 
 
 def local_description(description: SequenceDescription, shard: int) -> SequenceDescription:
-    """Returns one rank's tokens as a sequence of their own: a row's tokens without padding, in
-    local places.
+    """Returns one rank's tokens as a sequence by themselves: a row's tokens without padding, by
+    local indices.
 
     Args:
-        description: of the whole sequence.
+        description: of the full sequence.
         shard: which of its shards the rank holds.
     """
-    wanted = ("local", shard)
-    if wanted not in description.cache:
-        rows = visible_rows(description)
-        own = _shard_runs(description, shard)
-        local = tuple(
-            joined(
-                (run.offset + low, run.offset + high)
-                for run in own
-                for low, high in (run.indices_of(*segment) for segment in row)
-                if low < high
-            )
-            for row in rows
-        )
-        description.cache[wanted] = SequenceDescription(description.shard_length, 1, local)
-    found: SequenceDescription = description.cache[wanted]
-    return found
+    cache_key = ("local", shard)
+    if cache_key not in description.cache:
+        local_runs = _shard_runs(description, shard)
+        rows = []
+        for row in visible_rows(description):
+            segments = []
+            for run in local_runs:
+                for segment in row:
+                    low, high = run.indices_of(*segment)
+                    if low < high:
+                        segments.append((run.offset + low, run.offset + high))
+            rows.append(joined(segments))
+        description.cache[cache_key] = SequenceDescription(description.shard_length, 1, tuple(rows))
+    cached: SequenceDescription = description.cache[cache_key]
+    return cached
 
 
 def _shard_runs(description: SequenceDescription, shard: int) -> list[Run]:
-    """Returns the tokens of a shard: its part of its ring place's runs, in local places."""
+    """Returns the tokens of a shard, a part of its ring rank's runs, with local offsets."""
     ulysses_size = description.num_shards // description.ring_size
-    place, part = divmod(shard, ulysses_size)
+    ring_rank, part = divmod(shard, ulysses_size)
     first, last = part * description.shard_length, (part + 1) * description.shard_length
-    found = []
-    for run in runs(description.sequence_length, description.ring_size, place, description.layout):
+    local_runs = []
+    for run in runs(
+        description.sequence_length, description.ring_size, ring_rank, description.layout
+    ):
         low, high = max(first, run.offset), min(last, run.offset + run.count)
         if low < high:
-            found.append(
-                Run(run.start + (low - run.offset) * run.step, run.step, high - low, low - first)
-            )
-    return found
+            start = run.start + (low - run.offset) * run.step
+            local_runs.append(Run(start, run.step, high - low, low - first))
+    return local_runs

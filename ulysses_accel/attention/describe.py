@@ -1,5 +1,5 @@
-"""A call's sequence as a description, from the documents, lengths and prefixes that the caller
-gives.
+"""Describes the sequence of one attention call from the documents, lengths and prefixes that the
+caller passes.
 """
 
 from __future__ import annotations
@@ -24,30 +24,29 @@ def describe(
     ring_size: int,
     layout: Layout,
 ) -> SequenceDescription:
-    """Returns the description of the whole sequence of one call.
+    """Returns the description of the full sequence of one call.
 
     Args:
         document_ids: `[B, S]`, equal for the tokens of one document, negative for padding; or the
             description itself; or None: each row is one document.
-        key_lengths: `[B]` tokens of each row; those behind are padding.
+        key_lengths: `[B]` tokens of each row; those after are padding.
         prefix_lengths: `[B]` or `[B, documents]` first tokens of the row's first or of each
             document that all of its tokens see.
         shape: rows B and tokens S of the query on all ranks.
         num_shards: ranks P that share the sequence.
         ring_size: ranks of the ring among them.
-        layout: how the tokens are dealt over the ring.
+        layout: how the tokens are distributed over the ring.
 
     Raises:
-        ConfigError: a description and further tensors that say the same.
+        ConfigError: a description, and further tensors for what it describes.
         ShapeError: tensors or a description of another batch.
-        BatchError: lengths that the rows or documents have not.
+        BatchError: lengths that do not fit the rows or documents.
     """
     if isinstance(document_ids, SequenceDescription):
         if key_lengths is not None or prefix_lengths is not None:
             raise ConfigError(
-                "a SequenceDescription says padding and prefixes itself: leave out key_lengths and "
-                "prefix_lengths, or "
-                "give document_ids as a tensor."
+                "a SequenceDescription has padding and prefixes itself: leave out key_lengths and "
+                "prefix_lengths, or give document_ids as a tensor."
             )
         description = document_ids
     elif document_ids is None and key_lengths is None:
@@ -62,9 +61,8 @@ def describe(
         raise ShapeError(
             f"the documents are of {description.batch_size} rows with "
             f"{description.sequence_length} tokens, the query "
-            f"of {shape[0]} rows with {shape[1]} tokens on {num_shards} ranks. Describe the whole "
-            "sequence, each batch "
-            f"anew."
+            f"of {shape[0]} rows with {shape[1]} tokens on {num_shards} ranks. Describe the full "
+            "sequence, each batch again."
         )
     if prefix_lengths is None:
         return description

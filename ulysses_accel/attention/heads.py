@@ -1,8 +1,8 @@
-"""How heads are dealt to the ranks of a Ulysses group: whole groups of query heads with their
+"""How heads are partitioned over the ranks of a Ulysses group: groups of query heads with their
 key/value head.
 
-Pure arithmetic. With fewer key/value heads than ranks, a head has several readers, which split its
-query heads.
+Pure arithmetic. With fewer key/value heads than ranks, KV heads are replicated on several ranks,
+which split their query heads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Range = tuple[int, int]
 
 
 def spread(total: int, parts: int) -> list[Range]:
-    """Returns `total` things cut into consecutive parts that differ by one at most, the larger ones
-    first.
+    """Returns ranges that partition `total` into consecutive parts, whose sizes differ by one at
+    most, the larger ones first.
     """
     small, extra = divmod(total, parts)
     bounds = [small * part + min(part, extra) for part in range(parts + 1)]
@@ -27,7 +27,7 @@ def spread(total: int, parts: int) -> list[Range]:
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Which heads each rank of a Ulysses group gets while it holds the whole sequence.
+    """Which heads each rank of a Ulysses group has while it holds the full sequence.
 
     Args:
         size: ranks P, at most one for each query head.
@@ -44,7 +44,7 @@ class HeadSplit:
             raise ShapeError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_heads}. "
-                f"Grouped-query attention needs whole groups."
+                f"Grouped-query attention needs complete groups."
             )
         if self.size > self.num_heads:
             raise ShapeError(
@@ -71,13 +71,13 @@ class HeadSplit:
         return self._ranges[rank][0]
 
     def keys(self, rank: int) -> Range:
-        """Returns the key/value heads (from, to) of a rank; ranks may share one."""
+        """Returns the key/value heads (from, to) of a rank; several ranks may have the same one."""
         return self._ranges[rank][1]
 
     @cached_property
     def is_even(self) -> bool:
-        """True when every rank has as many heads as the others, and every key/value head as many
-        readers.
+        """True when every rank has as many heads as the others, and every key/value head is on as
+        many ranks.
         """
         if self.num_heads % self.size:
             return False
@@ -97,7 +97,7 @@ class HeadSplit:
 
     @property
     def readers(self) -> int:
-        """Ranks that share each key/value head of an even split."""
+        """Ranks that each key/value head of an even split is replicated on."""
         return max(1, self.size // self.num_key_value_heads)
 
     def counts(self, rank: int) -> tuple[int, int, int]:

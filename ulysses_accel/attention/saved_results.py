@@ -2,7 +2,7 @@
 again.
 
 Attention is the one part of a layer whose recompute costs as much as its forward. Whoever computes
-it asks `kept` for the result; the checkpoint engine (`memory.checkpoint`) answers, where one runs
+it calls `kept` for the result; the checkpoint engine (`memory.checkpoint`) answers, where one runs
 the layer.
 """
 
@@ -39,7 +39,7 @@ def kept(part: Part, compute: Callable[[], Results]) -> Results:
     Args:
         part: `attention`: a core attention's output and log-sum-exp; `exchange`: what a collective
             delivered.
-        compute: makes the results, without autograd recording it (call this in a Function's
+        compute: computes the results, without autograd recording it (call this in a Function's
             forward).
     """
     answer = _ANSWER.get()
@@ -47,7 +47,5 @@ def kept(part: Part, compute: Callable[[], Results]) -> Results:
 
 
 def is_keeping() -> bool:
-    """Returns whether a layer runs whose attention is to be kept, so that it must go through
-    `kept`.
-    """
+    """Returns whether the running layer keeps its attention, which must then go through `kept`."""
     return _ANSWER.get() is not None

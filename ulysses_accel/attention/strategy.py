@@ -1,10 +1,10 @@
 """Unified sequence parallel attention: Ulysses within a ring, each alone being the other at degree
 1.
 
-The tokens are dealt over the ring first and over the Ulysses ranks within. The Ulysses exchange
-gives a rank all tokens of its ring place for some heads; the ring then attends over the whole
-sequence. Shapes: B = rows, H / K = query / key-value heads, U = Ulysses ranks, R = ring ranks, P =
-U × R, D / Dv = head sizes.
+The tokens are partitioned over the ring first, and over the Ulysses ranks of each ring place. The
+Ulysses exchange gives a rank all tokens of its ring place for some heads; the ring then attends
+over the full sequence. Shapes: B = rows, H / K = query / key-value heads, U = Ulysses ranks, R =
+ring ranks, P = U × R, D / Dv = head sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SequenceAttention:
     Args:
         ulysses_group: the U ranks that exchange tokens for heads; None for one rank.
         ring_group: the R ranks that rotate keys; None for one rank.
-        core: transformers' name of the attention that runs on whole sequences, where there is no
+        core: transformers' name of the attention that runs on full sequences, where there is no
             ring.
         exchange: how keys travel around the ring.
         head_stride: how many key/value heads an `all_gather` takes at a time; all when None.
@@ -148,7 +148,7 @@ class SequenceAttention:
         call: AttentionCall,
         window: int | None,
     ) -> Tensor:
-        """Attends over the whole sequence with the heads at hand, `[B, h, S / R, D]` -> `[B, h, S /
+        """Attends over the full sequence with this rank's heads, `[B, h, S / R, D]` -> `[B, h, S /
         R, Dv]`.
         """
         if window is not None and window >= description.sequence_length:
@@ -192,7 +192,7 @@ class SequenceAttention:
         check_lengths(query, key, description, encoder)
         call, group = replace(call, is_causal=False), self.ulysses_group
         if encoder.num_shards == 1:
-            # Every rank has all keys: its own tokens are a sequence of their own.
+            # Every rank has all keys, so its tokens can attend by themselves.
             local = local_description(description, self.shard)
             return self._attend_across(query, key, value, local, encoder, call).transpose(1, 2)
         if group is None or group.size() == 1:
@@ -217,7 +217,7 @@ class SequenceAttention:
         encoder: SequenceDescription,
         call: AttentionCall,
     ) -> Tensor:
-        """Attends to `encoder` with the heads at hand, `[B, h, T / R, D]` -> `[B, h, T / R,
+        """Attends to `encoder` with this rank's heads, `[B, h, T / R, D]` -> `[B, h, T / R,
         Dv]`.
         """
         if description.ring_size == 1 and self._core_computes(call):
@@ -227,8 +227,8 @@ class SequenceAttention:
         return self._by_blocks(query, key, value, description, call, None, encoder)
 
     def _core_computes(self, call: AttentionCall) -> bool:
-        """Whether the core has all that a call asks for; the block kernels have, and give what a
-        checkpoint keeps.
+        """Whether the core computes all that a call requests; the block kernels do, and return what
+        a checkpoint keeps.
         """
         is_plain = call.sinks is None and call.alibi_slopes is None
         return is_plain and (call.softcap is None or self.core != "sdpa") and not is_keeping()
@@ -243,14 +243,14 @@ class SequenceAttention:
         window: int | None,
         encoder: SequenceDescription | None = None,
     ) -> Tensor:
-        """Attends in blocks, around the ring where there is one, by the batch's plan, made at the
-        first such layer.
+        """Attends in blocks, around the ring where there is one, by a plan that the batch's first
+        such layer computes.
         """
         group = self.ring_group if description.ring_size > 1 else None
         rank = group.rank() if group is not None else 0
-        wanted = (rank, call.is_causal, window, encoder is not None and encoder.sequence_length)
-        if wanted not in description.cache:
-            description.cache[wanted] = RingPlan.of(
+        plan_key = (rank, call.is_causal, window, encoder is not None and encoder.sequence_length)
+        if plan_key not in description.cache:
+            description.cache[plan_key] = RingPlan.of(
                 description, rank, call.is_causal, window, encoder
             )
         return attend_in_ring(
@@ -258,7 +258,7 @@ class SequenceAttention:
             key,
             value,
             group,
-            description.cache[wanted],
+            description.cache[plan_key],
             exchange=self.exchange,
             head_stride=self.head_stride,
             call=call,
@@ -268,7 +268,7 @@ class SequenceAttention:
 
 @contextmanager
 def _per_rank_dropout(dropout: float, shard: int) -> Iterator[None]:
-    """Gives each rank a dropout mask of its own, even where all ranks were seeded alike.
+    """Gives each rank a different dropout mask, even where all ranks have the same seed.
 
     The seed comes from the host's generator, which activation checkpointing rewinds: the recompute
     gets the same masks.
@@ -305,8 +305,7 @@ def usp_attention(
     head_chunks: int = 1,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Computes exact attention over a sequence spread over a ring whose every place is a Ulysses
-    group.
+    """Computes exact attention over a sequence partitioned over a ring of Ulysses groups.
 
     Args:
         query: `[B, H, S / P, D]`; U is at most H.
@@ -318,32 +317,33 @@ def usp_attention(
         window: with causal attention, how many tokens one sees, itself included; without, how far
             away on either side they may be; None for all.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        dropout: probability of dropping an attention weight, with a mask of its own on each rank.
+        dropout: probability of dropping an attention weight, with a different mask on each rank.
         softcap: bound of the scores through tanh; None for no bound.
-        document_ids: `[B, S]` of the whole sequence in its own order, equal for the tokens of one
-            document, negative for padding; or a `SequenceDescription`, made once for a batch. None:
-            each row is one document.
-        layout: how the tokens are dealt over the ring: `contiguous`, `zigzag` or `striped`.
+        document_ids: `[B, S]` of the full sequence in its original order, equal for the tokens of
+            one document, negative for padding; or a `SequenceDescription`, computed once for a
+            batch. None: each row is one document.
+        layout: how the tokens are distributed over the ring: `contiguous`, `zigzag` or `striped`.
         exchange: how keys travel around the ring: `p2p` or `all_gather`.
-        core: the attention on whole sequences, where there is no ring: `sdpa`, `eager`,
+        core: the attention on full sequences, where there is no ring: `sdpa`, `eager`,
             `flash_attention_2`, ...
-        key_lengths: `[B]` tokens of each row; those behind are padding.
+        key_lengths: `[B]` tokens of each row; those after are padding.
         prefix_lengths: `[B]` or `[B, documents]` first tokens of a row's first or of each document
             that all tokens of the document see.
-        sinks: `[H]` scores of a key of no value that every token sees.
+        sinks: `[H]`, a learned per-head logit in the softmax denominator.
         key_description: for cross-attention, the sequence that `key` and `value` are of; every
-            token sees all of it. Of one shard where every rank has all of it. None for
+            token sees all of it. It has one shard where every rank has it in full. None for
             self-attention.
         head_chunks: in how many parts a Ulysses rank's heads are exchanged and attended to, one
-            after another; memory shrinks by it, result and bytes stay.
-        alibi_slopes: `[H]`, by which scores grow with each token on the way from the query to the
-            key; constants.
+            after another: less memory, the same result and bytes.
+        alibi_slopes: `[H]`, constants; slope * (key position - query position) is added to the
+            scores.
 
     Returns:
         `[B, H, S / P, Dv]`, this rank's tokens.
 
     Raises:
-        ShapeError: heads or tokens that can't be dealt, or shapes that don't fit each other.
+        ShapeError: heads or tokens that can't be partitioned, or shapes that don't fit each
+            other.
 
     Source: USP (arXiv 2405.07719).
     """
@@ -382,7 +382,8 @@ def ulysses_attention(
     head_chunks: int = 1,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Computes exact attention over a sequence whose tokens are spread over the ranks of `group`.
+    """Computes exact attention over a sequence whose tokens are partitioned over the ranks of
+    `group`.
 
     Args:
         query: `[B, H, S / P, D]`, this rank's consecutive tokens; P is at most H.
@@ -409,7 +410,7 @@ def ulysses_attention(
         `[B, H, S / P, Dv]`, this rank's tokens.
 
     Raises:
-        ShapeError: heads that can't be dealt, or shapes that don't fit each other.
+        ShapeError: heads that can't be partitioned, or shapes that don't fit each other.
 
     Source: DeepSpeed Ulysses (arXiv 2309.14509).
     """

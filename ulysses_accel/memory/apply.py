@@ -65,7 +65,7 @@ def apply_memory(
         _install(model, config, installed)
         if config.save_attention != "no" and not shares_sequence:
             # The kernels that transformers calls return no log-sum-exp that could be saved.
-            installed.callback(install(model, SequenceAttention(None)).uninstall)
+            installed.callback(install(model, SequenceAttention(None)).close)
     except Exception:
         installed.close()
         raise

@@ -361,7 +361,7 @@ def test_illegal_arguments_are_refused() -> None:
             ring_attention(q, q, q, dist.group.WORLD, exchange="carrier pigeon")
         with pytest.raises(ShapeError, match="3 key/value heads do not divide 4"):
             ring_attention(q, q[:, :3], q[:, :3], dist.group.WORLD)
-        with pytest.raises(ShapeError, match="each batch anew"):
+        with pytest.raises(ShapeError, match=r"each batch (again|anew)"):
             ring_attention(q, q, q, dist.group.WORLD, document_ids=torch.zeros(1, 7))
 
     run_ranks(body, 1)

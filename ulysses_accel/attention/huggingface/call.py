@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Roles:
             are always given, as in models that transformers only runs with masks.
     """
 
-    encoder: frozenset[nn.Module] | None = None
+    encoder: WeakSet[nn.Module] | None = None
     masks_decide: bool = False
 
 
@@ -60,7 +61,7 @@ def attend(
         module: that calls.
         heads: query `[B, H, S / P, D]`, key `[B, K, S / P, D]` and value `[B, K, S / P, Dv]`.
         mask: what is known of the batch.
-        extra: what the module gives beside them.
+        extra: what the module passes beside them.
         roles: of the model's modules.
 
     Returns:
@@ -100,12 +101,12 @@ def attend(
 def _encoder_side(
     attention: SequenceAttention, encoder: SequenceDescription | None, query: Tensor
 ) -> tuple[SequenceAttention, SequenceDescription]:
-    """Returns how an encoder attends, and over what: by itself where every rank has all of its
-    sequence.
+    """Returns how an encoder attends, and over what: locally where every rank has its sequence in
+    full.
     """
     if encoder is not None and encoder.num_shards > 1:
         return attention, encoder
-    return replace(attention, ulysses_group=None, ring_group=None), encoder or _whole(query)
+    return replace(attention, ulysses_group=None, ring_group=None), encoder or _full(query)
 
 
 def _check_tokens(module: nn.Module, heads: Tensor, description: SequenceDescription) -> None:
@@ -120,36 +121,31 @@ def _check_tokens(module: nn.Module, heads: Tensor, description: SequenceDescrip
 
 
 def _pattern_of(
-    module: nn.Module, given: MaskPattern | None, extra: dict[str, Any], roles: Roles
+    module: nn.Module, described: MaskPattern | None, extra: dict[str, Any], roles: Roles
 ) -> MaskPattern:
-    """Returns which tokens see each other; models say it by the mask, and most of them to the
-    attention too.
+    """Returns which tokens see each other: models encode it in the mask, and most of them pass it
+    to the attention function too.
     """
     usual = bool(getattr(module, "is_causal", True))
-    told = usual if extra["is_causal"] is None else bool(extra["is_causal"])
-    pattern = given or MaskPattern(told)
+    is_causal = usual if extra["is_causal"] is None else bool(extra["is_causal"])
+    pattern = described or MaskPattern(is_causal)
     # Some layers leave causality to the mask where they are given one.
-    if pattern.is_causal not in (told, usual) and not roles.masks_decide:
+    if pattern.is_causal not in (is_causal, usual) and not roles.masks_decide:
         raise UnsupportedModelError(
-            f"{type(module).__name__} calls attention with is_causal={told}, but was given a mask "
-            "for "
-            f"{'causal' if pattern.is_causal else 'bidirectional'} attention. Which of them holds "
-            "is not clear."
+            f"{type(module).__name__} calls attention with is_causal={is_causal}, but was given a "
+            f"mask for {'causal' if pattern.is_causal else 'bidirectional'} attention. Which of "
+            "them holds is not clear."
         )
     window = extra.get("sliding_window")
-    # Flash attention's window counts the token itself, on both sides too.
-    known = {
-        pattern.window,
-        pattern.chunk,
-        None if pattern.window is None else pattern.window + (not pattern.is_causal),
-    }
+    known = {pattern.window, pattern.chunk}
+    if pattern.window is not None and not pattern.is_causal:
+        # Flash attention's window counts the token itself, on both sides too.
+        known.add(pattern.window + 1)
     if window is not None and window not in known:
+        seen = "full attention" if pattern.window is None else f"a window of {pattern.window}"
         raise UnsupportedModelError(
             f"{type(module).__name__} calls attention with sliding_window={window}, but was given "
-            "a mask for "
-            f"{'full attention' if pattern.window is None else f'a window of {pattern.window}'}. "
-            "Which of them holds "
-            f"is not clear."
+            f"a mask for {seen}. Which of them holds is not clear."
         )
     return pattern
 
@@ -214,8 +210,8 @@ def ordinary(
 def _ordinary_kept(
     core: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]
 ) -> Tensor:
-    """Runs attention without a mask such that a checkpointed layer can keep it; `[B, S, H, Dv]`."""
-    told = (
+    """Runs attention without a mask so that a checkpointed layer can keep it; `[B, S, H, Dv]`."""
+    is_causal = (
         extra["is_causal"]
         if extra["is_causal"] is not None
         else bool(getattr(module, "is_causal", True))
@@ -224,13 +220,13 @@ def _ordinary_kept(
     flat_sinks = sinks.flatten() if sinks is not None else None
     slopes = extra.get("alibi_slopes")
     call = AttentionCall(
-        told, extra["scaling"], extra["dropout"], extra.get("softcap"), flat_sinks, slopes
+        is_causal, extra["scaling"], extra["dropout"], extra.get("softcap"), flat_sinks, slopes
     )
-    return SequenceAttention(None, core=core)(query, key, value, _whole(query), call).contiguous()
+    return SequenceAttention(None, core=core)(query, key, value, _full(query), call).contiguous()
 
 
-def _whole(query: Tensor) -> SequenceDescription:
-    """Returns the description of a sequence without padding that is whole on this rank."""
+def _full(query: Tensor) -> SequenceDescription:
+    """Returns the description of a sequence without padding that this rank has in full."""
     return SequenceDescription(query.shape[2], 1, (((0, query.shape[2]),),) * query.shape[0])
 
 
@@ -246,12 +242,12 @@ def _ordinary_eager(
     """Runs attention with an additive mask; transformers keeps its eager functions out of the
     registry.
     """
-    told = (
+    is_causal = (
         extra["is_causal"]
         if extra["is_causal"] is not None
         else bool(getattr(module, "is_causal", True))
     )
-    if mask is None and core != "eager" and told and query.shape[2] > 1:
+    if mask is None and core != "eager" and is_causal and query.shape[2] > 1:
         mask = torch.ones(
             query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
         ).tril()
@@ -261,7 +257,7 @@ def _ordinary_eager(
         )
     sinks = extra.get("s_aux")
     if sinks is not None:
-        # A sink is a key of no value whose score is given: it stands in the mask.
+        # A logit in the softmax denominator: a key with value 0, whose score is in the mask.
         mask = query.new_zeros(1) if mask is None else mask
         scores = sinks.view(1, -1, 1, 1).to(query.dtype).expand(*query.shape[:3], 1)
         mask = torch.cat(

@@ -1,8 +1,8 @@
 """Reads from transformers' mask functions which tokens a layer lets see each other, before any mask
-is made.
+is built.
 
 transformers describes a mask by small functions over token indices, joined by "and". Those that it
-has names for are known here; anything else, or an "or", is a mask of the model's own, which is
+has names for are known here; anything else, or an "or", is the model's private mask, which is
 refused.
 """
 
@@ -29,7 +29,7 @@ class MaskPattern:
     Args:
         is_causal: whether a token sees only itself and the tokens before it.
         window: as `SequenceAttention` takes it; None for all.
-        chunk: tokens of the pieces that each document is cut into; None for none.
+        chunk: tokens of the pieces that each document is split into; None for none.
     """
 
     is_causal: bool
@@ -39,12 +39,13 @@ class MaskPattern:
 
 @dataclass(frozen=True)
 class DescribedMask:
-    """What layers get in place of a mask.
+    """What layers get instead of a mask tensor.
 
     Args:
         description: of the batch.
         pattern: which tokens see each other; None where only the layer knows.
-        keys: the encoder's sequence, where the model has a mask of it and every rank has all of it.
+        keys: the encoder's sequence, where the model has a mask of it and every rank has it in
+            full.
     """
 
     description: SequenceDescription

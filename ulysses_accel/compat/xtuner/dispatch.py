@@ -9,7 +9,7 @@ that all batches are split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,14 +66,7 @@ class Dispatched:
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Describes a split batch; a full one, and one described already, stays unchanged."""
         self.pending.append(None)
-        try:
-            return self._described(model, args, kwargs)
-        except Exception:
-            # After a failed forward the sharded forward removes what its hook, which would have
-            # come later, did not set.
-            if self.forward is not None:
-                self.forward.before(model, (), {})
-            raise
+        return self._described(model, args, kwargs)
 
     def _described(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [
@@ -195,10 +188,9 @@ def _install(
     assert world is not None
     # Before the sharded forward, which takes a described batch.
     done.changes.hooks([model.register_forward_pre_hook(done.before, with_kwargs=True)])
-    done.forward = shard_forward(model, attention, group, world)
-    done.changes.callback(done.forward.uninstall)
+    done.forward = shard_forward(model, attention, group, world, computes_loss=not custom)
+    done.changes.callback(done.forward.close)
     if custom:
-        done.forward.traits = replace(done.forward.traits, loss=None)
         adapt(transformers_model(model), custom, done.forward.attention, done.changes)
     done.changes.hooks(
         [model.register_forward_hook(done.after, with_kwargs=True, always_call=True)]
