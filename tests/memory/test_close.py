@@ -45,6 +45,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "checkpoint": True,
         "checkpoint_offload": True,
         "checkpoint_keep_last": 0,
+        "save_attention": "device",
     },
 }
 
