@@ -363,7 +363,7 @@ def uninstall_job() -> bool:
     accelerator = accelerator_of("ddp", 2, 1, 2)
     model = accelerator.unwrap_model(accelerator.prepare(build_experts("Mixtral")))
     # Takes off what lies on top of it first, the experts' part.
-    accelerator.sequence_parallel.uninstall()
+    accelerator.sequence_parallel.close()
     assert (
         not {"prepare", "prepare_model", "save_state", "expert_parallel"} & vars(accelerator).keys()
     )

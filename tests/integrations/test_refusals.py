@@ -236,7 +236,7 @@ def forwards() -> dict[str, str]:
     found = {name: error_of(model, *args, **kwargs) for name, (args, kwargs) in calls.items()}
     # Nothing of a refused forward stays behind.
     found["left over"] = str(
-        [len(forward.running) for _, forward in acc.sequence_parallel.forwards]
+        [len(forward.running) for forward in acc.sequence_parallel.forwards.values()]
     )
     found["replaced attention"] = replaced_attention()
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from accelerate.state import AcceleratorState
 
@@ -31,6 +32,9 @@ class MeshAxes:
     sp_size: int
     tp_size: int
     _tp_hidden: bool = False
+    _fsdp_plugin: Any = None
+    _follows_launcher: bool = False
+    _is_attached: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

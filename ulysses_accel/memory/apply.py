@@ -28,7 +28,7 @@ class InstalledMemory:
     parts: list[Any] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
-    def uninstall(self) -> None:
+    def close(self) -> None:
         """Restores the model."""
         for part in reversed(self.parts):
             part.uninstall()
@@ -48,7 +48,7 @@ def apply_memory(
             sequences.
 
     Returns:
-        The installation; its `uninstall()` restores the model.
+        The installation; its `close()` restores the model.
 
     Raises:
         UnsupportedModelError: the model has no part that a wanted feature works on.
@@ -60,7 +60,7 @@ def apply_memory(
             # transformers' own kernels give no log-sum-exp that could be kept.
             installed.parts.append(install(model, SequenceAttention(None)))
     except Exception:
-        installed.uninstall()
+        installed.close()
         raise
     if installed.left_alone:
         listed = "; ".join(

@@ -110,7 +110,7 @@ def attachments(folder: str) -> dict[str, Any]:
     found["pickles"] = error_of(step)
     found["generate"] = error_of(_generating, folder)
     found["objects"] = error_of(trainer.accelerator.gather_for_metrics, ["a", "b"])
-    trainer.sequence_parallel.uninstall()
+    trainer.sequence_parallel.close()
     left = wrapped & set(vars(trainer))
     found["left"] = sorted(left | ({"sequence_parallel"} & set(vars(trainer))))
     found["wrapped"] = len(wrapped)

@@ -196,7 +196,7 @@ def _install(
     # In front of the sharded forward's hooks, which take a described batch.
     done.undo.append(model.register_forward_pre_hook(done.before, with_kwargs=True).remove)
     done.forward = shard_forward(model, attention, group, world)
-    done.undo.append(done.forward.uninstall)
+    done.undo.append(done.forward.close)
     if own:
         done.forward.traits = replace(done.forward.traits, loss=None)
         done.undo.append(adapt(transformers_model(model), own, done.forward.attention))
