@@ -7,6 +7,8 @@ that it changed. `AcceleratorFeature` is what a technique on an accelerator deri
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -51,6 +53,34 @@ class Installation:
         vars(target)[name] = value
         self._stack.callback(_restore, weakref.ref(target), name, before)
 
+    def override(self, target: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
+        """Overrides methods of one instance by a subclass of its class, as torch's FSDP2 does to
+        modules; `close` gives the instance its class again.
+
+        Unlike a function in the instance's `__dict__`, a method of a class holds the instance
+        while it runs: `Accelerator(...).prepare(model)` works although nobody keeps the
+        accelerator.
+
+        Args:
+            target: whose methods are overridden; it owns the new ones.
+            methods: by name, called without `target`.
+        """
+        base = type(target)
+        # The class has no reference to the methods: a class is freed by the garbage collector only.
+        subclass = types.new_class(base.__name__, (base,))
+        subclass.__module__ = base.__module__
+        subclass.__qualname__ = base.__qualname__
+        for name in methods:
+            setattr(subclass, name, _overridden(subclass, name, getattr(base, name)))
+        overrides = vars(target).setdefault("_overrides", {})
+        overrides[subclass] = dict(methods)
+        target.__class__ = subclass
+        self._stack.callback(_restore_class, weakref.ref(target), subclass)
+        for name, method in methods.items():
+            if name in vars(target):
+                # An earlier attribute of the instance is found before the class's.
+                self.set(target, name, method)
+
     def hooks(self, handles: Iterable[Removable]) -> None:
         """Takes over hook handles, which `close` removes."""
         for handle in handles:
@@ -72,6 +102,26 @@ def _restore(target: weakref.ref[Any], name: str, before: Any) -> None:
     vars(live).pop(name, None)
     if before is not _ABSENT:
         vars(live)[name] = before
+
+
+def _overridden(subclass: type, name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    # `wraps` keeps the signature: transformers 5.23's Trainer reads from it whether
+    # `gather_for_metrics` takes use_gather_object.
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._overrides[subclass][name](*args, **kwargs)
+
+    return method
+
+
+def _restore_class(target: weakref.ref[Any], subclass: type) -> None:
+    live = target()
+    if live is None:
+        return
+    live.__class__ = subclass.__base__
+    del live._overrides[subclass]
+    if not live._overrides:
+        del live._overrides
 
 
 def stock_method(target: Any, name: str) -> Callable[..., Any]:

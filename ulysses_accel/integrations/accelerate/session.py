@@ -7,7 +7,6 @@ restores the accelerator, its models and its Trainer.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -56,10 +55,9 @@ class Session:
         for feature in self.features:
             for name in feature.overrides():
                 methods.setdefault(name, partial(self.call, name))
-        for name, method in methods.items():
-            signature = inspect.signature(getattr(accelerator, name))
+        for name in methods:
             self._stock[name] = stock_method(accelerator, name)
-            self._installation.set(accelerator, name, _with_signature(method, signature))
+        self._installation.override(accelerator, methods)
         self._installation.set(accelerator, "ulysses_accel", self)
         for feature in self.features:
             self._installation.set(accelerator, feature.name, feature)
@@ -180,13 +178,3 @@ class Session:
         for feature in reversed(self.features):
             feature.installation.close()
         self._installation.close()
-
-
-def _with_signature(method: Callable[..., Any], signature: inspect.Signature) -> Any:
-    def override(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
-
-    # transformers 5.23's Trainer reads from the signature whether `gather_for_metrics` takes
-    # use_gather_object.
-    override.__signature__ = signature  # type: ignore[attr-defined]
-    return override

@@ -108,10 +108,10 @@ class ShardedLoss:
         if bool(used):
             name = getattr(self.function, "__qualname__", type(self.function).__name__)
             raise ConfigError(
-                f"compute_loss_func {name} uses the last token's logits, which have no next "
-                "token: it does not compare logits[:, :-1] with labels[:, 1:], so its labels would be "
-                "wrong at the ends of shards. Shift inside of the function, as transformers' causal "
-                "losses do."
+                f"compute_loss_func {name} uses the last token's logits, which have no next token: "
+                "it does not compare logits[:, :-1] with labels[:, 1:], so its labels would be "
+                "wrong at the ends of shards. Shift inside of the function, as transformers' "
+                "causal losses do."
             )
 
 

@@ -25,8 +25,11 @@ def save_full_states(trainer: Any, session: Session, changes: Installation) -> N
         changes: of the Trainer.
     """
     saves = _FullSaves(trainer, session)
-    changes.set(trainer, "_save", saves.save)
-    changes.set(trainer, "_save_optimizer_and_scheduler", saves.save_optimizer_and_scheduler)
+    methods = {
+        "_save": saves.save,
+        "_save_optimizer_and_scheduler": saves.save_optimizer_and_scheduler,
+    }
+    changes.override(trainer, methods)
 
 
 def refuse_partial_optimizer(args: Any, config: ParallelismConfig) -> None:

@@ -156,8 +156,7 @@ class ShardedTrainer:
         # Functions that were seen to shift their labels themselves.
         self._shifting: list[Callable[..., Any]] = []
         self._stock = {name: stock_method(trainer, name) for name in _OVERRIDDEN}
-        for name in _OVERRIDDEN:
-            changes.set(trainer, name, getattr(self, name))
+        changes.override(trainer, {name: getattr(self, name) for name in _OVERRIDDEN})
         changes.set(trainer, "sequence_parallel", self)
         # transformers 5.23 tells DeepSpeed not to divide the loss, whatever number of micro-steps
         # its config has.

@@ -110,13 +110,17 @@ class TrlTrainer(AcceleratorFeature):
         replicas = self.groups.size * self.config.tp_size
         # TRL divides counts by the sizes of all axes whose ranks share a batch, but scales losses
         # by tp's alone.
-        for name, size in {"get_tp_size": replicas, "get_sp_size": 1, "get_cp_size": 1}.items():
-            changes.set(trainer, name, partial(int, size))
+        methods: dict[str, Callable[..., Any]] = {
+            "get_tp_size": partial(int, replicas),
+            "get_sp_size": partial(int, 1),
+            "get_cp_size": partial(int, 1),
+        }
         # These two it sums over all ranks.
         track = stock_method(trainer, "_track_num_input_tokens")
         operations = stock_method(trainer, "floating_point_ops")
-        changes.set(trainer, "_track_num_input_tokens", partial(self._track, track))
-        changes.set(trainer, "floating_point_ops", lambda inputs: operations(inputs) / replicas)
+        methods["_track_num_input_tokens"] = partial(self._track, track)
+        methods["floating_point_ops"] = lambda inputs: operations(inputs) / replicas
+        changes.override(trainer, methods)
         changes.set(trainer, "sequence_parallel", self)
 
     @property
