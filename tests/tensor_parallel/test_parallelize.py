@@ -49,12 +49,12 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "experts": (
         lambda: MixtralConfig(**_GROUPED, num_local_experts=2),
         2,
-        "how to cut model.layers.0.mlp",
+        "how to shard model.layers.0.mlp",
     ),
     "wide norms": (
         lambda: Olmo2Config(**_GROUPED),
         2,
-        "how to cut model.layers.0.self_attn.q_norm.weight",
+        "how to shard model.layers.0.self_attn.q_norm.weight",
     ),
     "features": (
         lambda: CONFIGS["llama"]().__class__(**{**_GROUPED, "intermediate_size": 47}),
@@ -210,10 +210,11 @@ def test_optimizers_and_models_are_prepared_in_any_order() -> None:
         # Adam divides gradients by their size, so that their rounding is seen.
         assert found["difference"] <= 1e-11
         assert (
-            "the optimizer (AdamW) has made steps with parameters that are cut" in found["stepped"]
+            "the optimizer (AdamW) has made steps with parameters that are sharded"
+            in found["stepped"]
         )
         assert (
-            "the random state of tp_size=2 ranks, which drop the same features behind"
+            "the random state of tp_size=2 ranks, which drop the same features after"
             in found["seeds"]
         )
 

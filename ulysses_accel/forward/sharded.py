@@ -297,7 +297,7 @@ class ShardedForward:
             return None
         return longest_position(description, module in (self.attention.roles.encoder or ()))
 
-    def close(self) -> None:
+    def uninstall(self) -> None:
         """Takes the hooks off the model and restores its attention."""
         for handle in self.handles:
             handle.remove()
@@ -332,7 +332,7 @@ def shard_forward(
         num_steps: returns the micro-steps that the engine divides a loss by.
 
     Returns:
-        The installation; its `close()` restores the model.
+        The installation; its `uninstall()` restores the model.
     """
     inner = transformers_model(model)
     traits, counts = ModelTraits.of(inner), own_counts(inner)
