@@ -97,7 +97,7 @@ class Attachment:
             if above in vars(self.accelerator):
                 getattr(self.accelerator, above).uninstall()
         for _, forward in self.forwards:
-            forward.uninstall()
+            forward.close()
         self.forwards.clear()
         if self.tensor_parallel is not None:
             self.tensor_parallel.uninstall()
