@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -29,6 +31,17 @@ class Coverage(ForwardFeature):
 
     def _enter(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         self._entered += 1
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leaves out the layers that run inside: those of an ordinary forward, which may be nested
+        in a sharded one of the same model.
+        """
+        before = self._entered
+        try:
+            yield
+        finally:
+            self._entered = before
 
     def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:
         """Notes how many layers have run so far, and how many calls of attention came to us."""

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ulysses_accel.installation import Installation
@@ -60,8 +59,6 @@ def override_forward(module: nn.Module, around: Around, changes: Installation) -
     earlier = vars(module).get("forward")
     is_open = True
 
-    # The compiler can't trace a context variable; it goes on with the frames that this one calls.
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def stock(*args: Any, **kwargs: Any) -> Any:
             # The class's at the time of the call: FSDP2 gives a module another class.
@@ -85,7 +82,7 @@ def override_forward(module: nn.Module, around: Around, changes: Installation) -
     # own wrappers, and would drop ours too. Trainers read from the signature what a model takes.
     signature = inspect.signature(module.forward)
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]parameters=[this, *signature.parameters.values()])
     method = WeakMethod(forward, module)
     vars(module)["forward"] = method
     changes.callback(close, weakref.ref(module), weakref.ref(method))

@@ -35,7 +35,8 @@ from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescript
 from ulysses_accel.sequence.running import run_batch
 
 # In the order in which they are installed and prepare a forward; they finish it in the opposite
-# order, so that a forward that was not covered is refused before any rank waits for another.
+# order. `Coverage` comes after them, so that a forward that bypassed the sharded attention is
+# refused before any rank waits for another.
 FEATURES: tuple[type[ForwardFeature], ...] = (
     CheckpointContext,
     Positions,
@@ -45,7 +46,6 @@ FEATURES: tuple[type[ForwardFeature], ...] = (
     SampleHeads,
     RotaryLength,  # its hooks run after those that give a module its positions
     BatchLoss,
-    Coverage,
 )
 
 
@@ -55,14 +55,19 @@ class ShardedForward:
     Args:
         target: the model and what is known of it.
         features: the parts of its forward.
+        coverage: the last of them.
         changes: everything that was installed.
     """
 
     def __init__(
-        self, target: ModelToShard, features: list[ForwardFeature], changes: Installation
+        self,
+        target: ModelToShard,
+        features: list[ForwardFeature],
+        coverage: Coverage,
+        changes: Installation,
     ) -> None:
         self.attention: InstalledAttention = target.attention
-        self._features, self._changes = features, changes
+        self._features, self._coverage, self._changes = features, coverage, changes
         self._group_size = target.group.size()
         self._position_keys = tuple(source.key for source in target.sources)
         self._is_encoder_decoder = target.encoder is not None
@@ -100,7 +105,8 @@ class ShardedForward:
                     return self._run_sharded(model, batch, forward, args, kwargs)
                 refuse_undescribed_shard(args, kwargs)
                 self._warn_of_full_batch(model, kwargs)
-                return forward(*args, **kwargs)
+                with self._coverage.uncounted():
+                    return forward(*args, **kwargs)
             finally:
                 batch.is_in_forward = False
 
@@ -226,8 +232,9 @@ def _install(
         sources=tuple(position_sources(inner)),
         merging=merging_of(inner),
     )
-    features = [feature(target, changes) for feature in FEATURES]
-    sharded = ShardedForward(target, features, changes)
+    coverage = Coverage(target, changes)
+    features = [*(feature(target, changes) for feature in FEATURES), coverage]
+    sharded = ShardedForward(target, features, coverage, changes)
     # The last and outermost, so that features' overrides run within the running batch.
     override_forward(model, sharded.run, changes)
     return sharded
