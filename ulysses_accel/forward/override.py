@@ -82,7 +82,8 @@ def override_forward(module: nn.Module, around: Around, changes: Installation) -
     # own wrappers, and would drop ours too. Trainers read from the signature what a model takes.
     signature = inspect.signature(module.forward)
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]parameters=[this, *signature.parameters.values()])
+    unbound = signature.replace(parameters=[this, *signature.parameters.values()])
+    forward.__signature__ = unbound  # type: ignore[attr-defined]
     method = WeakMethod(forward, module)
     vars(module)["forward"] = method
     changes.callback(close, weakref.ref(module), weakref.ref(method))
