@@ -90,7 +90,7 @@ class Training:
     def close(self) -> None:
         """Takes our attention out of transformers' registry."""
         if self.attention is not None:
-            self.attention.uninstall()
+            self.attention.close()
 
     @property
     def host_bytes(self) -> int:

@@ -155,7 +155,7 @@ def test_forwards_positions_and_hooks(support: Support) -> None:
             "BatchError: the batch has (2, 8) rows and tokens on this rank"
         )
         assert (
-            "says (2, 16) (16 tokens over 2 ranks, whole beside images or sound)"
+            "says (2, 16) (16 tokens over 2 ranks, in full beside images or audio)"
             in found["sharded tokens"]
         )
         assert "came without its sequence_description" in found["lost"]

@@ -37,6 +37,7 @@ from ulysses_accel import MemoryConfig, supports
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.forward.router_loss import RouterLosses
+from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.routers import computes_load_balance
 from ulysses_accel.memory.apply import apply_memory
 
@@ -392,8 +393,10 @@ def test_other_router_losses_are_refused() -> None:
     ]
     assert ["load_balancing_loss_func(" in finding.fact for finding in found] == [True]
     assert "output_router_logits=False" in found[0].remedy
+    model = nn.Linear(1, 1)
+    routers = RouterLosses(model, found[0], None, Installation())  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match="is not transformers' load balancing loss"):
-        RouterLosses(nn.Linear(1, 1), found[0], None).begin({"output_router_logits": True})  # type: ignore[arg-type]
+        routers.begin({"output_router_logits": True})
 
 
 def test_a_function_is_known_by_what_it_computes() -> None:

@@ -189,9 +189,9 @@ def refusals() -> dict[str, str]:
 REFUSALS = {
     "packed": "row 0 of the batch holds 2 packed documents, but LlamaForSequenceClassification computes one loss for",
     "embedded": "is padded on the right and has inputs_embeds alone",
-    "pooled left": "row 0 of the batch begins with padding, and BertPooler makes the loss of each row's first token",
-    "first left": "row 0 of the batch begins with padding, and DistilBertForSequenceClassification makes its loss",
-    "mixed left": "row 0 of the batch begins with padding, and BertPooler makes the loss",
+    "pooled left": "row 0 of the batch begins with padding, and BertPooler computes the loss from each row's first",
+    "first left": "row 0 of the batch begins with padding, and DistilBertForSequenceClassification computes its loss",
+    "mixed left": "row 0 of the batch begins with padding, and BertPooler computes the loss",
     "padded answers": "ModernBertForQuestionAnswering finds answers among all tokens in a way that padding can't",
 }
 

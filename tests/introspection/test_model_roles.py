@@ -19,7 +19,7 @@ from tests.helpers.parity_jobs import EXACT, Engine, compare, zero_gradients
 from tests.helpers.ranks import run_ranks
 from ulysses_accel import Finding, ParallelismConfig, supports
 from ulysses_accel.errors import ConfigError
-from ulysses_accel.forward.checkpoint_context import DescribedCheckpoint
+from ulysses_accel.forward.checkpoint_context import CheckpointInBatch
 from ulysses_accel.introspection.positions import position_sources
 from ulysses_accel.introspection.requirements import common_rules, rules_of
 from ulysses_accel.introspection.structure import attending, encoder_of, sharded_parts
@@ -211,7 +211,7 @@ def checkpointed(name: str, kinds: tuple[str, ...], enabled_late: bool) -> list[
     left = [
         module
         for module in inner.modules()
-        if isinstance(vars(module).get("_gradient_checkpointing_func"), DescribedCheckpoint)
+        if isinstance(vars(module).get("_gradient_checkpointing_func"), CheckpointInBatch)
     ]
     assert not left
     return [max(one.loss, one.grad) for one in found]

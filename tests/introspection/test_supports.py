@@ -174,7 +174,7 @@ def test_a_mask_beside_the_description_is_refused_when_it_comes() -> None:
         assert out.is_contiguous()
         with pytest.raises(UnsupportedModelError, match="a mask that its model made by itself"):
             attention(layer, query, key, key, torch.zeros(1, 1, 8, 8))
-    installed.uninstall()
+    installed.close()
     assert installed.num_calls == 1
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ulysses_accel.dataloader.keys import MERGED_KEYS
 from ulysses_accel.errors import BatchError, UnsupportedModelError
-from ulysses_accel.forward.multimodal import is_merged
-from ulysses_accel.introspection.multimodal import Merging
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
 from ulysses_accel.sequence.sharding import is_marked_shard
 
@@ -32,16 +30,16 @@ def refuse_undescribed_shard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         "decoder_position_ids",
         "labels",
     )
-    found = ["tokens" for value in args[:1] if is_marked_shard(value)]
-    found += [name for name in names if is_marked_shard(kwargs.get(name))]
-    found += ["shift_labels"] if kwargs.get("shift_labels") is not None else []
-    if found:
+    shards = [name for name in names if is_marked_shard(kwargs.get(name))]
+    if args and is_marked_shard(args[0]):
+        shards.insert(0, "tokens")
+    if kwargs.get("shift_labels") is not None:
+        shards.append("shift_labels")
+    if shards:
         raise BatchError(
-            f"the batch's {', '.join(found)} came without its {DESCRIPTION_KEY}, so each rank's "
-            "tokens would only see "
-            f"their own shard. {_AS_GIVEN}: model(**batch). For a batch that is whole on this "
-            "rank, pass labels "
-            f"and not shift_labels."
+            f"the batch's {', '.join(shards)} came without its {DESCRIPTION_KEY}, so each rank's "
+            f"tokens would only see their own shard. {_AS_GIVEN}: model(**batch). For a batch that "
+            "is whole on this rank, pass labels and not shift_labels."
         )
 
 
@@ -51,7 +49,9 @@ def check_batch(
     kwargs: dict[str, Any],
     position_keys: tuple[str, ...],
     is_encoder_decoder: bool,
-    merging: Merging | None = None,
+    *,
+    merges: bool,
+    has_blocks: bool,
 ) -> None:
     """Refuses arguments that are not this rank's shard of the described batch.
 
@@ -61,7 +61,9 @@ def check_batch(
         kwargs: all others.
         position_keys: the positions that the model is to be given.
         is_encoder_decoder: whether the described sequence is a decoder's.
-        merging: where the model merges images or sound into whole tokens.
+        merges: whether the model merges images or audio of this batch into its tokens, which are
+            then full on every rank.
+        has_blocks: whether it lets tokens of one image see each other in both directions.
 
     Raises:
         BatchError: with what is wrong.
@@ -78,7 +80,7 @@ def check_batch(
         if description.encoder is not None and description.encoder.num_shards > 1:
             _check_tokens(description.encoder, kwargs, "")
     else:
-        _check_tokens(description, kwargs, "", is_whole=is_merged(merging, kwargs))
+        _check_tokens(description, kwargs, "", is_full=merges)
         if kwargs.get("encoder_hidden_states") is not None:
             raise BatchError(
                 "the sharded batch has encoder_hidden_states, but the model is no encoder-decoder "
@@ -88,32 +90,30 @@ def check_batch(
     for key in position_keys:
         if kwargs.get(key) is None:
             raise BatchError(f"the sharded batch has no {key}. {_AS_GIVEN}: **batch.")
-        if not is_encoder_decoder and not is_merged(merging, kwargs):
+        if not is_encoder_decoder and not merges:
             _check_cut(description, key, kwargs[key].shape[-1], kwargs[key])
-    if merging is not None and merging.has_blocks:
+    if has_blocks:
         _refuse_blocks(kwargs)
-    if not is_merged(merging, kwargs):
+    if not merges:
         _refuse_merged(description.encoder if is_encoder_decoder else description, kwargs)
 
 
 def _check_tokens(
-    description: SequenceDescription, kwargs: dict[str, Any], prefix: str, is_whole: bool = False
+    description: SequenceDescription, kwargs: dict[str, Any], prefix: str, is_full: bool = False
 ) -> None:
     ids, embeds = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}inputs_embeds")
     tokens = ids if ids is not None else embeds
     expected = (
         description.batch_size,
-        description.sequence_length if is_whole else description.shard_length,
+        description.sequence_length if is_full else description.shard_length,
     )
-    found = None if tokens is None else tuple(tokens.shape[:2])
-    if found != expected:
+    shape = None if tokens is None else tuple(tokens.shape[:2])
+    if shape != expected:
+        side = "decoder tokens" if prefix else "tokens"
         raise BatchError(
-            f"the batch has {found} rows and tokens on this rank, its {DESCRIPTION_KEY} says "
-            f"{expected} "
-            f"({description.sequence_length} {prefix.rstrip('_')}{' ' if prefix else ''}tokens "
-            "over "
-            f"{description.num_shards} "
-            f"ranks{', whole beside images or sound' if is_whole else ''}). {_AS_GIVEN}."
+            f"the batch has {shape} rows and tokens on this rank, its {DESCRIPTION_KEY} says "
+            f"{expected} ({description.sequence_length} {side} over {description.num_shards} "
+            f"ranks{', in full beside images or audio' if is_full else ''}). {_AS_GIVEN}."
         )
 
 

@@ -1,29 +1,31 @@
-"""Makes activation checkpoints remember the batch they belong to, for layers that are given no
-mask.
+"""Lets activation checkpoints recompute within the batch of their forward.
 
 transformers hands each checkpointed layer the function that checkpoints it, as an attribute. Ours
-goes around it on the instances, so that a recompute in the backward pass sees the forward's
-description whichever batch came last.
+goes around it on the instances, so that a recompute in the backward pass sees the forward's running
+batch, whichever batch came last: layers that are given no mask read the batch's description there,
+and routers that the forward is over.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ulysses_accel.attention import active_description, describe_forward
-from ulysses_accel.forward.router_loss import active_record, running_for
+from ulysses_accel.forward.context import ForwardFeature, ModelToShard, RunningBatch
+from ulysses_accel.installation import Installation
 from ulysses_accel.memory.checkpoint.layers import CheckpointedLayers
+from ulysses_accel.sequence.running import run_batch, running_batch
 
 _ATTRIBUTE = "_gradient_checkpointing_func"
 
 
 @dataclass(frozen=True)
-class DescribedCheckpoint:
-    """A checkpointing function whose recompute has the description that its forward had.
+class CheckpointInBatch:
+    """A checkpointing function whose recompute runs within the batch of its forward.
 
     Args:
         stock: transformers' function.
@@ -33,31 +35,37 @@ class DescribedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoints a function."""
-        description, record = active_description(), active_record()
+        batch = running_batch()
 
-        def described(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with describe_forward(description), running_for(record):
+        def in_batch(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with run_batch(batch):
                 return function(*inner_args, **inner_kwargs)
 
-        return self.stock(described, *args, **kwargs)
+        return self.stock(in_batch, *args, **kwargs)
 
 
-def describe_checkpoints(model: nn.Module) -> None:
-    """Goes around the checkpointing functions that a model's layers have by now."""
-    for module in model.modules():
-        stock = vars(module).get(_ATTRIBUTE)
-        # Our own engine recomputes within the forward's context variables, the description among
-        # them.
-        if stock is None or isinstance(
-            getattr(stock, "__self__", stock), (DescribedCheckpoint, CheckpointedLayers)
-        ):
-            continue
-        setattr(module, _ATTRIBUTE, DescribedCheckpoint(stock))
+class CheckpointContext(ForwardFeature):
+    """Goes around the checkpointing functions that a model's layers have when a forward begins."""
+
+    def __init__(self, target: ModelToShard, changes: Installation) -> None:
+        changes.callback(_restore, weakref.ref(target.model))
+
+    def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:
+        """Goes around those that are not ours; checkpointing may be enabled at any time."""
+        for module in model.modules():
+            stock = vars(module).get(_ATTRIBUTE)
+            if stock is None or isinstance(stock, CheckpointInBatch):
+                continue
+            # Our own checkpoint engine recomputes within the forward's context variables.
+            if isinstance(getattr(stock, "__self__", None), CheckpointedLayers):
+                continue
+            setattr(module, _ATTRIBUTE, CheckpointInBatch(stock))
 
 
-def restore_checkpoints(model: nn.Module) -> None:
-    """Gives a model's layers their own checkpointing functions back."""
-    for module in model.modules():
-        described = vars(module).get(_ATTRIBUTE)
-        if isinstance(described, DescribedCheckpoint):
-            setattr(module, _ATTRIBUTE, described.stock)
+def _restore(model: weakref.ref[nn.Module]) -> None:
+    """Gives a model's layers the checkpointing functions that transformers gave them."""
+    live = model()
+    for module in live.modules() if live is not None else ():
+        function = vars(module).get(_ATTRIBUTE)
+        if isinstance(function, CheckpointInBatch):
+            setattr(module, _ATTRIBUTE, function.stock)

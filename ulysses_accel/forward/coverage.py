@@ -2,60 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ulysses_accel.attention import InstalledAttention
 from ulysses_accel.errors import UnsupportedModelError
-from ulysses_accel.introspection.structure import attending, sharded_parts, transformers_model
+from ulysses_accel.forward.context import ForwardFeature, ModelToShard, RunningBatch
+from ulysses_accel.installation import Installation
+from ulysses_accel.introspection.structure import attending, sharded_parts
 
 
-class Canary:
+class Coverage(ForwardFeature):
     """Counts the attention layers that run; all ranks run the same ones, so all of them see the
     same.
-
-    Args:
-        model: whose attention was installed.
-        installed: the installation.
     """
 
-    def __init__(self, model: nn.Module, installed: InstalledAttention) -> None:
-        # An encoder that every rank has all of attends as it always did.
-        sharded = {module for _, module in sharded_parts(transformers_model(model))}
-        layers = [module for _, module in attending(model) if module in sharded]
-        self._installed = installed
+    def __init__(self, target: ModelToShard, changes: Installation) -> None:
+        # An encoder whose input every rank has in full attends as it always did.
+        sharded = {module for _, module in sharded_parts(target.inner)}
+        layers = [module for _, module in attending(target.model) if module in sharded]
+        self._installed = target.attention
         # A number, not a set of layers: compiled layers share their code, and what it does beside
         # numbers.
         self._entered = 0
-        self.handles: list[Any] = [layer.register_forward_pre_hook(self._enter) for layer in layers]
+        changes.hooks([layer.register_forward_pre_hook(self._enter) for layer in layers])
 
     def _enter(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         self._entered += 1
 
-    def counts(self) -> tuple[int, int]:
-        """Returns how many layers have run so far, and how many calls of attention have come
-        to us.
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leaves out the layers that run inside: those of an ordinary forward, which may be nested
+        in a sharded one of the same model.
         """
-        return self._entered, self._installed.num_calls
+        before = self._entered
+        try:
+            yield
+        finally:
+            self._entered = before
 
-    def check(self, model: nn.Module, before: tuple[int, int]) -> None:
+    def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:
+        """Notes how many layers have run so far, and how many calls of attention came to us."""
+        batch.counted_before = (self._entered, self._installed.num_calls)
+
+    def after(self, model: nn.Module, batch: RunningBatch, output: Any) -> Any:
         """Refuses a forward whose layers did not all call us.
-
-        Args:
-            model: for the message.
-            before: the counts at its beginning.
 
         Raises:
             UnsupportedModelError: a layer's tokens have only seen their own shard.
         """
-        entered, calls = (now - then for now, then in zip(self.counts(), before))
+        entered_before, calls_before = batch.counted_before
+        entered = self._entered - entered_before
+        calls = self._installed.num_calls - calls_before
         if calls and calls >= entered:
-            return
+            return output
         raise UnsupportedModelError(
             f"{type(model).__name__} computed a sharded batch with {calls} attention calls through "
             f"'{self._installed.implementation}' in {entered} attention layers: the others' tokens "
-            "have only seen "
-            "their own shard. Something replaced the model's attention after prepare; prepare the "
-            "model last."
+            "have only seen their own shard. Something replaced the model's attention after "
+            "prepare; prepare the model last."
         )

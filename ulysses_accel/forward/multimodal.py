@@ -1,23 +1,20 @@
-"""Images and sound: merged into the embeddings of whole tokens as the model does it, and cut before
-its decoder.
+"""Images and audio: merged into the embeddings of the full sequence as the model does it, and
+sharded before its decoder.
 
-Every rank of a sequence group has the batch's tokens, mask and images whole, runs the towers on
-them and merges. A hook on the decoder, which is given embeddings, cuts those and all that goes with
-them; from there on each rank has its own tokens. What a rank's tokens contribute is its part of a
-gradient, so embeddings and towers get the right one too.
+Every rank of a sequence group has the batch's tokens, mask and images in full, runs the towers on
+them and merges. A hook on the decoder, which is given embeddings, shards those and all that goes
+with them; from there on each rank has its own tokens. What a rank's tokens contribute is its part
+of a gradient, so embeddings and towers get the right one too.
 
-An encoder that every rank has all of (sound, images) runs inside a sharded forward as it always
-does.
-
-Its work is replicated, and its gradients are right: on each rank they are what that rank's tokens
-contribute through cross-attention, and the loss carries the factor by which engines average them.
+An encoder whose input (audio, images) every rank has in full runs inside a sharded forward as it
+always does. Its work is replicated, and its gradients are right: on each rank they are what that
+rank's tokens contribute through cross-attention, and the loss carries the factor by which engines
+average them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,182 +22,147 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.attention import describe_forward
 from ulysses_accel.attention.huggingface.masks import DescribedMask
 from ulysses_accel.dataloader.keys import MERGED_KEYS
 from ulysses_accel.errors import UnsupportedModelError
-from ulysses_accel.introspection.multimodal import Merging
+from ulysses_accel.forward.context import (
+    ForwardFeature,
+    ModelToShard,
+    RunningBatch,
+    sharded_batch,
+)
+from ulysses_accel.forward.override import Forward, override_forward
+from ulysses_accel.installation import Installation
+from ulysses_accel.introspection.positions import POSITIONS
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.gather import shard_sequence
+from ulysses_accel.sequence.running import DescribedBatch, run_batch
 
-_DEEPSTACK, _PLACES = "deepstack_visual_embeds", "visual_pos_masks"
-
-
-@dataclass(frozen=True)
-class MergedBatch:
-    """A forward with images or sound that is running.
-
-    Args:
-        description: of its tokens.
-        positions: `[B, S / P]`, for a decoder whose model gives it none; None where the batch has
-            its own.
-    """
-
-    description: SequenceDescription
-    positions: Tensor | None
+_DEEPSTACK, _VISUAL_MASK = "deepstack_visual_embeds", "visual_pos_masks"
 
 
-def is_merged(merging: Merging | None, kwargs: dict[str, Any]) -> bool:
-    """Returns whether a model is going to merge images or sound of a batch into its tokens."""
-    return merging is not None and any(kwargs.get(name) is not None for name in MERGED_KEYS)
+def has_merged_inputs(kwargs: dict[str, Any]) -> bool:
+    """Returns whether a forward is given images or audio."""
+    return any(kwargs.get(name) is not None for name in MERGED_KEYS)
 
 
-def begin_merged(
-    merging: Merging | None, description: SequenceDescription, kwargs: dict[str, Any]
-) -> tuple[MergedBatch | None, dict[str, Any]]:
-    """Returns what is kept of a batch with images or sound until its decoder runs, and what its
-    model is given whole.
+class Multimodal(ForwardFeature):
+    """Shards what a model gives to its decoder, and lets its towers attend as they always do."""
 
-    Args:
-        merging: of the model; nothing is kept where it merges nothing.
-        description: of the batch.
-        kwargs: of the forward; positions that every rank has whole are the batch's own, others were
-            made for a decoder that is given none.
-    """
-    if not is_merged(merging, kwargs):
-        return None, {}
-    positions = kwargs.get("position_ids")
-    is_own = positions is not None and positions.shape[-1] == description.sequence_length
-    whole = {
-        "attention_mask": kwargs.get("attention_mask"),
-        "position_ids": positions if is_own else None,
-    }
-    return MergedBatch(description, None if is_own else positions), whole
+    def __init__(self, target: ModelToShard, changes: Installation) -> None:
+        self._merges = target.merging is not None
+        if target.encoder is not None and target.has_full_encoder:
+            override_forward(target.encoder, _without_sharding, changes)
+        if target.merging is None:
+            return
+        decoder = target.merging.decoder
+        names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
+        hook = DecoderHook(target.group, names)
+        changes.hooks([decoder.register_forward_pre_hook(hook, with_kwargs=True)])
+        for tower in target.merging.towers:
+            override_forward(tower, _without_sharding, changes)
 
+    def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:
+        """Gives the model the full mask and positions of a batch with images or audio.
 
-def hook_merged(
-    merging: Merging, group: ProcessGroup, current: Callable[[], MergedBatch | None]
-) -> list[Any]:
-    """Cuts what a model gives to its decoder, and lets its towers attend as they always do.
-
-    Args:
-        merging: of the model.
-        group: the ranks that share each sequence.
-        current: returns the running forward's batch; None where it has no images or sound.
-
-    Returns:
-        What takes the hooks off.
-    """
-    cut = _Cut(
-        group, current, tuple(inspect.signature(type(merging.decoder).forward).parameters)[1:]
-    )
-    handles: list[Any] = [merging.decoder.register_forward_pre_hook(cut, with_kwargs=True)]
-    for tower in merging.towers:
-        handles += hook_whole_encoder(tower)
-    return handles
+        Positions that every rank has in full are the batch's own; others were computed for a
+        decoder that is given none.
+        """
+        if not self._merges or not has_merged_inputs(kwargs):
+            return
+        assert batch.description is not None
+        batch.merges = True
+        positions = batch.positions.get(POSITIONS)
+        is_full = positions is not None and positions.shape[-1] == batch.description.sequence_length
+        batch.decoder_positions = None if is_full else positions
+        kwargs.setdefault("attention_mask", None)
+        kwargs[POSITIONS] = positions if is_full else None
 
 
-def _own_mask(mask: Any) -> Any:
-    """Returns what a decoder is given as its mask: described ones of its model, or None, and it
-    makes its own.
-    """
-    masks = mask.values() if isinstance(mask, dict) else [mask]
-    return mask if all(isinstance(one, DescribedMask) for one in masks) else None
+def _without_sharding(
+    _module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Hides the sharded batch from a tower, or from an encoder whose input is full."""
+    with run_batch(DescribedBatch(None)):
+        return forward(*args, **kwargs)
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """The hook before a decoder.
+class DecoderHook:
+    """The hook before a decoder, which is given the merged embeddings of the full sequence.
 
     Args:
         group: the ranks that share each sequence.
-        current: as for `hook_merged`.
         names: of the decoder's positional arguments.
     """
 
     group: ProcessGroup
-    current: Callable[[], MergedBatch | None]
     names: tuple[str, ...]
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = self.current()
-        if batch is None:
+        """Returns this rank's part of the decoder's arguments."""
+        batch = sharded_batch()
+        if batch is None or not batch.merges:
             return None
-        given = {**dict(zip(self.names, args)), **kwargs}
-        size = (batch.description.batch_size, batch.description.sequence_length)
-        own = {name: self._part(decoder, name, value, size, batch) for name, value in given.items()}
-        if not isinstance(own.get("inputs_embeds"), Tensor):
+        description = batch.description
+        assert description is not None
+        full = {**dict(zip(self.names, args)), **kwargs}
+        local = {}
+        for name, value in full.items():
+            local[name] = self._local_argument(decoder, name, value, description)
+        if not isinstance(local.get("inputs_embeds"), Tensor):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was given no inputs_embeds, where merged images or "
-                "sound were expected. "
-                f"Merge them before (inputs_embeds in the batch), or use sp_size=1 and cp_size=1."
+                "audio were expected. Merge them before (inputs_embeds in the batch), or use "
+                "sp_size=1 and cp_size=1."
             )
-        if "position_ids" in self.names and own.get("position_ids") is None:
-            own["position_ids"] = batch.positions
-        if given.get(_DEEPSTACK) is not None:
-            own[_DEEPSTACK] = self._own_features(
-                given[_DEEPSTACK], given[_PLACES], batch.description
+        if POSITIONS in self.names and local.get(POSITIONS) is None:
+            local[POSITIONS] = batch.decoder_positions
+        if full.get(_DEEPSTACK) is not None:
+            local[_DEEPSTACK] = self._local_features(
+                full[_DEEPSTACK], full[_VISUAL_MASK], description
             )
-        return (), own
+        return (), local
 
-    def _part(
-        self, decoder: nn.Module, name: str, value: Any, size: tuple[int, int], batch: MergedBatch
+    def _local_argument(
+        self, decoder: nn.Module, name: str, value: Any, description: SequenceDescription
     ) -> Any:
         """Returns one argument as the decoder of a sharded sequence is to get it."""
         if name == "attention_mask":
-            return _own_mask(value)
+            return _described_or_none(value)
         if not isinstance(value, Tensor) or name == _DEEPSTACK:
             return value
-        if name == "position_ids":
+        if name == POSITIONS:
             # [..., S] -> [..., S/P]
-            return shard_sequence(value, batch.description, self.group, dim=-1)
-        if tuple(value.shape[:2]) != size:
+            return shard_sequence(value, description, self.group, dim=-1)
+        if tuple(value.shape[:2]) != (description.batch_size, description.sequence_length):
             return value
-        if name not in ("inputs_embeds", "input_ids", _PLACES):
+        if name not in ("inputs_embeds", "input_ids", _VISUAL_MASK):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was given {name} of shape {list(value.shape)} beside "
-                "its merged embeddings, "
-                "which may or may not follow the tokens. Merge images before (inputs_embeds in "
-                "the batch), or use "
-                f"sp_size=1 and cp_size=1."
+                "its merged embeddings, which may or may not follow the tokens. Merge images "
+                "before (inputs_embeds in the batch), or use sp_size=1 and cp_size=1."
             )
         # [B, S, ...] -> [B, S/P, ...]
-        return shard_sequence(value, batch.description, self.group)
+        return shard_sequence(value, description, self.group)
 
-    def _own_features(
-        self, features: Any, places: Tensor, description: SequenceDescription
+    def _local_features(
+        self, features: Any, mask: Tensor, description: SequenceDescription
     ) -> list[Tensor]:
-        """Returns this rank's rows of features `[n, D]` that the decoder adds at n places of the
-        whole sequence.
+        """Returns this rank's rows of features `[n, D]`, which the decoder adds where the mask
+        `[B, S]` of the full sequence is True, n times.
         """
-        numbers = (places.flatten().cumsum(0) - 1).view_as(places)
+        numbers = (mask.flatten().cumsum(0) - 1).view_as(mask)
         # [B, S] -> [B, S/P]
-        own = shard_sequence(numbers, description, self.group)[
-            shard_sequence(places, description, self.group)
-        ]
-        return [torch.index_select(feature, 0, own.to(feature.device)) for feature in features]
+        local_numbers = shard_sequence(numbers, description, self.group)
+        local_mask = shard_sequence(mask, description, self.group)
+        rows = local_numbers[local_mask]
+        return [torch.index_select(feature, 0, rows.to(feature.device)) for feature in features]
 
 
-def hook_whole_encoder(encoder: nn.Module) -> list[Any]:
-    """Hides the sharded batch from an encoder.
-
-    Args:
-        encoder: of an encoder-decoder.
-
-    Returns:
-        What takes the hooks off.
+def _described_or_none(mask: Any) -> Any:
+    """Returns what a decoder is given as its mask: the described ones of its model, or None, and it
+    computes its own.
     """
-    entered: list[AbstractContextManager[None]] = []
-
-    def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-        context = describe_forward(None)
-        context.__enter__()
-        entered.append(context)
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        entered.pop().__exit__(None, None, None)
-
-    return [
-        encoder.register_forward_pre_hook(before),
-        encoder.register_forward_hook(after, always_call=True),
-    ]
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    return mask if all(isinstance(one, DescribedMask) for one in masks) else None

@@ -1,23 +1,21 @@
 """The router (load balancing) loss of mixture-of-experts models, over the whole sequence.
 
 It is not linear in the tokens, so the mean of shards' losses is another number. Hooks on the
-routers sum what it is made of over a forward's layers, one all-reduce of 2E + 1 numbers adds the
-ranks', and the loss follows from the sums; no logits travel, and the shard's are kept only for a
-call with `output_router_logits=True`. The gradient by the logits is added where a router's output
-goes back through the graph, so that it is right in a recompute too, of whatever kind of
-checkpointing: the forward alone counts tokens.
+routers sum its terms over a forward's layers, one all-reduce of 2E + 1 numbers adds the ranks', and
+the loss follows from the sums; no logits are exchanged, and the shard's are kept only for a call
+with `output_router_logits=True`. The gradient by the logits is added in the backward of a router's
+output, so that it is right in a recompute too, of whatever kind of checkpointing: the forward alone
+counts tokens.
 
-Normalisation. The loss is the sequence group's, as in stock data parallelism it is each process's
-own; without `num_items_in_batch` data parallel ranks and micro-steps are averaged. With it,
+Normalisation. The loss is the sequence group's, as in stock data parallelism it is each process's;
+without `num_items_in_batch` data parallel ranks and micro-steps are averaged. With it,
 transformers adds the loss of every process and micro-step to the step's loss undivided, and so it
 is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar, Token
+import weakref
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -27,25 +25,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.attention import active_description
 from ulysses_accel.errors import ShapeError, UnsupportedModelError
+from ulysses_accel.forward.context import sharded_batch
+from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.routers import (
     FLAG,
     RouterLossUse,
     load_balance,
     load_balance_gradient,
-    read_router_loss,
     recorded_routers,
     router_probabilities,
     router_statistics,
 )
-from ulysses_accel.introspection.structure import text_config, transformers_model
+from ulysses_accel.introspection.structure import text_config
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.gather import shard_sequence
 from ulysses_accel.sequence.loss import shared_scalar
-
-_ACTIVE: ContextVar[RouterRecord | None] = ContextVar("ulysses_accel_router_record", default=None)
 
 
 @dataclass(eq=False)
@@ -56,15 +52,13 @@ class RouterRecord:
         group: the ranks that share each sequence.
         top_k: experts that a token is sent to.
         coefficient: what the loss is multiplied by.
-        keeps_logits: whether the caller wants the shard's router logits.
-        is_open: whether the forward still runs; afterwards routers run only for a recompute.
+        keeps_logits: whether the caller requested the shard's router logits.
         statistics: `[2E + 1]` of this rank's tokens, None before the first router; of all ranks'
-            behind `loss`.
-        gradient: `[E]`, the wanted gradient by each expert's summed probability, while a backward
+            after `loss`.
+        gradient: `[E]`, the loss's gradient by each expert's summed probability, while a backward
             pass runs.
         dtype: of the loss.
-        logits: of the layers so far, where wanted.
-        token: what `close` takes the record out of the context with.
+        logits: of the layers so far, where requested.
         mask: `[B * S / P]`, False for padding; None where there is none.
     """
 
@@ -72,54 +66,45 @@ class RouterRecord:
     top_k: int
     coefficient: float
     keeps_logits: bool
-    is_open: bool = True
     statistics: Tensor | None = None
     gradient: Tensor | None = None
     dtype: torch.dtype = torch.float32
     logits: list[Tensor] = field(default_factory=list)
-    token: Token[RouterRecord | None] | None = None
     mask: Tensor | None = None
 
-    def count(self, logits: Tensor) -> None:
-        """Adds one router's rows `[T, E]`."""
+    def count(self, logits: Tensor, description: SequenceDescription | None) -> None:
+        """Adds one router's rows `[T, E]` of the described batch."""
         if self.statistics is None:
-            self.mask = _counted(active_description(), self.group, logits.device)
+            self.mask = _counted(description, self.group, logits.device)
         if self.mask is not None and self.mask.numel() != logits.shape[0]:
             raise ShapeError(
                 f"a router saw {logits.shape[0]} tokens of a shard of {self.mask.numel()}, so its "
-                "padding can't be "
-                f"told. Set {FLAG}=False, or leave the block that has the router whole."
+                f"padding can't be told. Set {FLAG}=False, or don't tile the block that has the "
+                "router."
             )
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
-        found = router_statistics(logits, self.top_k, self.mask)
-        self.statistics = found if self.statistics is None else self.statistics + found
+        statistics = router_statistics(logits, self.top_k, self.mask)
+        self.statistics = statistics if self.statistics is None else self.statistics + statistics
 
     def loss(self, anchor: Tensor) -> Tensor:
         """Returns the router loss of the whole sequence, a scalar whose gradient reaches the
         routers.
 
         Args:
-            anchor: a tensor that the forward computed behind all routers; it gets no gradient of
+            anchor: a tensor that the forward computed after all routers; it gets no gradient of
                 this.
         """
         if self.statistics is None:
             raise UnsupportedModelError(
-                f"no router ran in a forward that was asked for its router loss. Set {FLAG}=False."
+                f"no router ran in a forward whose router loss was requested. Set {FLAG}=False."
             )
         loss: Tensor = _RouterLoss.apply(anchor, self)  # type: ignore[no-untyped-call]
         return loss
 
-    def close(self) -> None:
-        """Ends the forward; routers that run later for it do so in a recompute."""
-        self.is_open = False
-        if self.token is not None:
-            _ACTIVE.reset(self.token)
-            self.token = None
-
 
 class _RouterLoss(torch.autograd.Function):
-    """Makes the loss of the sums, and tells the routers its gradient before any of them goes
-    back.
+    """Computes the loss from the sums, and tells the routers its gradient before backward reaches
+    any of them.
     """
 
     @staticmethod
@@ -133,25 +118,25 @@ class _RouterLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         record = ctx.record
-        # Each rank adds its own tokens' part alone: times their number, the mean over ranks is the
-        # gradient.
+        # Each rank adds its local tokens' part alone: times their number, the mean over ranks is
+        # the gradient.
         record.gradient = load_balance_gradient(record.statistics) * grad * record.group.size()
         torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, record))
         return torch.zeros((), dtype=ctx.dtype, device=grad.device).expand(ctx.shape), None
 
 
 def _forget(record: RouterRecord) -> None:
-    """A later backward pass through the same graph, without this loss, must not find the gradient
-    again.
+    """Removes the gradient, which a later backward pass through the same graph, without this loss,
+    must not add again.
     """
     record.gradient = None
 
 
 class _AtRouter(torch.autograd.Function):
-    """A router's outputs as they are; their backward adds the router loss's gradient to that of the
+    """A router's outputs, unchanged; their backward adds the router loss's gradient to that of the
     logits.
 
-    All of them go through, because models differ in which they use: one that is used is enough.
+    All outputs pass through, because models differ in which they use: one that is used is enough.
     """
 
     @staticmethod
@@ -168,10 +153,10 @@ class _AtRouter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         record, (logits,) = ctx.record, ctx.saved_tensors
         if record.gradient is not None:
-            probabilities, wanted = router_probabilities(logits), record.gradient
-            wanted = wanted.to(probabilities.dtype)
-            # [T, E] * [E] -> [T, E]: the softmax's own backward.
-            added = probabilities * (wanted - (probabilities * wanted).sum(-1, keepdim=True))
+            probabilities = router_probabilities(logits)
+            gradient = record.gradient.to(probabilities.dtype)
+            # [T, E] * [E] -> [T, E]: the backward of a softmax.
+            added = probabilities * (gradient - (probabilities * gradient).sum(-1, keepdim=True))
             mask = record.mask
             added = added if mask is None else added * mask[:, None]
             grad = grad + added.to(grad.dtype)
@@ -179,35 +164,40 @@ class _AtRouter(torch.autograd.Function):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _at_router(place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+def _at_router(index: int, _module: nn.Module, _args: Any, output: Any) -> Any:
     """Hook: counts a router's tokens, and lets its backward know of the loss.
 
-    Not compiled: the compiler would take the backward for one that never finds a gradient to add.
+    Not compiled: the compiler would take the backward for one that never has a gradient to add.
+
+    Args:
+        index: of the logits in a tuple that the router returns.
     """
-    record = _ACTIVE.get()
-    if record is None:
+    batch = sharded_batch()
+    record = None if batch is None else batch.router
+    if batch is None or record is None:
         return None
     outputs = output if isinstance(output, tuple) else (output,)
-    place = place if isinstance(output, tuple) else 0
-    logits = outputs[place]
+    index = index if isinstance(output, tuple) else 0
+    logits = outputs[index]
     if logits is None:
         return None
-    if record.is_open:
+    # Once the forward is over, routers run for a recompute, and their tokens have been counted.
+    if batch.is_in_forward:
         with torch.no_grad():
-            record.count(logits.detach())
+            record.count(logits.detach(), batch.description)
         if record.keeps_logits:
             record.logits.append(logits)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return None
-    others = [
-        index
-        for index, value in enumerate(outputs)
-        if index != place and isinstance(value, Tensor) and value.requires_grad
-    ]
-    changed = _AtRouter.apply(record, logits, *(outputs[index] for index in others))  # type: ignore[no-untyped-call]
-    replaced = dict(zip([place, *others], changed, strict=True))
-    result = tuple(replaced.get(index, value) for index, value in enumerate(outputs))
-    return result if isinstance(output, tuple) else result[0]
+    indices = [index]
+    for other, value in enumerate(outputs):
+        if other != index and isinstance(value, Tensor) and value.requires_grad:
+            indices.append(other)
+    changed = _AtRouter.apply(record, *(outputs[each] for each in indices))  # type: ignore[no-untyped-call]
+    results = list(outputs)
+    for each, value in zip(indices, changed, strict=True):
+        results[each] = value
+    return tuple(results) if isinstance(output, tuple) else results[0]
 
 
 def _counted(
@@ -218,140 +208,117 @@ def _counted(
     """
     if description is None:
         return None
-    size = description.batch_size * description.sequence_length
-    if not description.has_holes and size == sum(
-        stop - start for row in description.rows for start, stop in row
-    ):
-        return None
-    whole = torch.zeros(description.batch_size, description.sequence_length, dtype=torch.bool)
+    full = torch.zeros(description.batch_size, description.sequence_length, dtype=torch.bool)
     for row, documents in enumerate(description.rows):
         for start, stop in documents:
-            whole[row, start:stop] = True
+            full[row, start:stop] = True
         for start, stop in description.holes[row] if description.holes else ():
-            whole[row, start:stop] = False
+            full[row, start:stop] = False
+    if bool(full.all()):
+        return None
     # [B, S] -> [B * S/P]
-    return shard_sequence(whole, description, group).reshape(-1).to(device)
+    return shard_sequence(full, description, group).reshape(-1).to(device)
 
 
-@dataclass
 class RouterLosses:
-    """One model's router loss: the hooks on its routers, and what a forward asks for.
+    """One model's router loss: the hooks on its routers, and what a forward requests.
 
     Args:
-        model: the transformers model.
-        use: how it makes the loss; a finding where it can't be computed of shards, None where it
-            makes none.
+        model: the transformers model, which is held weakly.
+        use: how it computes the loss; a finding where that can't be done on shards, None where it
+            has none.
         group: the ranks that share each sequence.
-        handles: the hooks, from the first forward on that asks for the loss.
+        changes: takes over the hooks, which the first forward that requests the loss registers.
     """
 
-    model: Any
-    use: RouterLossUse | Finding | None
-    group: ProcessGroup
-    handles: list[Any] = field(default_factory=list)
+    def __init__(
+        self,
+        model: nn.Module,
+        use: RouterLossUse | Finding | None,
+        group: ProcessGroup,
+        changes: Installation,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._use, self._group = use, group
+        self._hooks: Installation | None = None
+        changes.callback(self._remove_hooks)
 
     def begin(self, kwargs: dict[str, Any]) -> RouterRecord | None:
-        """Starts to count where the loss is asked for, and keeps the model from computing the
+        """Starts to count where the loss is requested, and keeps the model from computing the
         shard's.
 
         Args:
             kwargs: the forward's; changed in place.
 
         Raises:
-            UnsupportedModelError: it is asked for in this call, and can't be computed of shards.
+            UnsupportedModelError: it is requested in this call, and can't be computed on shards.
         """
-        if self.use is None:
+        model: Any = self._model()
+        if self._use is None or model is None:
             return None
-        asked = kwargs.get(FLAG)
-        is_wanted = getattr(text_config(self.model), FLAG, False) if asked is None else asked
-        if is_wanted and isinstance(self.use, Finding):
-            raise UnsupportedModelError(f"{type(self.model).__name__}: {self.use}")
-        record = None
-        if is_wanted and isinstance(self.use, RouterLossUse):
-            kwargs[FLAG] = False
-            if not self.handles:
-                routers = recorded_routers(self.model)
-                self.handles += [
-                    router.register_forward_hook(partial(_at_router, place))
-                    for router, place in routers
-                ]
-            top_k, coefficient = self._value(self.use.top_k), self._value(self.use.coefficient)
-            record = RouterRecord(
-                self.group, int(top_k), float(coefficient), keeps_logits=asked is not None
-            )
-            record.token = _ACTIVE.set(record)
-        return record
+        flag = kwargs.get(FLAG)
+        is_requested = getattr(text_config(model), FLAG, False) if flag is None else flag
+        if not is_requested:
+            return None
+        if isinstance(self._use, Finding):
+            raise UnsupportedModelError(f"{type(model).__name__}: {self._use}")
+        kwargs[FLAG] = False
+        self._hook_routers(model)
+        top_k, coefficient = _value(model, self._use.top_k), _value(model, self._use.coefficient)
+        return RouterRecord(
+            self._group, int(top_k), float(coefficient), keeps_logits=flag is not None
+        )
 
-    def uninstall(self) -> None:
-        """Takes the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+    def _hook_routers(self, model: nn.Module) -> None:
+        if self._hooks is not None:
+            return
+        self._hooks = Installation()
+        for router, index in recorded_routers(model):
+            self._hooks.hooks([router.register_forward_hook(partial(_at_router, index))])
 
-    def _value(self, path: tuple[str, ...]) -> Any:
-        value = self.model
-        for name in path:
-            value = getattr(value, name)
-        return value
+    def _remove_hooks(self) -> None:
+        if self._hooks is not None:
+            self._hooks.close()
+            self._hooks = None
 
 
-def router_losses(model: nn.Module, group: ProcessGroup) -> RouterLosses:
-    """Returns a model's router loss, which changes nothing until a forward is asked for it.
-
-    Args:
-        model: a transformers model, or a module that holds one.
-        group: the ranks that share each sequence.
-    """
-    inner = transformers_model(model)
-    return RouterLosses(inner, read_router_loss(inner), group)
-
-
-def active_record() -> RouterRecord | None:
-    """Returns the record of the forward that is running, or runs again."""
-    return _ACTIVE.get()
-
-
-@contextmanager
-def running_for(record: RouterRecord | None) -> Iterator[None]:
-    """Lets routers inside belong to the forward of `record`, for its recompute."""
-    token = _ACTIVE.set(record)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
+def _value(model: Any, path: tuple[str, ...]) -> Any:
+    value = model
+    for name in path:
+        value = getattr(value, name)
+    return value
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Returns a tensor of a model's output that lies behind its routers."""
+    """Returns a tensor of a model's output that was computed after its routers."""
     values = output if isinstance(output, tuple) else output.values()
     return next(
         value for value in values if isinstance(value, Tensor) and value.is_floating_point()
     )
 
 
-def put_router_loss(output: Any, loss: Tensor, record: RouterRecord, place: int = 0) -> Any:
-    """Returns a model's output with its router loss, in the place that transformers gives it.
+def put_router_loss(output: Any, loss: Tensor, record: RouterRecord, index: int = 0) -> Any:
+    """Returns a model's output with its router loss, where transformers puts it.
 
     Args:
         output: of the forward.
         loss: the router loss, the same on every rank of the group.
         record: of the forward.
-        place: the loss's, where the output is a tuple.
+        index: the loss's, where the output is a tuple.
     """
     loss = shared_scalar(loss, record.group)
     # The graph holds the record: what it kept of the graph would never be freed.
     logits = tuple(record.logits)
     record.logits.clear()
     if isinstance(output, tuple):
-        return (*output[:place], loss, *output[place:], *([logits] if record.keeps_logits else []))
+        return (*output[:index], loss, *output[index:], *([logits] if record.keeps_logits else []))
     output["aux_loss"] = loss
     names = [entry.name for entry in fields(output)]
-    # Outputs that have no place for them, as those of TRL's loss heads, could not be made anew by
-    # an engine.
+    # Engines rebuild outputs from their fields; those of TRL's loss heads have none for the logits.
     if record.keeps_logits and "router_logits" in names:
         output["router_logits"] = logits
     for name in names:
-        # By their places a Trainer's metrics tell them apart.
+        # transformers' Trainer tells outputs apart by their order.
         if name in output:
             output.move_to_end(name)
     return output

@@ -1,4 +1,4 @@
-"""One model's sharded forward: takes the description from the batch, and makes `loss` the whole
+"""One model's sharded forward: takes the description from the batch, and makes `loss` the full
 batch's.
 
 Whether a forward is sharded is decided by the batch, not by `model.training`: with a
@@ -9,309 +9,171 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
-from ulysses_accel.attention import InstalledAttention, SequenceAttention, describe_forward, install
-from ulysses_accel.forward.batch_checks import check_batch, check_labels, refuse_undescribed_shard
-from ulysses_accel.forward.checkpoint_context import describe_checkpoints, restore_checkpoints
-from ulysses_accel.forward.coverage import Canary
-from ulysses_accel.forward.multimodal import (
-    MergedBatch,
-    begin_merged,
-    hook_merged,
-    hook_whole_encoder,
-)
-from ulysses_accel.forward.positions import (
-    hook_counts,
-    hook_positions,
-    hook_rotary,
-    longest_position,
-)
-from ulysses_accel.forward.router_loss import (
-    RouterLosses,
-    RouterRecord,
-    first_tensor,
-    put_router_loss,
-    router_losses,
-)
-from ulysses_accel.forward.sample_heads import WholeHead, hook_first_tokens, mean_of_samples
+from ulysses_accel.attention import InstalledAttention, SequenceAttention, install
+from ulysses_accel.forward.batch_checks import check_batch, refuse_undescribed_shard
+from ulysses_accel.forward.checkpoint_context import CheckpointContext
+from ulysses_accel.forward.context import ForwardFeature, ModelToShard, RunningBatch
+from ulysses_accel.forward.coverage import Coverage
+from ulysses_accel.forward.loss import BatchLoss
+from ulysses_accel.forward.multimodal import Multimodal, has_merged_inputs
+from ulysses_accel.forward.override import Forward, override_forward
+from ulysses_accel.forward.positions import Positions, RotaryLength, TokenCounts
+from ulysses_accel.forward.sample_heads import FirstTokens, SampleHeads
+from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.loss import LossUse, read_loss
-from ulysses_accel.introspection.multimodal import Merging, merging_of
-from ulysses_accel.introspection.positions import (
-    PositionSource,
-    own_counts,
-    position_sources,
-    rotary_modules,
-)
-from ulysses_accel.introspection.sample_heads import first_token_modules, read_sample_head
+from ulysses_accel.introspection.multimodal import merging_of
+from ulysses_accel.introspection.positions import position_sources
 from ulysses_accel.introspection.source import parameters, takes_keywords
 from ulysses_accel.introspection.structure import encoder_of, reads_tokens, transformers_model
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
-from ulysses_accel.sequence.loss import aggregate_loss, mean_as_share, shared_scalar
+from ulysses_accel.sequence.running import run_batch
+
+# In the order in which they are installed and prepare a forward; they finish it in the opposite
+# order. `Coverage` comes after them, so that a forward that bypassed the sharded attention is
+# refused before any rank waits for another.
+FEATURES: tuple[type[ForwardFeature], ...] = (
+    CheckpointContext,
+    Positions,
+    TokenCounts,
+    Multimodal,  # reads the positions that `Positions` keeps
+    FirstTokens,
+    SampleHeads,
+    RotaryLength,  # its hooks run after those that give a module its positions
+    BatchLoss,
+)
 
 
-@dataclass(frozen=True)
-class ModelTraits:
-    """What a sharded forward must know of its model.
-
-    Args:
-        loss: how it uses labels; None where it computes no loss.
-        positions: where the positions of its sequences come in.
-        is_encoder_decoder: whether the described sequence is a decoder's.
-        has_whole_encoder: whether every rank has all of an encoder's input, which is not made of
-            tokens.
-        takes_use_cache: whether its forward can be told to keep no keys.
-        merging: where it merges images or sound into whole tokens; None where it doesn't.
-    """
-
-    loss: LossUse | None
-    positions: tuple[PositionSource, ...]
-    is_encoder_decoder: bool
-    has_whole_encoder: bool
-    takes_use_cache: bool
-    merging: Merging | None = None
-
-    @classmethod
-    def of(cls, model: Any) -> ModelTraits:
-        """Returns the traits of a transformers model that passed `check_model`."""
-        used, encoder = read_loss(model), encoder_of(model)
-        return cls(
-            loss=used if isinstance(used, LossUse) else None,
-            positions=tuple(position_sources(model)),
-            is_encoder_decoder=encoder is not None,
-            has_whole_encoder=encoder is not None and not reads_tokens(encoder),
-            takes_use_cache="use_cache" in parameters(model) or takes_keywords(model),
-            merging=merging_of(model),
-        )
-
-
-@dataclass
-class _Running:
-    """A forward between its first and its last hook; `description` is None for an ordinary
-    batch.
-    """
-
-    description: SequenceDescription | None
-    context: AbstractContextManager[None]
-    counts_before: tuple[int, int]
-    labels: Tensor | None = None
-    has_loss: bool = False
-    num_items_in_batch: Tensor | int | None = None
-    router: RouterRecord | None = None
-    positions: dict[str, Tensor] = field(default_factory=dict)
-    merged: MergedBatch | None = None
-
-
-@dataclass
 class ShardedForward:
-    """The hooks on one model, and the way to take them off.
+    """The sharded forward of one model, which it does not keep alive.
 
     Args:
-        model: that the hooks are on.
-        attention: the model's installed attention.
-        group: the ranks that share each sequence.
-        world_group: the ranks that `num_items_in_batch` is counted over.
-        num_steps: returns the micro-steps that the engine divides a loss by.
-        traits: of the model.
-        canary: tells whether all attention comes to us.
-        routers: the model's router loss.
-        handles: the hooks.
-        running: forwards between their two hooks, the innermost last.
-        warned: whether the user was told of a whole batch in training.
+        target: the model and what is known of it.
+        features: the parts of its forward.
+        coverage: the last of them.
+        changes: everything that was installed.
     """
 
-    model: nn.Module
-    attention: InstalledAttention
-    group: ProcessGroup
-    world_group: ProcessGroup
-    num_steps: Callable[[], int]
-    traits: ModelTraits
-    canary: Canary
-    routers: RouterLosses
-    handles: list[Any] = field(default_factory=list)
-    running: list[_Running] = field(default_factory=list)
-    warned: bool = False
-
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Prepares the arguments of a sharded forward; leaves those of an ordinary one alone."""
-        kwargs = dict(kwargs)
-        description = kwargs.pop(DESCRIPTION_KEY, None)
-        # Ordinary forwards get a context too: one inside of a sharded forward must not see that
-        # batch.
-        context = describe_forward(description)
-        context.__enter__()
-        running = _Running(description, context, self.canary.counts())
-        self.running.append(running)
-        # Refused only now: `after` runs for a forward that raises too, and takes off what was put
-        # up here.
-        if description is None:
-            refuse_undescribed_shard(args, kwargs)
-            self._warn_of_whole_batch(model, kwargs)
-            return args, kwargs
-        keys = tuple(source.key for source in self.traits.positions)
-        check_batch(
-            description, args, kwargs, keys, self.traits.is_encoder_decoder, self.traits.merging
+    def __init__(
+        self,
+        target: ModelToShard,
+        features: list[ForwardFeature],
+        coverage: Coverage,
+        changes: Installation,
+    ) -> None:
+        self.attention: InstalledAttention = target.attention
+        self._features, self._coverage, self._changes = features, coverage, changes
+        self._group_size = target.group.size()
+        self._position_keys = tuple(source.key for source in target.sources)
+        self._is_encoder_decoder = target.encoder is not None
+        self._has_full_encoder = target.has_full_encoder
+        self._merges = target.merging is not None
+        self._has_blocks = target.merging is not None and target.merging.has_blocks
+        self._takes_use_cache = "use_cache" in parameters(target.inner) or takes_keywords(
+            target.inner
         )
-        describe_checkpoints(self.model)
-        running.merged, whole = begin_merged(self.traits.merging, description, kwargs)
-        return args, {**self._sharded_arguments(kwargs, running), **whole}
+        self._has_warned = False
 
-    def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
+    # Not compiled: the compiler can't trace a context variable.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def run(
+        self, model: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs the forward of a sharded batch, or leaves that of an ordinary one alone.
+
+        Args:
+            model: the module that is called.
+            forward: its own forward.
+            args: of the call.
+            kwargs: of the call.
+
+        Raises:
+            BatchError: the arguments are not this rank's shard of the described batch.
+            UnsupportedModelError: the batch needs what is not computed on shards.
+        """
+        description = kwargs.pop(DESCRIPTION_KEY, None)
+        batch = RunningBatch(description)
+        # For ordinary batches too: one inside of a sharded forward must not see that batch.
+        with run_batch(batch):
+            try:
+                if description is not None:
+                    return self._run_sharded(model, batch, forward, args, kwargs)
+                refuse_undescribed_shard(args, kwargs)
+                self._warn_of_full_batch(model, kwargs)
+                with self._coverage.uncounted():
+                    return forward(*args, **kwargs)
+            finally:
+                batch.is_in_forward = False
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def _run_sharded(
+        self,
+        model: nn.Module,
+        batch: RunningBatch,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        assert batch.description is not None
+        self._check_arguments(batch.description, args, kwargs)
+        self._remove_masks(kwargs)
+        if self._takes_use_cache:
+            kwargs["use_cache"] = False
+        for feature in self._features:
+            feature.before(model, batch, kwargs)
+        output = forward(**kwargs)
+        if output is None:
+            return None
+        for feature in reversed(self._features):
+            output = feature.after(model, batch, output)
+        return output
+
+    def _check_arguments(
+        self, description: SequenceDescription, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        check_batch(
+            description,
+            args,
+            kwargs,
+            self._position_keys,
+            self._is_encoder_decoder,
+            merges=self._merges and has_merged_inputs(kwargs),
+            has_blocks=self._has_blocks,
+        )
+
+    def _remove_masks(self, kwargs: dict[str, Any]) -> None:
+        """Removes masks of shards: padding is part of the description, and the model would take
+        them for the full sequence's.
+        """
+        kwargs.pop("decoder_attention_mask", None)
+        is_full = self._has_full_encoder or (self._merges and has_merged_inputs(kwargs))
+        if not is_full:
+            kwargs.pop("attention_mask", None)
+
+    def _warn_of_full_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Says once that training goes on without sharding: most likely a loader that was not
         prepared.
         """
-        if self.warned or not (
+        if self._has_warned or not (
             model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
         ):
             return
-        self.warned = True
+        self._has_warned = True
         warnings.warn(
-            f"{type(model).__name__} was prepared for {self.group.size()} ranks that share each "
-            "sequence, and trains "
-            "on a whole batch: nothing is sharded. Pass the data loader to accelerator.prepare "
-            "too.",
+            f"{type(model).__name__} was prepared for {self._group_size} ranks that share each "
+            "sequence, and trains on a whole batch: nothing is sharded. Pass the data loader to "
+            "accelerator.prepare too.",
             stacklevel=2,
         )
 
-    def _sharded_arguments(self, kwargs: dict[str, Any], running: _Running) -> dict[str, Any]:
-        # Padding is part of the description; a shard's mask would be taken for the whole
-        # sequence's.
-        kwargs.pop("decoder_attention_mask", None)
-        if not self.traits.has_whole_encoder:
-            kwargs.pop("attention_mask", None)
-        if self.traits.takes_use_cache:
-            kwargs["use_cache"] = False
-        for source in self.traits.positions:
-            running.positions[source.key] = kwargs[source.key]
-            if not source.is_argument:
-                del kwargs[source.key]
-        self._use_labels(kwargs, running)
-        running.router = self.routers.begin(kwargs)
-        return kwargs
-
-    def _use_labels(self, kwargs: dict[str, Any], running: _Running) -> None:
-        """Gives the model the labels that its loss is to use, and keeps them to count."""
-        loss = self.traits.loss
-        running.num_items_in_batch = kwargs.get("num_items_in_batch")
-        shifted = kwargs.get("shift_labels")
-        if loss is None:
-            kwargs.pop("shift_labels", None)
-            return
-        if loss.labels != "next_token":
-            running.labels = kwargs.get("labels")
-        elif shifted is not None:
-            # transformers computes a loss only when it is given labels; beside shift_labels it does
-            # not use them.
-            running.labels = kwargs["labels"] = shifted
-        if loss.labels != "whole" and running.description is not None:
-            check_labels(running.description, kwargs.get("labels"), running.labels)
-        running.has_loss = loss.labels == "whole" or running.labels is not None
-        running.has_loss &= all(kwargs.get(name) is not None for name in loss.needs)
-        if not loss.divides_by_items:
-            kwargs.pop("num_items_in_batch", None)
-
-    def after(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """Replaces the shard's loss by the whole batch's; runs also when the forward raised, with
-        no output.
-        """
-        running = self.running.pop()
-        if running.router is not None:
-            running.router.close()
-        running.context.__exit__(None, None, None)
-        if running.description is None or output is None:
-            return None
-        self.canary.check(model, running.counts_before)
-        return self._aggregate(running, output)
-
-    def _aggregate(self, running: _Running, output: Any) -> Any:
-        """Returns `output` with its loss aggregated; the loss is the first entry of a tuple."""
-        used, router, loss = self.traits.loss, running.router, None
-        router_loss = None if router is None else router.loss(first_tensor(output))
-        # Asked for log-probabilities, a model computes no loss.
-        if (
-            used is not None
-            and running.has_loss
-            and (isinstance(output, tuple) or output.loss is not None)
-        ):
-            added = (
-                None if router is None or router_loss is None else router.coefficient * router_loss
-            )
-            loss = output[0] if isinstance(output, tuple) else output.loss
-            loss = self._aggregated(loss, running, used, added)
-            output = _with_loss(output, loss)
-        if router is not None and router_loss is not None:
-            output = put_router_loss(output, router_loss, router, 0 if loss is None else 1)
-        return output
-
-    def _aggregated(
-        self, loss: Tensor, running: _Running, used: LossUse, added: Tensor | None
-    ) -> Tensor:
-        """Returns the whole batch's loss from this rank's, with what the whole sequence's routers
-        add to it.
-        """
-        labels, num_items = running.labels, running.num_items_in_batch
-        if used.is_of_both or labels is None:
-            # Tokens alone are counted, and not what else it is a mean over.
-            num_items = None
-        group = self.group if num_items is None else self.world_group
-        if used.labels == "whole":
-            loss = mean_of_samples(loss, labels, num_items, group)
-        else:
-            assert labels is not None
-            if num_items is not None and not used.divides_by_items:
-                loss = mean_as_share(loss, labels, num_items)
-            if added is not None and num_items is not None:
-                loss = loss + added.to(loss.dtype) / self.group.size()
-            loss = aggregate_loss(loss, labels, group, num_items_in_batch=num_items)
-            if added is not None and num_items is None:
-                loss = loss + added.to(loss.dtype)
-            loss = shared_scalar(loss, group)
-        # The engine divides each micro-step's loss by their number, which num_items_in_batch has in
-        # it already.
-        return loss if num_items is None else loss * self.num_steps()
-
-    def current_positions(self, key: str) -> Tensor | None:
-        """Returns the running forward's positions `[B, S / P]`, None outside of a sharded one."""
-        return self.running[-1].positions.get(key) if self.running else None
-
-    def current_merged(self) -> MergedBatch | None:
-        """Returns the running forward's batch where it has images or sound that its model
-        merges.
-        """
-        return self.running[-1].merged if self.running else None
-
-    def longest(self, module: nn.Module) -> int | None:
-        """Returns the longest position of a module's sequence, None outside of a sharded
-        forward.
-        """
-        description = self.running[-1].description if self.running else None
-        if description is None:
-            return None
-        return longest_position(description, module in (self.attention.roles.encoder or ()))
-
-    def uninstall(self) -> None:
-        """Takes the hooks off the model and restores its attention."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        restore_checkpoints(self.model)
-        self.routers.uninstall()
-        self.attention.uninstall()
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, tuple):
-        return (loss, *output[1:])
-    output["loss"] = loss
-    return output
+    def close(self) -> None:
+        """Restores the model."""
+        self._changes.close()
 
 
 def shard_forward(
@@ -320,6 +182,7 @@ def shard_forward(
     group: ProcessGroup,
     world_group: ProcessGroup,
     num_steps: Callable[[], int] = lambda: 1,
+    computes_loss: bool = True,
 ) -> ShardedForward:
     """Makes a model compute sharded batches exactly; it must have passed
     `introspection.supports.check_model`.
@@ -330,39 +193,48 @@ def shard_forward(
         group: the ranks that share each sequence, over which a loss is aggregated.
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
+        computes_loss: whether the model's own loss is used, where it has one.
 
     Returns:
-        The installation; its `uninstall()` restores the model.
+        The installation; its `close()` restores the model.
     """
+    changes = Installation()
+    try:
+        return _install(model, attention, group, world_group, num_steps, computes_loss, changes)
+    except BaseException:
+        changes.close()
+        raise
+
+
+def _install(
+    model: nn.Module,
+    attention: SequenceAttention,
+    group: ProcessGroup,
+    world_group: ProcessGroup,
+    num_steps: Callable[[], int],
+    computes_loss: bool,
+    changes: Installation,
+) -> ShardedForward:
     inner = transformers_model(model)
-    traits, counts = ModelTraits.of(inner), own_counts(inner)
+    use, encoder = read_loss(inner) if computes_loss else None, encoder_of(inner)
     installed = install(model, attention)
-    canary, routers = Canary(model, installed), router_losses(inner, group)
-    sharded = ShardedForward(
-        model, installed, group, world_group, num_steps, traits, canary, routers
+    changes.callback(installed.close)
+    target = ModelToShard(
+        model,
+        inner,
+        installed,
+        group,
+        world_group,
+        num_steps,
+        loss=use if isinstance(use, LossUse) else None,
+        encoder=encoder,
+        has_full_encoder=encoder is not None and not reads_tokens(encoder),
+        sources=tuple(position_sources(inner)),
+        merging=merging_of(inner),
     )
-    sharded.handles = [
-        *canary.handles,
-        model.register_forward_pre_hook(sharded.before, with_kwargs=True),
-        model.register_forward_hook(sharded.after, with_kwargs=True, always_call=True),
-        *hook_counts(counts, attention),
-    ]
-    for source in traits.positions:
-        sharded.handles += (
-            hook_positions(source, sharded.current_positions) if not source.is_argument else []
-        )
-    encoder = encoder_of(inner)
-    if encoder is not None and traits.has_whole_encoder:
-        sharded.handles += hook_whole_encoder(encoder)
-    if encoder is None:
-        sharded.handles += hook_first_tokens(
-            first_token_modules(inner), group, traits.loss is not None and traits.loss.is_of_samples
-        )
-    head = read_sample_head(inner)
-    if head is not None:
-        sharded.handles += WholeHead(inner, head, group).install()
-    if traits.merging is not None:
-        sharded.handles += hook_merged(traits.merging, group, sharded.current_merged)
-    # Behind those that give a module its positions.
-    sharded.handles += hook_rotary(rotary_modules(inner), sharded.longest)
+    coverage = Coverage(target, changes)
+    features = [*(feature(target, changes) for feature in FEATURES), coverage]
+    sharded = ShardedForward(target, features, coverage, changes)
+    # The last and outermost, so that features' overrides run within the running batch.
+    override_forward(model, sharded.run, changes)
     return sharded

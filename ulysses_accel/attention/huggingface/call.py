@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Roles:
             are always given, as in models that transformers only runs with masks.
     """
 
-    encoder: frozenset[nn.Module] | None = None
+    encoder: WeakSet[nn.Module] | None = None
     masks_decide: bool = False
 
 

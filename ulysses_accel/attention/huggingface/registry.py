@@ -4,16 +4,16 @@ registries.
 Our functions get names of their own in `AttentionInterface` and `AttentionMaskInterface`; nothing
 there is overwritten. A model is pointed at them by private copies of its configs, so models that
 shared a config with it stay untouched. Our mask function returns the batch's description in place
-of a mask (`DescribedMask`): it travels with each layer's arguments, so that a checkpoint's
+of a mask (`DescribedMask`): it is passed along with each layer's arguments, so that a checkpoint's
 recompute sees the batch it belongs to. A forward without a description takes the ordinary path.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -25,15 +25,17 @@ from ulysses_accel.attention.huggingface.call import Roles, attend, ordinary
 from ulysses_accel.attention.huggingface.masks import DescribedMask, read_pattern
 from ulysses_accel.attention.strategy import SequenceAttention
 from ulysses_accel.errors import UnsupportedModelError
+from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.structure import encoder_of, transformers_model
 from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.running import DescribedBatch, run_batch, running_description
 
 PREFIX = "ulysses_accel_"
 
 
 @dataclass
 class InstalledAttention:
-    """One model's installation, and what it takes to undo it.
+    """One model's installation, which holds no module of it strongly.
 
     Args:
         attention: the strategy that its layers call.
@@ -41,8 +43,8 @@ class InstalledAttention:
         roles: what its modules attend for.
         num_calls: attention calls on sharded batches so far.
         relies_on_context: the layers that are not given the mask by their model, and read the
-            running forward's description.
-        originals: each module whose config was replaced, with the config it had.
+            running batch's description.
+        changes: everything that was changed on the model.
     """
 
     attention: SequenceAttention
@@ -50,29 +52,24 @@ class InstalledAttention:
     roles: Roles = field(default_factory=Roles)
     num_calls: int = 0
     relies_on_context: WeakSet[nn.Module] = field(default_factory=WeakSet)
-    originals: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    changes: Installation = field(default_factory=Installation)
 
-    def uninstall(self) -> None:
-        """Gives the model its own configs back; forwards with a description are refused from then
+    def close(self) -> None:
+        """Gives the model its configs back; forwards with a description are refused from then
         on.
         """
-        for module, config in self.originals:
-            module.config = config
-            _INSTALLED.pop(module, None)
-        self.originals.clear()
-        _release(self.implementation)
+        self.changes.close()
 
 
+# A table, because attention functions are called with the module alone. Its values must not refer
+# to modules: an entry whose value holds its key is never removed.
 _INSTALLED: WeakKeyDictionary[nn.Module, InstalledAttention] = WeakKeyDictionary()
-_ACTIVE: ContextVar[SequenceDescription | None] = ContextVar(
-    "ulysses_accel_description", default=None
-)
 _NUM_USERS: dict[str, int] = {}
 
 
 def active_description() -> SequenceDescription | None:
     """Returns the description of the sharded forward that is running, None outside of one."""
-    return _ACTIVE.get()
+    return running_description()
 
 
 @contextmanager
@@ -80,11 +77,8 @@ def describe_forward(description: SequenceDescription | None) -> Iterator[None]:
     """Makes `description` the one of every attention call inside; None means an ordinary, unsharded
     batch.
     """
-    token = _ACTIVE.set(description)
-    try:
+    with run_batch(DescribedBatch(description)):
         yield
-    finally:
-        _ACTIVE.reset(token)
 
 
 def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttention:
@@ -96,22 +90,33 @@ def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttentio
         attention: which ranks share its sequences, and how.
 
     Returns:
-        The installation; its `uninstall()` restores the model.
+        The installation; its `close()` restores the model.
     """
     implementation = _acquire(attention.core)
     inner = transformers_model(model)
     encoder = encoder_of(inner)
-    inside = frozenset(encoder.modules()) if encoder is not None else None
-    roles = Roles(inside, masks_decide=not getattr(inner, "_supports_sdpa", False))
+    in_encoder = WeakSet(encoder.modules()) if encoder is not None else None
+    roles = Roles(in_encoder, masks_decide=not getattr(inner, "_supports_sdpa", False))
     installed = InstalledAttention(attention, implementation, roles)
+    # A finalizer runs once: on close, or when the model is deleted.
+    release = weakref.finalize(model, _release, implementation)
+    release.atexit = False
+    installed.changes.callback(release)
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
-            installed.originals.append((module, config))
-            module.config = _private_copy(config, implementation, copies)
+            private = _private_copy(config, implementation, copies)
+            installed.changes.set(module, "config", private)
+            installed.changes.callback(_forget, weakref.ref(module))
             _INSTALLED[module] = installed
     return installed
+
+
+def _forget(module: weakref.ref[nn.Module]) -> None:
+    live = module()
+    if live is not None:
+        _INSTALLED.pop(live, None)
 
 
 def _private_copy(config: Any, implementation: str, copies: dict[int, Any]) -> Any:
@@ -134,8 +139,8 @@ def _acquire(core: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # Models ask whether "flash" is in the name and then prepare arguments that a sharded batch has
-    # not.
+    # transformers' models ask whether "flash" is in the name, and then prepare arguments that a
+    # sharded batch does not have.
     implementation = PREFIX + core.replace("flash_attention_", "fa").replace("flash", "fa").replace(
         "/", "_"
     )
@@ -158,7 +163,7 @@ def _release(implementation: str) -> None:
 
 def _mask_function(core: str) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        description = _ACTIVE.get()
+        description = running_description()
         if description is None:
             from transformers.masking_utils import (
                 ALL_MASK_ATTENTION_FUNCTIONS,
@@ -174,18 +179,18 @@ def _mask_function(core: str) -> Callable[..., Any]:
 
 
 def _encoder_keys(
-    description: SequenceDescription, asked: dict[str, Any]
+    description: SequenceDescription, request: dict[str, Any]
 ) -> SequenceDescription | None:
-    """Returns the encoder's sequence that a decoder's mask is asked for, if every rank has all of
-    it.
+    """Returns the encoder's sequence that a decoder's mask is requested for, if every rank has it
+    in full.
     """
-    given, config = asked.get("attention_mask"), asked.get("config")
+    mask, config = request.get("attention_mask"), request.get("config")
     crosses = getattr(config, "is_encoder_decoder", False) or getattr(
         config, "add_cross_attention", False
     )
-    if description.encoder is not None or not crosses or not isinstance(given, Tensor):
+    if description.encoder is not None or not crosses or not isinstance(mask, Tensor):
         return None
-    return SequenceDescription.from_document_ids(given.to(torch.long) - 1, 1)
+    return SequenceDescription.from_document_ids(mask.to(torch.long) - 1, 1)
 
 
 def _attention_function(core: str) -> Callable[..., tuple[Tensor, None]]:
@@ -207,7 +212,7 @@ def _attention_function(core: str) -> Callable[..., tuple[Tensor, None]]:
         installed = _installation_of(module)
         installed.num_calls += 1
         out = attend(installed.attention, module, (query, key, value), mask, extra, installed.roles)
-        # Models view it as [B, S / P, H * D]; without an exchange of heads it is a transposed view.
+        # Models view it as [B, S/P, H * D]; without an exchange of heads it is a transposed view.
         return out.contiguous(), None
 
     return attention
@@ -218,8 +223,8 @@ def _installation_of(module: nn.Module) -> InstalledAttention:
     if installed is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} was given a sharded batch, but belongs to a model that was "
-            "not prepared "
-            f"(a copy made after prepare?). Pass the model that computes to accelerator.prepare."
+            "not prepared (a copy made after prepare?). Pass the model that computes to "
+            "accelerator.prepare."
         )
     return installed
 
@@ -232,12 +237,11 @@ def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
         return DescribedMask(attention_mask)
     if isinstance(attention_mask, DescribedMask):
         return attention_mask
-    description, installed = _ACTIVE.get(), _INSTALLED.get(module)
+    description, installed = running_description(), _INSTALLED.get(module)
     if description is not None and attention_mask is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with a mask that its model made by itself, which is "
-            "not computed on a "
-            f"sharded sequence. Use a model without it, or sp_size=1."
+            "not computed on a sharded sequence. Use a model without it, or sp_size=1."
         )
     if description is not None and installed is not None:
         installed.relies_on_context.add(module)
@@ -249,8 +253,7 @@ def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
     ):
         raise UnsupportedModelError(
             f"{type(module).__name__} is recomputed in the backward pass, but its model does not "
-            "pass the attention "
-            "mask down to it, so the batch's documents are not known. Switch activation "
-            "checkpointing off."
+            "pass the attention mask down to it, so the batch's documents are not known. Switch "
+            "activation checkpointing off."
         )
     return DescribedMask(description) if description is not None else None

@@ -10,7 +10,7 @@ all batches are split.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,14 +67,7 @@ class Dispatched:
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Describes a split batch; leaves a whole one, and one that is described already, alone."""
         self.pending.append(None)
-        try:
-            return self._described(model, args, kwargs)
-        except Exception:
-            # The sharded forward takes down behind a failed forward what its hook, which comes
-            # later, did not put up.
-            if self.forward is not None:
-                self.forward.before(model, (), {})
-            raise
+        return self._described(model, args, kwargs)
 
     def _described(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [
@@ -193,12 +186,11 @@ def _install(
 ) -> None:
     model, world = done.model, dist.group.WORLD
     assert world is not None
-    # In front of the sharded forward's hooks, which take a described batch.
+    # Before the sharded forward, which takes a described batch.
     done.undo.append(model.register_forward_pre_hook(done.before, with_kwargs=True).remove)
-    done.forward = shard_forward(model, attention, group, world)
+    done.forward = shard_forward(model, attention, group, world, computes_loss=not own)
     done.undo.append(done.forward.close)
     if own:
-        done.forward.traits = replace(done.forward.traits, loss=None)
         done.undo.append(adapt(transformers_model(model), own, done.forward.attention))
     done.undo.append(
         model.register_forward_hook(done.after, with_kwargs=True, always_call=True).remove
