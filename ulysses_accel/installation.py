@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
 
 _ABSENT = object()
+# The attribute of an instance that has its overrides.
+_OVERRIDES = "overrides_of_ulysses_accel"
 
 # Called with what it overrides, and then with the arguments of that method.
 Override = Callable[..., Any]
@@ -72,7 +74,7 @@ class Installation:
         subclass.__qualname__ = base.__qualname__
         for name in methods:
             setattr(subclass, name, _overridden(subclass, name, getattr(base, name)))
-        overrides = vars(target).setdefault("_overrides", {})
+        overrides = vars(target).setdefault(_OVERRIDES, {})
         overrides[subclass] = dict(methods)
         target.__class__ = subclass
         self._stack.callback(_restore_class, weakref.ref(target), subclass)
@@ -109,7 +111,7 @@ def _overridden(subclass: type, name: str, stock: Callable[..., Any]) -> Callabl
     # `gather_for_metrics` takes use_gather_object.
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._overrides[subclass][name](*args, **kwargs)
+        return vars(self)[_OVERRIDES][subclass][name](*args, **kwargs)
 
     return method
 
@@ -119,9 +121,10 @@ def _restore_class(target: weakref.ref[Any], subclass: type) -> None:
     if live is None:
         return
     live.__class__ = subclass.__base__
-    del live._overrides[subclass]
-    if not live._overrides:
-        del live._overrides
+    overrides = vars(live)[_OVERRIDES]
+    del overrides[subclass]
+    if not overrides:
+        del vars(live)[_OVERRIDES]
 
 
 def stock_method(target: Any, name: str) -> Callable[..., Any]:
@@ -223,8 +226,6 @@ class AcceleratorFeature:
         """Returns whether a model was not prepared yet, neither by itself nor as a part of
         another.
         """
-        if getattr(model, "_is_accelerate_prepared", False):
-            return False
         return not any(known is model or model in known.modules() for known in self.models)
 
     def check_model(self, model: Any) -> None:

@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         described(key_lengths=torch.tensor([9, 1]))
     for lengths in ([9, 1], [[1, 2], [1, 0]], [-1, 0]):
-        with pytest.raises(BatchError, match="do not fit documents of"):
+        with pytest.raises(BatchError, match="'prefix_lengths' has"):
             described(prefix_lengths=torch.tensor(lengths))
     with pytest.raises(ShapeError, match="prefix_lengths has 3 rows, the batch 2"):
         described(prefix_lengths=torch.tensor([1, 1, 1]))

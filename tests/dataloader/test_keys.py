@@ -23,12 +23,13 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.support import Support
 from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.dataloader.completion.complete import complete
-from ulysses_accel.dataloader.keys import KNOWN_KEYS, MERGED_KEYS, pad_tensor
+from ulysses_accel.dataloader.completion.padding import padding_value
+from ulysses_accel.dataloader.keys import KNOWN_KEYS, MERGED_KEYS
 from ulysses_accel.errors import BatchError, ConfigError
 from ulysses_accel.sequence.batch_rules import BatchRules
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.layout import ring_order
-from ulysses_accel.sequence.sharding import shard, unshard
+from ulysses_accel.sequence.sharding import pad_sequence_dim, shard, unshard
 
 SEQUENCES = sorted(
     name for name, key in KNOWN_KEYS.items() if key.dim is not None and name != "labels"
@@ -70,7 +71,7 @@ def batches(draw: st.DrawFn) -> tuple[dict[str, Tensor], BatchLayout]:
     ring, ulysses = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (4, 1)]))
     layout = draw(st.sampled_from(["contiguous", "zigzag", "striped"]))
     return batch, BatchLayout(
-        ring * ulysses, key_rules={"mine": own}, ring_size=ring, ring_layout=layout
+        ring * ulysses, batch_schema={"mine": own}, ring_size=ring, ring_layout=layout
     )
 
 
@@ -95,7 +96,8 @@ def test_every_tensor_comes_back_from_its_shards(
         whole = unshard([part[name] for part in parts], dim).index_select(dim, back)
         torch.testing.assert_close(whole.narrow(dim, 0, length), given_tensor, rtol=0, atol=0)
         if name != "position_ids":
-            assert whole.equal(pad_tensor(name, given_tensor, dim, padded, layout))
+            pad = padding_value(name, layout)
+            assert whole.equal(pad_sequence_dim(given_tensor, padded, pad, dim))
 
 
 def test_numbers_of_samples_or_tokens() -> None:
@@ -107,7 +109,7 @@ def test_numbers_of_samples_or_tokens() -> None:
     # Of the completion alone, its tokens can't be told from the sequence's.
     with pytest.raises(BatchError, match=r"'old_per_token_logps' has shape \[2, 4\].*6 tokens"):
         complete({**batch, "old_per_token_logps": torch.ones(2, 4)}, layout)
-    with pytest.raises(BatchError, match="In a ParallelismConfig key_rules is batch_schema"):
+    with pytest.raises(BatchError, match=r"or set batch_schema=\{'advantages': 'replicate'\}"):
         complete({**batch, "advantages": torch.ones(3)}, layout)
 
 
@@ -149,7 +151,7 @@ def own_rows(tensor: Tensor, description: SequenceDescription, rank: int) -> Ten
 
 def with_functions() -> list[Any]:
     batch = {"input_ids": torch.arange(8)[None], "scores": torch.arange(64.0).reshape(8, 8)}
-    part = next(iter(adapt(from_list([batch]), same_batch=True, key_rules={"scores": own_rows})))
+    part = next(iter(adapt(from_list([batch]), same_batch=True, batch_schema={"scores": own_rows})))
 
     def fails(tensor: Tensor, _description: SequenceDescription, rank: int) -> Tensor:
         if rank == 1:
@@ -158,13 +160,13 @@ def with_functions() -> list[Any]:
 
     options: dict[str, Any] = {"same_batch": True}
     failing = error_of(
-        lambda: list(adapt(from_list([batch]), key_rules={"scores": fails}, **options))
+        lambda: list(adapt(from_list([batch]), batch_schema={"scores": fails}, **options))
     )
     nothing: Any = lambda *_: None  # noqa: E731
     empty = error_of(
-        lambda: list(adapt(from_list([batch]), key_rules={"scores": nothing}, **options))
+        lambda: list(adapt(from_list([batch]), batch_schema={"scores": nothing}, **options))
     )
-    own = error_of(lambda: adapt(loader(Samples(1)), key_rules={"scores": own_rows}))
+    own = error_of(lambda: adapt(loader(Samples(1)), batch_schema={"scores": own_rows}))
     return [part["scores"], failing, empty, own]
 
 
@@ -172,12 +174,12 @@ def test_a_function_cuts_for_its_own_rank() -> None:
     for rank, (rows, failing, empty, own) in enumerate(run_ranks(with_functions, 2)):
         assert rows.tolist() == torch.arange(64.0).reshape(8, 8)[4 * rank : 4 * rank + 4].tolist()
         assert failing == "BatchError: rank 1 failed to produce a batch: ValueError: no such rows"
-        assert "the function of key_rules['scores'] returned a NoneType" in empty
-        assert own.startswith("ConfigError: key_rules has a function")
+        assert "the function of batch_schema['scores'] returned a NoneType" in empty
+        assert own.startswith("ConfigError: batch_schema has a function")
     with pytest.raises(
-        ConfigError, match=r"key_rules\['labels'\] is a function, but .* made of 'labels'"
+        ConfigError, match=r"batch_schema\['labels'\] is a function, but .* made of 'labels'"
     ):
-        BatchLayout(2, key_rules={"labels": own_rows})
+        BatchLayout(2, batch_schema={"labels": own_rows})
 
 
 def prepared(configs: list[Any]) -> list[dict[str, list[int]]]:

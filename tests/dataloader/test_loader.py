@@ -349,4 +349,4 @@ def test_the_group_must_fit() -> None:
         make = UlyssesSPDataLoaderAdapter
         return error_of(make, loader(Samples(1)), 0, dist.group.WORLD, 3, None)
 
-    assert all("don't fit the group given" in message for message in run_ranks(body, 2))
+    assert all("don't fit the group" in message for message in run_ranks(body, 2))

@@ -238,7 +238,7 @@ def test_f09_more_dims() -> None:
     expect_refused(
         lambda rank: from_list([{**batch(rank), "extra": torch.zeros(1, 8, 8)}]),
         "BatchError",
-        "key_rules={'extra'",
+        "batch_schema={'extra'",
     )
 
 

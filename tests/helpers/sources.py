@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ulysses_accel"
-TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".cfg"}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".cfg", ".cff", ".in"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -22,6 +22,7 @@ def python_files(*folders: str) -> list[Path]:
 def text_files() -> list[Path]:
     """Every file that a reader sees."""
     folders = (
+        ".github",
         "ulysses_accel",
         "configs",
         "docs",

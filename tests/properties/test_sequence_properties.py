@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ulysses_accel.dataloader.completion.labels import shift_labels
 from ulysses_accel.sequence.documents import Rows, documents_from_lengths, find_documents
-from ulysses_accel.sequence.labels import num_counted, shift_labels
+from ulysses_accel.sequence.labels import num_counted
 from ulysses_accel.sequence.sharding import (
     next_multiple,
     pad_position_ids,
@@ -45,18 +46,28 @@ def packed_rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, Rows]:
     return positions, mask, tuple(rows)
 
 
+def rows_of(positions: torch.Tensor, mask: torch.Tensor | None = None) -> Rows:
+    """The documents that positions `[B, S]` and a mask tell apart."""
+    batch = {"position_ids": positions, "attention_mask": mask}
+    return find_documents(batch, *positions.shape).rows
+
+
 def reference_documents(positions: list[int], mask: list[int]) -> tuple[tuple[int, int], ...]:
-    """Documents of one row, token by token."""
-    found: list[list[int]] = []
+    """Documents of one row, token by token: padding inside of one is a hole."""
+    documents: list[list[int]] = []
     for token, (position, valid) in enumerate(zip(positions, mask)):
         if not valid:
             continue
-        follows = token > 0 and mask[token - 1] and position == positions[token - 1] + 1
+        follows = False
+        if documents:
+            last = documents[-1][1] - 1
+            step = position - positions[last]
+            follows = step == 1 if last == token - 1 else step > 0
         if follows:
-            found[-1][1] = token + 1
+            documents[-1][1] = token + 1
         else:
-            found.append([token, token + 1])
-    return tuple((start, stop) for start, stop in found)
+            documents.append([token, token + 1])
+    return tuple((start, stop) for start, stop in documents)
 
 
 def reference_shift(labels: list[int], segments: tuple[tuple[int, int], ...]) -> list[int]:
@@ -100,7 +111,7 @@ def test_documents_are_found_as_token_by_token(
     rows: tuple[torch.Tensor, torch.Tensor, Rows],
 ) -> None:
     positions, mask, made = rows
-    found = find_documents(positions, mask)
+    found = rows_of(positions, mask)
     assert found == tuple(
         reference_documents(p, m) for p, m in zip(positions.tolist(), mask.tolist())
     )
@@ -111,7 +122,7 @@ def test_documents_are_found_as_token_by_token(
 @given(st.lists(st.integers(-3, 4), min_size=1, max_size=20), st.data())
 def test_documents_of_any_numbers(positions: list[int], data: st.DataObject) -> None:
     mask = data.draw(st.lists(st.integers(0, 1), min_size=len(positions), max_size=len(positions)))
-    found = find_documents(torch.tensor([positions]), torch.tensor([mask]))
+    found = rows_of(torch.tensor([positions]), torch.tensor([mask]))
     assert found == (reference_documents(positions, mask),)
 
 
@@ -175,5 +186,5 @@ def test_padded_positions_start_no_document(
     positions, _, _ = rows
     padded = pad_position_ids(positions, positions.shape[1] + missing)
     assert torch.equal(padded[:, : positions.shape[1]], positions)
-    before, after = find_documents(positions), find_documents(padded)
+    before, after = rows_of(positions), rows_of(padded)
     assert [len(row) for row in before] == [len(row) for row in after]

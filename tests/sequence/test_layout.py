@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ulysses_accel.dataloader.completion.labels import shift_labels
 from ulysses_accel.errors import BatchError, ShapeError
 from ulysses_accel.sequence.description import SequenceDescription
-from ulysses_accel.sequence.documents import documents_from_lengths, find_documents
-from ulysses_accel.sequence.labels import num_counted, shift_labels
+from ulysses_accel.sequence.documents import (
+    Rows,
+    documents_from_lengths,
+    documents_of_ids,
+    find_documents,
+)
+from ulysses_accel.sequence.labels import num_counted
 from ulysses_accel.sequence.sharding import (
-    default_position_ids,
     next_multiple,
     pad_position_ids,
     pad_sequence_dim,
@@ -53,15 +58,28 @@ def test_padding_keeps_dtype_and_counts_positions_on() -> None:
     assert pad_position_ids(same, 3) is same
 
 
+def rows_of(positions: torch.Tensor, mask: torch.Tensor | None = None) -> Rows:
+    """The documents that positions `[B, S]` and a mask tell apart."""
+    batch = {"position_ids": positions, "attention_mask": mask}
+    return find_documents(batch, *positions.shape).rows
+
+
 def test_documents_of_packed_positions() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]])
-    assert find_documents(positions) == (((0, 3), (3, 5), (5, 6)), ((0, 1), (1, 2), (2, 6)))
+    assert rows_of(positions) == (((0, 3), (3, 5), (5, 6)), ((0, 1), (1, 2), (2, 6)))
 
 
 def test_padding_belongs_to_no_document() -> None:
-    positions = default_position_ids(4, 5)
+    positions = torch.arange(5).repeat(4, 1)
+    positions[3] = torch.tensor([0, 1, 0, 1, 2])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0]])
-    assert find_documents(positions, mask) == (((2, 5),), ((0, 3),), (), ((0, 1), (2, 4)))
+    assert rows_of(positions, mask) == (((2, 5),), ((0, 3),), (), ((0, 1), (2, 4)))
+
+
+def test_padding_ends_a_document_of_ids() -> None:
+    ids = torch.tensor([[3, 3, -1, 3, 0, 0], [-1, 1, 1, 1, -1, -1]])
+    assert documents_of_ids(ids).rows == (((0, 2), (3, 4), (4, 6)), ((1, 4),))
+    assert documents_of_ids(ids).holes == ()
 
 
 def test_documents_from_cumulative_lengths() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.call import AttentionCall
 from ulysses_accel.attention.kernels.limits import MAX_ELEMENTS, halves, num_elements
 from ulysses_accel.errors import UnsupportedModelError
@@ -78,10 +79,8 @@ def flash(implementation: str) -> Core:
     def run(
         query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, **lengths: Any
     ) -> Tensor:
-        from transformers.modeling_flash_attention_utils import _flash_attention_forward
-
         head_dim, value_dim = query.shape[-1], value.shape[-1]
-        out: Tensor = _flash_attention_forward(
+        out = _private_api.flash_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             # The kernels want one head size for all three.

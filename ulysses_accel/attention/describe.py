@@ -4,7 +4,6 @@ gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ulysses_accel.errors import BatchError, ConfigError, ShapeError
 from ulysses_accel.sequence.description import SequenceDescription
+from ulysses_accel.sequence.documents import find_prefixes
 from ulysses_accel.sequence.layout import Layout
 
 
@@ -68,7 +68,13 @@ def describe(
         )
     if prefix_lengths is None:
         return description
-    return replace(description, prefixes=_prefixes(prefix_lengths, description), cache={})
+    if len(prefix_lengths) != description.batch_size:
+        raise ShapeError(
+            f"prefix_lengths has {len(prefix_lengths)} rows, the batch {description.batch_size}. "
+            "Give one row for each."
+        )
+    prefixes = find_prefixes(prefix_lengths, description.rows, missing_is_zero=True)
+    return replace(description, prefixes=prefixes, cache={})
 
 
 def _without_padding(ids: Tensor, key_lengths: Tensor) -> Tensor:
@@ -80,27 +86,3 @@ def _without_padding(ids: Tensor, key_lengths: Tensor) -> Tensor:
             f"{ids.shape[0]} rows."
         )
     return ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], -1)
-
-
-def _prefixes(
-    prefix_lengths: Tensor, description: SequenceDescription
-) -> tuple[tuple[int, ...], ...]:
-    """Returns for each row the length of each document's prefix; what is not given is zero."""
-    given: list[Sequence[int]] = prefix_lengths.reshape(prefix_lengths.shape[0], -1).tolist()
-    if len(given) != description.batch_size:
-        raise ShapeError(
-            f"prefix_lengths has {len(given)} rows, the batch {description.batch_size}. Give one "
-            "row for each."
-        )
-    found = []
-    for documents, lengths in zip(description.rows, given):
-        padded = [*lengths, *[0] * (len(documents) - len(lengths))]
-        fits = all(0 <= length <= stop - start for (start, stop), length in zip(documents, padded))
-        if not fits or any(padded[len(documents) :]):
-            raise BatchError(
-                f"prefix_lengths={list(lengths)} do not fit documents of "
-                f"{[stop - start for start, stop in documents]} "
-                f"tokens. A prefix has 0 tokens at least and its document's at most."
-            )
-        found.append(tuple(padded[: len(documents)]))
-    return tuple(found)

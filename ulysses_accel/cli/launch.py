@@ -25,6 +25,7 @@ from accelerate.commands import launch as stock
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import patch_environment
 
+from ulysses_accel import _private_api
 from ulysses_accel.cli.stock_file import readable_by_accelerate
 from ulysses_accel.config.auto import Cluster, is_auto
 from ulysses_accel.config.parallelism import ParallelismConfig
@@ -187,7 +188,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     parser.formatter_class = argparse.HelpFormatter
     _add_our_flags(parser)
     options: set[str] = set()
-    for action in parser._actions:
+    for action in _private_api.parser_options(parser):
         options.update(option for option in action.option_strings if option.startswith("--"))
         if action.dest.startswith(_FLAG_PREFIXES):
             # Our own code checks these: accelerate reads `False` as True and refuses the backends'
@@ -210,7 +211,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
 
 def _add_our_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every setting that accelerate does not know."""
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in _private_api.parser_options(parser)}
     group = parser.add_argument_group("ulysses-accel Arguments", "Settings that accelerate lacks.")
     for setting in FIELDS.values():
         if setting.key not in known:
@@ -408,7 +409,7 @@ def _merge_stock_arguments(
     path = arguments.config_file
     try:
         with readable_by_accelerate(path) as arguments.config_file:
-            merged, file, precision_from_file = stock._validate_launch_command(arguments)
+            merged, file, precision_from_file = _private_api.merged_launch_arguments(arguments)
     except ValueError as error:
         raise ConfigError(f"accelerate refuses these flags: {error}") from error
     merged.config_file = path

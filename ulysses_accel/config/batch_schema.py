@@ -1,6 +1,7 @@
-"""`batch_schema`: how the tensors of a batch's own keys are cut, as a mapping and as text.
+"""`batch_schema`: how the tensors of keys that only the user knows are sharded, as a
+mapping and as text.
 
-Imports neither torch nor accelerate, as `config_fields` does not.
+Imports neither torch nor accelerate, as `config.settings` does not.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _FORMS = (
 
 
 class BatchSchema(dict[str, Rule]):
-    """A checked rule for each key; its text is `key=rule, key=rule`, functions with their names
-    behind.
+    """A checked rule for each key; its text is `key=rule, key=rule`, functions by their
+    names.
 
     Args:
         raw: a mapping from key to rule, or such text, which has no functions.
 
     Raises:
-        ValueError: with the end of a sentence that begins with what was given.
+        ValueError: with the end of a sentence that begins with the setting and its value.
     """
 
     def __init__(self, raw: object) -> None:
@@ -52,23 +53,23 @@ class BatchSchema(dict[str, Rule]):
 
 
 def _written(rule: Rule) -> str:
-    return (
-        f"{getattr(rule, '__qualname__', type(rule).__name__)}()" if callable(rule) else str(rule)
-    )
+    if callable(rule):
+        return f"{getattr(rule, '__qualname__', type(rule).__name__)}()"
+    return str(rule)
 
 
 def _read(text: str) -> dict[str, Rule]:
-    found: dict[str, Rule] = {}
+    rules: dict[str, Rule] = {}
     for entry in filter(None, map(str.strip, text.split(","))):
         name, equals, rule = map(str.strip, entry.partition("="))
         if not equals:
             raise ValueError(
                 f"has {entry[:80]!r}, which is no key=rule. Write my_key=replicate, other_key=2."
             )
-        if name in found:
+        if name in rules:
             raise ValueError(f"has the key {name[:80]!r} twice. Keep one.")
-        found[_key(name)] = _rule(name, int(rule) if _DIM.fullmatch(rule) else rule)
-    return found
+        rules[_key(name)] = _rule(name, int(rule) if _DIM.fullmatch(rule) else rule)
+    return rules
 
 
 def _key(name: object) -> str:

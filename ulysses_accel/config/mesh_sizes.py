@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accelerate.state import AcceleratorState
-
-from ulysses_accel.config.settings import AXES, Setting, Source
+from ulysses_accel import _private_api
+from ulysses_accel.config.settings import Setting, Source
 from ulysses_accel.config.sources import Layer
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import ConfigError
 
 Sizes = Mapping[str, int]
@@ -193,7 +193,7 @@ def warn_of_earlier_accelerator(cp_size: int, sp_size: int) -> None:
         cp_size: of the config that comes too late.
         sp_size: likewise.
     """
-    shared = AcceleratorState._shared_state
+    shared = _private_api.accelerator_state()
     if (
         cp_size * sp_size > 1
         and "parallelism_config" in shared

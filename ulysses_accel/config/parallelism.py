@@ -21,6 +21,7 @@ from typing import Any, Literal
 from accelerate.utils import ParallelismConfig as _StockParallelismConfig
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.auto import Cluster, is_auto, settle_degrees
 from ulysses_accel.config.batch_schema import BatchSchema
 from ulysses_accel.config.handlers import (
@@ -42,7 +43,6 @@ from ulysses_accel.config.mesh_sizes import (
 )
 from ulysses_accel.config.settings import (
     AUTO,
-    AXES,
     FIELDS,
     HANDLER_FIELDS,
     MEMORY_FIELDS,
@@ -57,6 +57,7 @@ from ulysses_accel.config.sources import (
     resolve,
     yaml_layer,
 )
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import ConfigError, MeshError, closest
 from ulysses_accel.sequence.layout import multiple_of
 
@@ -400,7 +401,7 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
             derived = Source(
                 "derived", f"derived: {world_size} processes / {others} on the cp, sp and tp axes"
             )
-            self._set_size(axis, world_size // others)
+            _private_api.set_axis_size(self, axis, world_size // others)
             self._settings[f"{axis}_size"] = Setting(world_size // others, derived)
             return
         product = " × ".join(str(size) for size in self.sizes.values())

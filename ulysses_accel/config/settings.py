@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
 
 from ulysses_accel.config.batch_schema import BatchSchema
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import ConfigError
 
 Value: TypeAlias = "int | str | bool | None"
@@ -30,7 +31,6 @@ SourceKind = Literal[
 ]
 SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 
-AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 MAX_SIZE = 2**31 - 1
 MAX_SEQUENCE_LENGTH = 2**40
 MAX_LIMIT = 2**60

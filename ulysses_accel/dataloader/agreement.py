@@ -1,5 +1,5 @@
-"""The header of a batch: what one rank tells the others before any data moves, and what all
-conclude from it.
+"""The agreement on a batch: a header that each rank sends the others before any data moves, and
+what all ranks conclude from the headers.
 
 Fixed size, integers only. `check` is a pure function of all ranks' headers, so that every rank
 comes to the same decision; `agree_on_batch` exchanges them and raises the same error everywhere
@@ -245,7 +245,7 @@ def check(
         headers: of all ranks of the group, in rank order.
         on_uneven: what happens when some ranks are out of data: "error", "drop" (all stop) or "pad"
             (all go on).
-        same_batch: all ranks must hold the same batch; otherwise each has its own, and only keys
+        same_batch: all ranks must hold the same batch; otherwise each has another, and only keys
             and dtypes must match.
         distinct: equal content on all of several ranks is a failure.
     """
@@ -301,7 +301,7 @@ def agree_on_batch(
         on_uneven: as for `check`.
         same_batch: as for `check`.
         distinct: as for `check`.
-        cause: this rank's own exception, to be chained.
+        cause: this rank's exception, to be chained.
 
     Returns:
         The decision and all headers, in rank order.
@@ -372,7 +372,8 @@ def _key_difference(texts: Sequence[str], ranks: Sequence[int]) -> str:
     keys = [set(text.split(", ")) for text in texts]
     common = set.intersection(*keys)
     extra = {
-        rank: ", ".join(sorted(own - common)) or "nothing more" for rank, own in zip(ranks, keys)
+        rank: ", ".join(sorted(local - common)) or "nothing more"
+        for rank, local in zip(ranks, keys)
     }
     return (
         "ranks disagree on the tensors of a batch: besides what all have, there is "

@@ -1,4 +1,4 @@
-"""How batches are padded and cut: what the user or the engine chose, checked once."""
+"""How batches are padded and sharded: what the user or the engine chose, checked once."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ulysses_accel.errors import BatchError, ConfigError
+from ulysses_accel.config.batch_schema import BatchSchema, Rule
+from ulysses_accel.errors import ConfigError
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.labels import IGNORE_INDEX
 from ulysses_accel.sequence.layout import Layout, multiple_of
 from ulysses_accel.sequence.sharding import next_multiple
 
-KeyFunction = Callable[[Tensor, SequenceDescription, int], Tensor]
-"""Takes a key's whole tensor as the collate function gave it, the batch's description (padded
+ShardFunction = Callable[[Tensor, SequenceDescription, int], Tensor]
+"""Takes a key's full tensor as the collate function returned it, the batch's description (padded
 length, ranks, layout) and this process's rank in the sequence group; returns what this rank's model
 gets."""
 
-KeyRules = Mapping[str, str | int | KeyFunction]
-# Others are made of these: positions, documents, shifted labels.
-_CUT_HERE = frozenset(
+# Positions, documents and shifted labels are made of these before the batch is sharded.
+_NEEDED_IN_FULL = frozenset(
     {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels"}
 )
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How batches are padded and cut.
+    """How batches are padded and sharded.
 
     Args:
         num_shards: ranks P that share a sequence.
         sequence_length: the fixed length that every batch is padded to; None lets it vary. With an
             encoder and a decoder both are padded to it.
         pad_multiple: a further number that the padded length must be a multiple of.
-        key_rules: for keys of your own, "shard" (second dim), "replicate", the number of the dim to
-            shard, or a function that cuts, see `KeyFunction`.
+        batch_schema: for keys of your own, "shard" (second dim), "replicate", the number of the dim
+            to shard, or a function that shards, see `ShardFunction`.
         ignore_index: the label that doesn't count.
         pad_token_id: pads `input_ids`.
-        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
-        ring_layout: how the tokens are dealt over the ring.
+        ring_size: size of the ring; each of its members is a group of P / ring_size Ulysses ranks.
+        ring_layout: how the tokens are distributed over the ring.
 
     Raises:
         ConfigError: a value is not legal.
@@ -49,7 +49,7 @@ class BatchLayout:
     num_shards: int
     sequence_length: int | None = None
     pad_multiple: int | None = None
-    key_rules: KeyRules = field(default_factory=dict)
+    batch_schema: Mapping[str, Rule] = field(default_factory=dict)
     ignore_index: int = IGNORE_INDEX
     pad_token_id: int = 0
     ring_size: int = 1
@@ -73,38 +73,20 @@ class BatchLayout:
                 f"pad_multiple={self.pad_multiple}). Use "
                 f"{next_multiple(max(fixed, 1), self.multiple)}."
             )
-        for key, rule in self.key_rules.items():
-            is_dim = isinstance(rule, int) and not isinstance(rule, bool)
-            if rule not in ("shard", "replicate") and not is_dim and not callable(rule):
+        try:
+            object.__setattr__(self, "batch_schema", BatchSchema(self.batch_schema))
+        except ValueError as error:
+            raise ConfigError(f"batch_schema {error}") from None
+        for key, rule in self.batch_schema.items():
+            if callable(rule) and key.removeprefix("decoder_") in _NEEDED_IN_FULL:
                 raise ConfigError(
-                    f"key_rules[{key!r}]={rule!r} is no rule. Use 'shard', 'replicate', a dim's "
-                    "number or a function."
-                )
-            if callable(rule) and key.removeprefix("decoder_") in _CUT_HERE:
-                raise ConfigError(
-                    f"key_rules[{key!r}] is a function, but positions, documents and labels are "
-                    f"made of '{key}' before "
-                    f"the cut. Give a function for keys of your own only."
+                    f"batch_schema[{key!r}] is a function, but positions, documents and labels are "
+                    f"made of '{key}' before it is sharded. Give a function for keys of your own "
+                    "only."
                 )
 
     @property
     def multiple(self) -> int:
         """What the padded length is a multiple of."""
-        dealt = multiple_of(self.ring_size, self.ring_layout, self.num_shards // self.ring_size)
-        return math.lcm(dealt, self.pad_multiple or 1)
-
-    def padded_length(self, length: int) -> int:
-        """Returns the tokens of a batch of `length` after padding.
-
-        Raises:
-            BatchError: the batch is longer than the fixed length.
-        """
-        if self.sequence_length is None:
-            return next_multiple(length, self.multiple)
-        if length > self.sequence_length:
-            raise BatchError(
-                f"the batch has {length} tokens in a row, but "
-                f"sequence_length={self.sequence_length} is fixed. "
-                "Truncate in the collate function, raise sequence_length, or let it vary (None)."
-            )
-        return self.sequence_length
+        of_layout = multiple_of(self.ring_size, self.ring_layout, self.num_shards // self.ring_size)
+        return math.lcm(of_layout, self.pad_multiple or 1)

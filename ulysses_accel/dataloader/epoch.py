@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ulysses_accel.dataloader.loader_state import inner_state, loader_at
@@ -42,9 +42,9 @@ class EpochRun:
 
     Args:
         loader: the wrapped loader.
-        refiller: makes micro-steps of batches.
-        start: where to begin; with recorded random states or the loader's own state to resume,
-            without to start anew.
+        refiller: turns batches into micro-steps.
+        start: where to begin; with recorded random states or the wrapped loader's state to resume,
+            without to start again.
         lookahead: draw a refill before the last micro-step of the one before it, to know whether it
             is the last of all; without, the loader's own `end_of_dataloader` says so.
     """
@@ -63,6 +63,7 @@ class EpochRun:
         self._replay: Replay | None = None
         self._seed_aside: SeedAside | None = None
         self._exhausted = False
+        self.has_failed = False
         self._steps: deque[dict[str, Any]] = deque()
         self._current: _Refill | None = None
         self._ahead: _Refill | None = None
@@ -104,6 +105,8 @@ class EpochRun:
 
     def __next__(self) -> dict[str, Any]:
         """Returns the next micro-step, on the host; `is_last` is up to date when it returns."""
+        if self.has_failed:
+            raise StopIteration
         if not self._steps:
             self._advance()
         step = self._steps.popleft()
@@ -113,15 +116,28 @@ class EpochRun:
             self.is_last = self._ends_here()
         return step
 
+    def close(self) -> None:
+        """Forgets an error that was to be raised with the next micro-step."""
+        if self._ahead is not None:
+            self._ahead = replace(self._ahead, error=None)
+
     def _advance(self) -> None:
         refill = self._ahead if self._ahead is not None else self._fetch()
-        self._current, self._ahead = refill, None
-        if refill.error is not None:
-            raise refill.error
-        if refill.steps is None:
+        # An error holds the frames that it passed through, and those hold this object: neither it
+        # nor a frame may keep the error.
+        self._current, self._ahead = replace(refill, error=None), None
+        error = refill.error
+        del refill
+        if error is not None:
+            self.has_failed = True
+            try:
+                raise error
+            finally:
+                del error
+        if self._current.steps is None:
             # Ends this pass: the caller's `for` sees it through `__next__`.
             raise StopIteration
-        self._steps = deque(refill.steps[self.micro_step :])
+        self._steps = deque(self._current.steps[self.micro_step :])
 
     def _ends_here(self) -> bool:
         if not self._lookahead:
@@ -135,15 +151,23 @@ class EpochRun:
         position = self._drawn * self._per_refill + resumed
         first = self._drawn == 0
         try:
-            made = self._refiller.refill(self._draw, position, first)
+            refilled = self._refiller.refill(self._draw, position, first)
         except Exception as error:
             return _Refill(error=error, inner=inner)
         self._drawn += 1
-        return _Refill(inner=inner) if made is None else _Refill(made[0], made[1], inner=inner)
+        if refilled is None:
+            return _Refill(inner=inner)
+        steps, is_last = refilled
+        return _Refill(steps, is_last, inner=inner)
 
     def _draw(self) -> tuple[Any, bool]:
         if self._broken is not None:
-            raise self._broken
+            self._exhausted = True
+            error, self._broken = self._broken, None
+            try:
+                raise error
+            finally:
+                del error
         if self._exhausted:
             raise StopIteration
         try:

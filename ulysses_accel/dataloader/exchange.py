@@ -1,9 +1,9 @@
-"""Moves the shards of each rank's own batch to the ranks that will hold them: one all-to-all of
-bytes per refill.
+"""Moves the shards of each rank's batch to the ranks that will hold them: one all-to-all of bytes
+per refill.
 
-Rank i cuts its batch and sends shard j, with the description and the non-tensor entries, to rank j;
-no rank ever holds another rank's whole batch. All sizes follow from the headers that were agreed on
-before. Non-tensors travel as JSON.
+Rank i shards its batch and sends shard j, with the description and the non-tensor entries, to rank
+j; no rank ever holds another rank's full batch. All sizes follow from the headers that were agreed
+on before. Non-tensors travel as JSON.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ulysses_accel.dataloader.agreement import REPLICATED, Entry, Header, key_code, make_entries
-from ulysses_accel.dataloader.completion.complete import WholeBatch
+from ulysses_accel.dataloader.completion.full_batch import FullBatch
 from ulysses_accel.distributed.consensus import contact, wire_device
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
 
 
-def entries_of(whole: WholeBatch) -> tuple[Entry, ...]:
-    """Returns the header's entries of a batch: shapes are those of the whole, padded batch."""
-    return make_entries({name: _kind(whole, name) for name in whole.tensors})
+def entries_of(full: FullBatch) -> tuple[Entry, ...]:
+    """Returns the header's entries of a batch: shapes are those of the full, padded batch."""
+    return make_entries({name: _kind(full, name) for name in full.tensors})
 
 
-def keys_text(whole: WholeBatch, with_shapes: bool) -> str:
+def keys_text(full: FullBatch, with_shapes: bool) -> str:
     """Returns the batch's tensors as `'input_ids' int64 [1, 8], ...` for the message when ranks
     disagree.
     """
     parts = []
-    for name in sorted(whole.tensors):
-        dtype, dim, shape = _kind(whole, name)
+    for name in sorted(full.tensors):
+        dtype, dim, shape = _kind(full, name)
         size = "[" + " x ".join(map(str, shape)) + "]" if with_shapes else f"{len(shape)}-D"
-        where = "whole" if dim == REPLICATED else f"sharded on dim {dim}"
+        where = "replicated" if dim == REPLICATED else f"sharded on dim {dim}"
         parts.append(f"'{name}' {str(dtype).removeprefix('torch.')} {size} {where}")
     return ", ".join(parts)
 
 
-def _kind(whole: WholeBatch, name: str) -> tuple[torch.dtype, int, tuple[int, ...]]:
-    tensor, dim = whole.tensors[name], whole.dims[name]
+def _kind(full: FullBatch, name: str) -> tuple[torch.dtype, int, tuple[int, ...]]:
+    tensor, dim = full.tensors[name], full.dims[name]
     return tensor.dtype, REPLICATED if dim is None else dim, tuple(tensor.shape)
 
 
-def encode_side(whole: WholeBatch) -> bytes:
+def encode_side(full: FullBatch) -> bytes:
     """Returns what goes with the tensors, as JSON: the description and the non-tensor entries.
 
     Raises:
         BatchError: an entry is no tensor and nothing that JSON has.
     """
-    for name, value in whole.extras.items():
+    for name, value in full.extras.items():
         _check_plain(name, value)
     side = {
-        "keys": sorted(whole.tensors, key=key_code),
-        "description": _plain_description(whole.description),
-        "extras": whole.extras,
+        "keys": sorted(full.tensors, key=key_code),
+        "description": _plain_description(full.description),
+        "extras": full.extras,
     }
     return json.dumps(side, separators=(",", ":")).encode()
 
@@ -106,7 +106,7 @@ def _check_plain(name: str, value: Any) -> None:
 
 
 def exchange(
-    whole: WholeBatch | None,
+    full: FullBatch | None,
     side: bytes,
     headers: Sequence[Header],
     group: dist.ProcessGroup | None,
@@ -114,7 +114,7 @@ def exchange(
     """Returns this rank's part of every rank's batch, on the host, in rank order.
 
     Args:
-        whole: this rank's batch, None when it has none to give.
+        full: this rank's batch, None when it has none to give.
         side: its description and non-tensors, from `encode_side`.
         headers: of all ranks.
         group: the ranks; None for this process alone.
@@ -123,9 +123,7 @@ def exchange(
         One batch for each rank; None for ranks without one.
     """
     parts = len(headers)
-    outgoing = [
-        _pack(whole, side, other) if whole is not None else _EMPTY for other in range(parts)
-    ]
+    outgoing = [_pack(full, side, other) if full is not None else _EMPTY for other in range(parts)]
     sizes = [_incoming_bytes(header, parts) for header in headers]
     incoming = _all_to_all(outgoing, sizes, group)
     return [
@@ -137,8 +135,8 @@ def exchange(
 _EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
-def _pack(whole: WholeBatch, side: bytes, rank: int) -> Tensor:
-    parts = whole.shard(rank)
+def _pack(full: FullBatch, side: bytes, rank: int) -> Tensor:
+    parts = full.shard(rank)
     ordered = sorted(parts, key=key_code)
     pieces = [
         parts[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name in ordered

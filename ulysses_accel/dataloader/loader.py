@@ -8,7 +8,7 @@ class of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ulysses_accel.dataloader.batch_layout import BatchLayout, KeyRules
+from ulysses_accel.config.batch_schema import Rule
+from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.dataloader.completion.complete import ShardingCollate
 from ulysses_accel.dataloader.epoch import EpochRun, Position
 from ulysses_accel.dataloader.loader_state import LoaderState
@@ -34,7 +35,7 @@ _POLICIES = ("error", "drop", "pad")
 class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
     """Shards the batches of a data loader over the ranks that share a sequence.
 
-    Every attribute that is not its own is the wrapped loader's (`dataset`, `sampler`, `batch_size`,
+    Every other attribute is the wrapped loader's (`dataset`, `sampler`, `batch_size`,
     ...). Set `on_micro_step` to a function that is to be called before each yield with whether it
     is the last one.
 
@@ -51,8 +52,8 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         on_uneven: when ranks run out of batches at different steps: "error" raises on all of them,
             "drop" stops all at the first one's end, "pad" goes on to the last one's end with
             batches that count no label.
-        key_rules: for keys of your own: "shard" (second dim), "replicate", the number of the dim to
-            shard, or, with `same_batch`, a function that cuts (`batch_layout.KeyFunction`).
+        batch_schema: for keys of your own: "shard" (second dim), "replicate", the number of the dim
+            to shard, or, with `same_batch`, a function that shards (`batch_layout.ShardFunction`).
         sequence_length: pad every batch to this length, an encoder's and a decoder's sequence
             alike; None pads to the next multiple of P.
         pad_multiple: a further number that the padded length must be a multiple of.
@@ -61,10 +62,10 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         pad_token_id: pads `input_ids`.
         allow_duplicates: with `same_batch=False`, don't refuse a first batch that is the same on
             all ranks.
-        ring_size: how many of the P ranks' places form a ring; the rest are Ulysses ranks within.
-        ring_layout: how the tokens are dealt over the ring.
-        rules: what the model asks of a batch; a function that tells it is asked at the start of
-            each epoch, so that a loader may be made before its model.
+        ring_size: size of the ring; each of its members is a group of P / ring_size Ulysses ranks.
+        ring_layout: how the tokens are distributed over the ring.
+        rules: what the model requires of a batch; a function that returns it is called at the start
+            of each epoch, so that a loader may be built before its model.
 
     Raises:
         ConfigError: an argument is not legal.
@@ -80,7 +81,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         *,
         same_batch: bool = False,
         on_uneven: str = "error",
-        key_rules: KeyRules | None = None,
+        batch_schema: Mapping[str, Rule] | None = None,
         sequence_length: int | None = None,
         pad_multiple: int | None = None,
         cpu_group: dist.ProcessGroup | None = None,
@@ -91,23 +92,23 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         ring_layout: Layout = "contiguous",
         rules: RulesSource = PLAIN_RULES,
     ) -> None:
-        # Not DataLoader's own constructor: this loader has no dataset and no workers besides the
-        # wrapped loader's.
+        # DataLoader's constructor is not called: this loader has no dataset and no workers besides
+        # the wrapped loader's.
         layout = BatchLayout(
             sp_world_size,
             sequence_length,
             pad_multiple,
-            dict(key_rules or {}),
+            dict(batch_schema or {}),
             ignore_index,
             pad_token_id,
             ring_size,
             ring_layout,
         )
-        if not same_batch and any(map(callable, layout.key_rules.values())):
+        if not same_batch and any(map(callable, layout.batch_schema.values())):
             raise ConfigError(
-                "key_rules has a function, which cuts for its own rank only, but with "
-                "same_batch=False each rank cuts "
-                "for all. Use same_batch=True, or 'shard', 'replicate' or a dim's number."
+                "batch_schema has a function, which shards for the local rank only, but with "
+                "same_batch=False each rank shards for all. Use same_batch=True, or 'shard', "
+                "'replicate' or a dim's number."
             )
         group = _checked_group(cpu_group or sp_group, sp_rank, sp_world_size)
         if on_uneven not in _POLICIES or (on_uneven == "pad" and same_batch):
@@ -129,7 +130,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         self._epoch_was_set = False
         self._start: Position | None = None
         self._run: EpochRun | None = None
-        self._own_iterator: Iterator[dict[str, Any]] | None = None
+        self._next_run: EpochRun | None = None
         self._at_end = False
         self._warm = False
 
@@ -170,55 +171,77 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         return max(0, len(self.dl) * self._steps_per_batch - self._offset)
 
     def __iter__(self) -> Any:
-        """Starts the epoch anew, or where a loaded state says; the wrapped loader's iterator is
-        made here.
+        """Starts the epoch again, or where a loaded state says; the wrapped loader's iterator is
+        created here.
         """
+        return self._steps(self._begin())
+
+    def __next__(self) -> dict[str, Any]:
+        """Returns the next micro-step of an epoch that is started when there is none."""
+        # The run, not a generator of this class: that would hold the adapter, which would hold it.
+        if self._next_run is None:
+            self._next_run = self._begin()
+        try:
+            return self._step(self._next_run)
+        except StopIteration:
+            self._next_run = None
+            raise
+
+    def _begin(self) -> EpochRun:
         self._run = None  # stops the workers of an epoch that was left by a break
         start, self._start = self._start, None
         if start is None:
             start = Position(*divmod(self._offset, self._steps_per_batch), warm=self._warm)
         self._warm = keeps_workers(self.dl)
         self._at_end = False
-        # accelerate's loader counts epochs by itself, and a loader made of the same one may have
+        # accelerate's loader counts epochs by itself, and a loader built from the same one may have
         # run in between.
         self._epoch = int(getattr(self.dl, "iteration", self._epoch))
         lookahead = not (self.same_batch and hasattr(self.dl, "end_of_dataloader"))
         self._run = EpochRun(self.dl, self._refiller, start, lookahead)
-        return self._steps(self._run)
-
-    def __next__(self) -> dict[str, Any]:
-        """Returns the next micro-step of the adapter's own iterator; starts one when there is
-        none.
-        """
-        if self._own_iterator is None:
-            self._own_iterator = iter(self)
-        try:
-            return next(self._own_iterator)
-        except StopIteration:
-            self._own_iterator = None
-            raise
+        return self._run
 
     def _steps(self, run: EpochRun) -> Iterator[dict[str, Any]]:
-        for step in run:
-            self._at_end = run.is_last
-            if self.on_micro_step is not None:
-                self.on_micro_step(run.is_last)
-            yield {key: mark_shard(self._placed(value)) for key, value in step.items()}
-        if self._run is run:
-            self._run = None
-            self._epoch += 1
-            if hasattr(self.dl, "iteration"):
-                # Except when it was rebuilt for a resumed epoch, or ended early on this rank.
-                self.dl.iteration = self._epoch
+        try:
+            while True:
+                try:
+                    step = self._step(run)
+                except StopIteration:
+                    return
+                yield step
+        finally:
+            run.close()
+
+    def _step(self, run: EpochRun) -> dict[str, Any]:
+        """Returns the run's next micro-step, on the device; raises StopIteration at its end."""
+        try:
+            step = next(run)
+        except StopIteration:
+            if self._run is run and not run.has_failed:
+                self._end_epoch()
+            raise
+        self._at_end = run.is_last
+        if self.on_micro_step is not None:
+            self.on_micro_step(run.is_last)
+        return {key: mark_shard(self._placed(value)) for key, value in step.items()}
+
+    def _end_epoch(self) -> None:
+        self._run = None
+        self._epoch += 1
+        if hasattr(self.dl, "iteration"):
+            # Except when it was rebuilt for a resumed epoch, or ended early on this rank.
+            self.dl.iteration = self._epoch
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if self.device is not None and value.device != self.device:
             return value.to(self.device, non_blocking=value.is_pinned()).contiguous()
-        whole = value.untyped_storage().nbytes() > value.numel() * value.element_size()
-        # A view would keep the whole sequence alive as long as the shard.
-        return value.clone(memory_format=torch.contiguous_format) if whole else value.contiguous()
+        is_view = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+        if is_view:
+            # It would keep the full sequence alive as long as the shard.
+            return value.clone(memory_format=torch.contiguous_format)
+        return value.contiguous()
 
     def set_epoch(self, epoch: int) -> None:
         """Tells samplers and dataset the next epoch's number; another one than a loaded state's
@@ -227,21 +250,19 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         if epoch != self._epoch:
             self._start = None
         self._epoch, self._epoch_was_set = epoch, True
-        sampler, batch_sampler = (
-            getattr(self.dl, "sampler", None),
-            getattr(self.dl, "batch_sampler", None),
-        )
+        batch_sampler = getattr(self.dl, "batch_sampler", None)
         inner = getattr(batch_sampler, "batch_sampler", None)
-        below = (getattr(batch_sampler, "sampler", None), getattr(inner, "sampler", None))
-        told: set[int] = set()
-        for target in (
+        targets = (
             self.dl,
-            sampler,
+            getattr(self.dl, "sampler", None),
             batch_sampler,
             inner,
-            *below,
+            getattr(batch_sampler, "sampler", None),
+            getattr(inner, "sampler", None),
             getattr(self.dl, "dataset", None),
-        ):
+        )
+        told: set[int] = set()
+        for target in targets:
             if callable(getattr(target, "set_epoch", None)) and id(target) not in told:
                 told.add(id(target))
                 target.set_epoch(epoch)  # type: ignore[union-attr]
@@ -288,7 +309,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
         loaded.check_fits(self._state(Position()))
         if loaded.random is not None:
             check_states(self.dl, loaded.random)
-        self._run = self._own_iterator = None
+        self._run = self._next_run = None
         self._at_end = False
         if loaded.set_epoch or hasattr(self.dl, "iteration"):
             self.set_epoch(loaded.epoch)
@@ -308,7 +329,7 @@ class UlyssesSPDataLoaderAdapter(DataLoader[Any]):
             self.device,
             same_batch=self.same_batch,
             on_uneven=self.on_uneven,
-            key_rules=layout.key_rules,
+            batch_schema=layout.batch_schema,
             sequence_length=layout.sequence_length,
             pad_multiple=layout.pad_multiple,
             cpu_group=refiller.group,
@@ -352,7 +373,7 @@ def _checked_group(
         )
     if dist.get_world_size(group) != size or dist.get_rank(group) != rank:
         raise ConfigError(
-            f"sp_rank={rank} and sp_world_size={size} don't fit the group given, where this "
+            f"sp_rank={rank} and sp_world_size={size} don't fit the group, where this "
             "process is rank "
             f"{dist.get_rank(group)} of {dist.get_world_size(group)}. Take both from the group."
         )

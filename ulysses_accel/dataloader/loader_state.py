@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import CheckpointError
 
 VERSION = 1
@@ -23,7 +24,7 @@ class LoaderState:
     `batches` of `epoch`.
 
     Args:
-        epoch: epochs that were finished, or the number last given to `set_epoch`.
+        epoch: epochs that were finished, or the number last passed to `set_epoch`.
         set_epoch: whether the epoch was ever set by the user, so that samplers must be told again.
         batches: batches of this epoch whose micro-steps were all taken.
         micro_step: micro-steps of the next batch that were taken already.
@@ -32,9 +33,9 @@ class LoaderState:
         on_uneven: the adapter's policy.
         dataset: class name of the dataset.
         length: samples in the dataset, None when it does not know.
-        random: random states at the beginning of the epoch, None when the wrapped loader keeps its
-            own state.
-        inner: the wrapped loader's own state before the next batch was drawn, None when it has
+        random: random states at the beginning of the epoch, None when the wrapped loader keeps
+            its state.
+        inner: the wrapped loader's state before the next batch was drawn, None when it has
             none.
         warm: whether the epoch began with workers that an earlier one had started.
         version: of this format.
@@ -93,11 +94,11 @@ class LoaderState:
         """
         named = {
             "sp_size": "Resume with the same number of ranks in a sequence group, "
-            "or start the epoch anew",
+            "or start the epoch again",
             "same_batch": "Build the adapter in the same mode",
             "on_uneven": "Build the adapter with the same policy",
-            "dataset": "Resume on the same dataset, or start the epoch anew",
-            "length": "Resume on the same dataset, or start the epoch anew",
+            "dataset": "Resume on the same dataset, or start the epoch again",
+            "length": "Resume on the same dataset, or start the epoch again",
         }
         for name, fix in named.items():
             saved, mine = getattr(self, name), getattr(now, name)
@@ -157,7 +158,7 @@ _FIELDS = {
 
 
 def inner_state(loader: Any) -> dict[str, Any] | None:
-    """Returns a copy of the loader's own state when it has one that is JSON, None otherwise."""
+    """Returns a copy of the loader's state when it has one that is JSON, None otherwise."""
     if not hasattr(loader, "load_state_dict"):
         return None
     try:
@@ -208,14 +209,13 @@ _REBUILD_SHARD = (
     "device",
     "rng_types",
     "synchronized_generator",
-    "_drop_last",
-    "_non_blocking",
+    *_private_api.SHARD_LOADER_ATTRIBUTES,
     "iteration",
 )
 
 
 def loader_at(loader: Any, skip: int) -> tuple[Any, int]:
-    """Returns a loader that starts behind the first `skip` batches, and how many must still be
+    """Returns a loader that starts after the first `skip` batches, and how many must still be
     drawn and dropped.
 
     An ordinary loader with a batch sampler, torch's or accelerate's, is rebuilt around the rest of
@@ -223,17 +223,15 @@ def loader_at(loader: Any, skip: int) -> tuple[Any, int]:
     """
     if skip == 0:
         return loader, 0
-    shard = type(loader).__name__ == "DataLoaderShard" and not getattr(
-        loader, "use_stateful_dataloader", False
-    )
+    # Imported here: a plain loader does not need accelerate.
+    from accelerate.data_loader import DataLoaderShard
+
+    is_shard = type(loader) is DataLoaderShard and not loader.use_stateful_dataloader
     sampler = getattr(loader, "batch_sampler", None)
-    if (
-        sampler is None
-        or isinstance(loader.dataset, IterableDataset)
-        or not (shard or type(loader) is DataLoader)
-    ):
+    is_rebuilt = is_shard or type(loader) is DataLoader
+    if sampler is None or isinstance(loader.dataset, IterableDataset) or not is_rebuilt:
         return loader, skip
-    names = _REBUILD + (_REBUILD_SHARD if shard else ())
+    names = _REBUILD + (_REBUILD_SHARD if is_shard else ())
     options = {name: getattr(loader, name) for name in names if hasattr(loader, name)}
     rest = ResumedBatchSampler(sampler, skip)
     return type(loader)(loader.dataset, batch_sampler=rest, **options), 0

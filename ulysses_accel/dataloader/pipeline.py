@@ -1,4 +1,4 @@
-"""One refill: a drawn batch, the agreement on it, and the micro-steps that come of it on this
+"""One refill: a drawn batch, the agreement on it, and the micro-steps that follow from it on this
 rank.
 """
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from ulysses_accel.dataloader.agreement import Header, Status, agree_on_batch
 from ulysses_accel.dataloader.batch_layout import BatchLayout
-from ulysses_accel.dataloader.completion.complete import WholeBatch, complete
+from ulysses_accel.dataloader.completion.complete import complete
+from ulysses_accel.dataloader.completion.full_batch import FullBatch
 from ulysses_accel.dataloader.completion.labels import token_label_keys
 from ulysses_accel.dataloader.exchange import encode_side, entries_of, exchange, keys_text
 from ulysses_accel.distributed.consensus import describe_error
@@ -32,15 +33,15 @@ class Refiller:
     group.
 
     Args:
-        layout: how batches are padded and cut.
+        layout: how batches are padded and sharded.
         rank: of this process in the sequence group.
         group: whose ranks agree; None when this process is alone.
-        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings its
-            own.
+        same_batch: all ranks draw the same batch and keep their shards; otherwise each brings
+            another.
         on_uneven: "error", "drop" or "pad", see `UlyssesSPDataLoaderAdapter`.
-        allow_duplicates: whether ranks that should bring their own may all bring the same first
-            batch.
-        rules: what the model asks of a batch, or what will tell it.
+        allow_duplicates: whether ranks that should bring different batches may all bring the same
+            first one.
+        rules: what the model requires of a batch, or a function that returns it.
     """
 
     layout: BatchLayout
@@ -74,20 +75,26 @@ class Refiller:
             RankDisagreementError: the ranks' batches don't belong together, or they end unevenly.
         """
         offer = self._offer(draw, position)
-        decision, headers = agree_on_batch(
-            offer.header,
-            offer.text,
-            self.group,
-            on_uneven=self.on_uneven,
-            same_batch=self.same_batch,
-            distinct=first and not self.same_batch and not self.allow_duplicates,
-            cause=offer.error,
-        )
+        error = offer.error
+        # This frame is one of those that the error holds, so it may not hold the error.
+        offer = replace(offer, error=None)
+        try:
+            decision, headers = agree_on_batch(
+                offer.header,
+                offer.text,
+                self.group,
+                on_uneven=self.on_uneven,
+                same_batch=self.same_batch,
+                distinct=first and not self.same_batch and not self.allow_duplicates,
+                cause=error,
+            )
+        finally:
+            del error
         if not decision.present:
             return None
         if self.same_batch:
-            assert offer.whole is not None
-            return [offer.whole.local_batch(self.rank)], decision.is_last
+            assert offer.full is not None
+            return [offer.full.local_batch(self.rank)], decision.is_last
         return self._exchanged(offer, headers), decision.is_last
 
     def _offer(self, draw: Draw, position: int) -> _Offer:
@@ -102,24 +109,24 @@ class Refiller:
             return _Offer.failed(error, position)
         try:
             # Here, before the agreement, because a user's function may fail on one rank.
-            whole = complete(batch, self.layout, resolve_rules(self.rules)).with_functions(
+            full = complete(batch, self.layout, resolve_rules(self.rules)).with_functions(
                 self.layout, self.rank
             )
-            side = b"" if self.same_batch else encode_side(whole)
+            side = b"" if self.same_batch else encode_side(full)
             header = Header(
                 Status.OK,
                 position,
                 is_last,
-                whole.checksum(),
+                full.checksum(),
                 side_bytes=len(side),
-                entries=entries_of(whole),
+                entries=entries_of(full),
             )
         except Exception as error:
             return _Offer.failed(error, position)
-        return _Offer(header, keys_text(whole, with_shapes=self.same_batch), whole, side)
+        return _Offer(header, keys_text(full, with_shapes=self.same_batch), full, side)
 
     def _exchanged(self, offer: _Offer, headers: list[Header]) -> list[dict[str, Any]]:
-        received = exchange(offer.whole, offer.side, headers, self.group)
+        received = exchange(offer.full, offer.side, headers, self.group)
         template = next(batch for batch in received if batch is not None)
         labels = token_label_keys(template, self.layout, resolve_rules(self.rules))
         if any(batch is None for batch in received) and not labels:
@@ -143,7 +150,7 @@ class _Offer:
 
     header: Header
     text: str = ""
-    whole: WholeBatch | None = None
+    full: FullBatch | None = None
     side: bytes = b""
     error: Exception | None = None
 

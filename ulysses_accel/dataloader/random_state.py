@@ -1,8 +1,8 @@
 """The random state that decides the order of an epoch: recorded when the epoch begins, replayed
 when it is resumed.
 
-A sampler takes its permutation from its own generator, or from torch's global one, when it is first
-asked for an index. On resume the recorded state is in force until the first batch is drawn; then
+A sampler takes its permutation from its generator, or from torch's global one, when its first
+index is drawn. On resume the recorded state is in force until the first batch is drawn; then
 the caller's random state, which a checkpoint has restored to the middle of the epoch, is put back.
 Numbers that a dataset draws for itself (augmentation) are not replayed.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import CheckpointError
 
 _PATHS = (
@@ -29,7 +30,7 @@ _PATHS = (
 
 
 def capture(loader: Any) -> dict[str, str]:
-    """Returns the states of torch's global CPU generator and of the loader's own ones, as
+    """Returns the states of torch's global CPU generator and of the loader's, as
     hexadecimal text.
     """
     states = {"torch": _hex(torch.get_rng_state())}
@@ -62,7 +63,7 @@ def check_states(loader: Any, states: dict[str, str]) -> None:
 
 
 class Replay:
-    """Puts recorded random states in force, until `stop` gives the caller's own back.
+    """Puts recorded random states in force, until `stop` restores the caller's.
 
     Args:
         loader: whose generators are set.
@@ -107,13 +108,13 @@ class SeedAside:
 
     def __init__(self, loader: Any, warm: bool) -> None:
         self._base = getattr(loader, "base_dataloader", loader)
-        self._active = warm and getattr(self._base, "_iterator", None) is None
+        self._active = warm and _private_api.live_iterator(self._base) is None
         self._generator = getattr(self._base, "generator", None)
         if self._active:
             self._base.generator = torch.Generator()
 
     def stop(self) -> None:
-        """Gives the loader its own generator back; the first call counts."""
+        """Restores the loader's generator; the first call counts."""
         if self._active:
             self._base.generator = self._generator
             self._active = False
@@ -122,14 +123,12 @@ class SeedAside:
 def _generators(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
     seen: set[int] = set()
     for path in _PATHS:
-        found = _walk(loader, path)
-        if (
-            isinstance(found, torch.Generator)
-            and found.device.type == "cpu"
-            and id(found) not in seen
-        ):
-            seen.add(id(found))
-            yield path, found
+        generator = _walk(loader, path)
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            continue
+        if id(generator) not in seen:
+            seen.add(id(generator))
+            yield path, generator
 
 
 def _walk(value: Any, path: str) -> Any:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import ShapeError
 
 # torch 2.13 renamed both and warns about the old names, which older releases only have.
@@ -33,7 +34,7 @@ def _all_to_all_op(
     send: Tensor, send_sizes: list[int], receive_sizes: list[int], group_name: str
 ) -> Tensor:
     # A custom op takes no process group as argument; torch keeps them all by name.
-    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+    group = _private_api.process_group(group_name)
     received = send.new_empty((sum(receive_sizes), *send.shape[1:]))
     # The sizes are left out where all are equal: the even exchange is the cheaper call on every
     # backend.

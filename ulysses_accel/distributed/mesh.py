@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ulysses_accel import _private_api
+from ulysses_accel.distributed.axes import AXES
 from ulysses_accel.errors import MeshError
 
-AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 JOINT_AXES = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp", "sp"),
@@ -88,9 +89,8 @@ def joint_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
         name: a key of `JOINT_AXES`.
     """
     names = mesh.mesh_dim_names or ()
-    # Asking the mesh for a flattened axis by its name is deprecated; flattening again returns the
-    # same one.
-    return mesh[tuple(axis for axis in JOINT_AXES[name] if axis in names)]._flatten(name)
+    axes = tuple(axis for axis in JOINT_AXES[name] if axis in names)
+    return _private_api.flattened(mesh[axes], name)
 
 
 def build_expert_mesh(ep_size: int, device_type: str) -> DeviceMesh:

@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ulysses_accel import _private_api
 from ulysses_accel.distributed.collectives import all_to_all
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
 from ulysses_accel.installation import Installation
@@ -137,7 +138,7 @@ class ExpertDispatch:
     @contextmanager
     def _local_parameters(self, module: Any) -> Iterator[None]:
         """Lets transformers' code of the experts see this rank's part as plain tensors."""
-        parameters = module._parameters
+        parameters = _private_api.module_parameters(module)
         distributed = {name: parameters[name] for name in self.names}
         parameters.update({name: tensor.to_local() for name, tensor in distributed.items()})
         try:

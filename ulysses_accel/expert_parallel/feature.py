@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.mesh import build_expert_mesh
 from ulysses_accel.errors import ConfigError
@@ -31,7 +32,7 @@ from ulysses_accel.expert_parallel.dispatch import (
 from ulysses_accel.installation import AcceleratorFeature, FeatureSession, Override, replaced
 
 # Where torch's DDP looks, when it is built, for the names of parameters that it ignores.
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
+_IGNORED = _private_api.DDP_IGNORED
 
 
 class ExpertParallel(AcceleratorFeature):
@@ -92,30 +93,25 @@ class ExpertParallel(AcceleratorFeature):
 
     @contextmanager
     def _ignored_by_engine(self, experts: list[DistributedExperts]) -> Iterator[None]:
-        before = [getattr(one.model, _IGNORED, None) for one in experts]
         modules: list[nn.Module] = []
-        for one, names in zip(experts, before, strict=True):
-            setattr(one.model, _IGNORED, [*(names or []), *one.parameters])
-            modules += one.modules.values()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        try:
-            if plugin is None or not modules:
-                yield
-            else:
-                with replaced(plugin, ignored_modules=[*(plugin.ignored_modules or []), *modules]):
-                    yield
-        finally:
-            for one, names in zip(experts, before, strict=True):
-                # A later DDP, after `close`, must average them.
-                delattr(one.model, _IGNORED)
-                if names is not None:
-                    setattr(one.model, _IGNORED, names)
+        with ExitStack() as stack:
+            for one in experts:
+                modules += one.modules.values()
+                ignored = [*getattr(one.model, _IGNORED, ()), *one.parameters]
+                # For the time of this call: a later DDP, after `close`, must average them.
+                stack.enter_context(replaced(one.model, **{_IGNORED: ignored}))
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if plugin is not None and modules:
+                ignored_modules = [*(plugin.ignored_modules or []), *modules]
+                stack.enter_context(replaced(plugin, ignored_modules=ignored_modules))
+            yield
 
     def after_prepare(self, prepared: tuple[Any, ...]) -> tuple[Any, ...]:
         """Gives optimizers, prepared before or after their models, the distributed experts, and
         takes care of what they save.
         """
-        for optimizer in (accelerated.optimizer for accelerated in self.accelerator._optimizers):
+        for accelerated in _private_api.prepared_optimizers(self.accelerator):
+            optimizer = accelerated.optimizer
             for experts in self.experts.values():
                 experts.update(optimizer)
             _step_one_by_one(optimizer)

@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.forward.context import ForwardFeature, ModelToShard, RunningBatch
 from ulysses_accel.installation import Installation
 from ulysses_accel.memory.checkpoint.layers import CheckpointedLayers
 from ulysses_accel.sequence.running import run_batch, running_batch
 
-_ATTRIBUTE = "_gradient_checkpointing_func"
+_ATTRIBUTE = _private_api.CHECKPOINT_FUNCTION
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import ShapeError, UnsupportedModelError
 from ulysses_accel.forward.context import sharded_batch
 from ulysses_accel.installation import Installation
@@ -121,7 +122,7 @@ class _RouterLoss(torch.autograd.Function):
         # Each rank adds its local tokens' part alone: times their number, the mean over ranks is
         # the gradient.
         record.gradient = load_balance_gradient(record.statistics) * grad * record.group.size()
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, record))
+        _private_api.call_after_backward(partial(_forget, record))
         return torch.zeros((), dtype=ctx.dtype, device=grad.device).expand(ctx.shape), None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.routers import FLAG, read_router_loss
 from ulysses_accel.introspection.source import (
@@ -133,7 +134,7 @@ def check_attention(model: Any) -> Iterator[Finding]:
 
 
 def _is_model(module: nn.Module) -> bool:
-    return hasattr(module, "_can_set_attn_implementation")
+    return _private_api.is_transformers_model(module)
 
 
 def check_statistics(model: Any) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.source import (
     assignments,
@@ -102,7 +103,7 @@ def _embeddings(parts: Iterable[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.M
 
 
 def _is_model(module: nn.Module) -> bool:
-    return hasattr(module, "_can_set_attn_implementation")
+    return _private_api.is_transformers_model(module)
 
 
 def makes_positions(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import BatchError, ConfigError
 from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.multimodal import merging_of
@@ -106,7 +107,7 @@ def _decoder_inputs(model: Any) -> Callable[[Tensor], Tensor]:
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         prepare: Callable[[Tensor], Tensor] = model.prepare_decoder_input_ids_from_labels
         return prepare
-    shift = inspect.unwrap(type(model).forward).__globals__.get("shift_tokens_right")
+    shift = _private_api.global_of(type(model).forward, "shift_tokens_right")
     names = list(inspect.signature(shift).parameters) if shift is not None else []
     if not set(names[1:]) <= {"pad_token_id", "decoder_start_token_id"} or shift is None:
         return _refuse_labels_alone

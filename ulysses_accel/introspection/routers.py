@@ -9,7 +9,6 @@ function is that one is found by calling it.
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.source import calls_of, forward_of, text_of
 
@@ -52,7 +52,7 @@ def read_router_loss(model: Any) -> RouterLossUse | Finding | None:
     calls = [] if forward is None else calls_of(forward, _FUNCTION)
     if forward is None or not calls:
         return None
-    function = inspect.unwrap(type(model).forward).__globals__.get(_FUNCTION)
+    function = _private_api.global_of(type(model).forward, _FUNCTION)
     call = calls[0]
     paths = [
         _path(argument)
@@ -203,7 +203,7 @@ def recorded_routers(model: Any) -> Iterator[tuple[nn.Module, int]]:
 
 
 def _recorders(model: Any) -> list[Any]:
-    recorders = (getattr(model, "_can_record_outputs", None) or {}).get(_LOGITS, [])
+    recorders = _private_api.recorded_outputs(model).get(_LOGITS, [])
     return list(recorders) if isinstance(recorders, list | tuple) else [recorders]
 
 
@@ -211,7 +211,7 @@ def _recorded(
     module: nn.Module, name: str, recorders: list[Any]
 ) -> Iterator[tuple[nn.Module, int]]:
     for child_name, child in module.named_children():
-        own = _recorders(child) if hasattr(child, "_can_set_attn_implementation") else recorders
+        own = _recorders(child) if _private_api.is_transformers_model(child) else recorders
         yield from _recorded(child, f"{name}.{child_name}", own)
     for recorder in recorders:
         target: Any = getattr(recorder, "target_class", recorder)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.introspection.source import (
     assignments,
     attention_calls,
@@ -69,7 +70,7 @@ def first_token_modules(model: Any) -> list[FirstToken]:
     for _, module in sharded_parts(model):
         if _reads_first(module):
             found.append(FirstToken(module, is_cut=False))
-        forward = forward_of(module) if hasattr(module, "_can_set_attn_implementation") else None
+        forward = forward_of(module) if _private_api.is_transformers_model(module) else None
         calls = (
             [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
             if forward is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.introspection.source import attention_calls, parameters
 
@@ -25,9 +26,9 @@ def transformers_model(model: nn.Module) -> Any:
     """
     for module in model.modules():
         # Of the class: adapter libraries' models hand on every attribute of the one inside of them.
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal") and hasattr(
-            type(module), "_can_set_attn_implementation"
-        ):
+        if _private_api.has_attention_setting(
+            getattr(module, "config", None)
+        ) and _private_api.is_transformers_model(type(module)):
             return module
     raise UnsupportedModelError(
         f"{type(model).__name__} holds no transformers model, so its attention can't be sharded "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.layers import (
@@ -116,13 +117,13 @@ def without_weights(config: Any) -> nn.Module:
             "model itself."
         )
     with torch.device("meta"):
-        model: nn.Module = classes[0]._from_config(config)
+        model: nn.Module = _private_api.model_from_config(classes[0], config)
     return model
 
 
 def _routing(model: Any) -> Iterator[Finding]:
     parts = [module for _, module in sharded_parts(model)]
-    if not model._can_set_attn_implementation() or not any(map(attention_calls, parts)):
+    if not _private_api.can_set_attention(model) or not any(map(attention_calls, parts)):
         yield Finding(
             "attention",
             type(model).__name__,
@@ -148,7 +149,7 @@ def _bidirectional_decoder(model: Any) -> Iterator[Finding]:
     """
     encoder = encoder_of(model)
     # Of models that are older than sdpa the masks tell, whatever their modules say.
-    if encoder is None or not getattr(model, "_supports_sdpa", False):
+    if encoder is None or not _private_api.supports_sdpa(model):
         return
     inside = set(encoder.modules())
     decoding = [(name, module) for name, module in attending(model) if module not in inside]

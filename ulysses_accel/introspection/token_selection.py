@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.sample_heads import (
     child_called,
@@ -82,7 +83,7 @@ def _picked(module: nn.Module, known: set[int]) -> str | None:
         for name, value in assignments(forward, module)
         if "logits_to_keep" in ast.unparse(value)
     }
-    is_model = hasattr(module, "_can_set_attn_implementation")
+    is_model = _private_api.is_transformers_model(module)
     for node in nodes:
         if id(node) in of_known:
             continue

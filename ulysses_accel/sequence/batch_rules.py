@@ -1,7 +1,7 @@
-"""What a model asks of a batch that only the whole batch can tell: its labels, its positions, its
-decoder's tokens.
+"""What a model requires of a batch that only the full batch can tell: its labels, its positions,
+its decoder's tokens.
 
-Engines find it out from the prepared model; the data loader obeys it before the batch is cut.
+It is read from the prepared model; the data loader follows it before the batch is sharded.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ class BatchRules:
     """How a batch without further keys is completed for one model.
 
     Args:
-        labels: `next_token`: the model's loss shifts them, so they are shifted before the cut;
-            `same_token`: a token's label is its own (masked language models, decoders that are
-            given shifted tokens), so they are only cut; `whole`: they belong to the sample.
-        counts_mask: positions that the batch does not give are counted by its attention mask,
+        labels: `next_token`: the model's loss shifts them, so they are shifted before they are
+            sharded;
+            `same_token`: a token's label is its own (masked language models, decoders that
+            take shifted tokens), so they are only sharded; `whole`: they belong to the sample.
+        counts_mask: positions that the batch lacks are counted by its attention mask,
             padding getting -1.
-        padding_idx: positions that the batch does not give start behind this number, counted over
+        padding_idx: positions that the batch lacks start after this number, counted over
             the tokens that differ from it, which have it themselves; None for models whose
             positions start at 0. Both rules hold for an encoder's positions and a decoder's.
         decoder_inputs: makes `decoder_input_ids` `[B, T]` of `labels` `[B, T]`, as the model's own
             forward would; None for models without an encoder.
-        merges: images or sound are merged into whole tokens, whose embeddings are cut behind that;
-            a batch with any keeps the keys whole that this takes.
+        merges: images or audio are merged into the full sequence's tokens, whose embeddings are
+            sharded after that; in a batch with any the keys that this takes are replicated.
         is_causal: whether all of the model's layers see each token's document up to itself (True)
             or all of it (False), which is what a 4-D mask may say too; None where windows, chunks
             or both kinds of layers let no such mask be read.

@@ -10,34 +10,37 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ulysses_accel.errors import ConfigError
-from ulysses_accel.sequence.documents import Rows, document_pieces, find_documents, joined
+from ulysses_accel.sequence.documents import (
+    Rows,
+    Segment,
+    document_pieces,
+    documents_of_ids,
+    joined,
+)
 from ulysses_accel.sequence.layout import Layout
 
 DESCRIPTION_KEY = "sequence_description"
-Segment = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class SequenceDescription:
-    """What every layer must know of the whole sequence that its shard was cut from.
+    """What every layer must know of the full sequence that its shard is a part of.
 
     Args:
-        sequence_length: tokens S of the whole sequence on all ranks together, padding included.
+        sequence_length: tokens S of the full sequence on all ranks together, padding included.
         num_shards: ranks P that share the sequence; each holds S / P consecutive tokens.
         rows: for each batch row its documents as (start, stop) token positions, in order; tokens
             outside of every document are padding.
-        ring_size: how many of the shards' cuts lie between ranks of a ring; the rest between
-            Ulysses ranks.
-        layout: how the tokens are dealt over the ring.
+        ring_size: size of the ring; each of its members is a group of P / ring_size Ulysses ranks.
+        layout: how the tokens are distributed over the ring.
         holes: for each row the padding that lies inside of its documents, as (start, stop); no
             token sees it, while the tokens around it see each other. Empty where no row has any.
         prefixes: for each row and document how many of its first tokens all of its tokens see,
             whatever their order (prefix language modelling). Empty where no document has any.
-        longest_position: the greatest position id of the whole batch; None where it is not known.
+        longest_position: the greatest position id of the full batch; None where it is not known.
         encoder: the sequence that cross-attention reads, of one shard where every rank has all of
             it; None where it has no padding and every rank has all of it, or where there is no
             cross-attention.
@@ -70,17 +73,11 @@ class SequenceDescription:
                 padding.
             num_shards: ranks P that share the sequence.
             ring_size: ranks of the ring among them.
-            layout: how the tokens are dealt over the ring.
+            layout: how the tokens are distributed over the ring.
         """
         ids = document_ids.cpu()
-        counting = torch.arange(ids.shape[1]).expand_as(ids)
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        # Positions that count from each document's first token, as `find_documents` reads them.
-        first = torch.where(starts, counting, 0).cummax(dim=1).values
-        return cls(
-            ids.shape[1], num_shards, find_documents(counting - first, ids >= 0), ring_size, layout
-        )
+        rows = documents_of_ids(ids).rows
+        return cls(ids.shape[1], num_shards, rows, ring_size, layout)
 
     @property
     def batch_size(self) -> int:
@@ -104,10 +101,10 @@ class SequenceDescription:
 
     @property
     def is_plain_causal(self) -> bool:
-        """True when causal attention over the whole row is exact: one document from the first token
+        """True when causal attention over the full row is exact: one document from the first token
         on.
 
-        Padding behind the only document is seen by no counted token under a causal mask.
+        Padding after the only document is seen by no counted token under a causal mask.
         """
         return not self.has_holes and all(len(row) == 1 and row[0][0] == 0 for row in self.rows)
 
@@ -129,8 +126,8 @@ class SequenceDescription:
         return not self.has_holes and all(row == ((0, self.sequence_length),) for row in self.rows)
 
     def chunked(self, size: int) -> SequenceDescription:
-        """Returns the description whose documents end at every multiple of `size` tokens too, made
-        once for a batch.
+        """Returns the description whose documents end at every multiple of `size` tokens too,
+        computed once for a batch.
 
         Args:
             size: tokens of a chunk, counted from each document's first token; padding before it
@@ -141,19 +138,19 @@ class SequenceDescription:
         """
         if size < 1:
             raise ConfigError(
-                f"chunks of {size} tokens (attention_chunk_size) can't be cut. Use at least 1."
+                f"chunks of {size} tokens (attention_chunk_size) are not possible. Use at least 1."
             )
-        wanted = ("chunked", size)
-        if wanted not in self.cache:
-            cut = [
+        key = ("chunked", size)
+        if key not in self.cache:
+            chunked = [
                 chunk_documents(documents, holes, prefixes, size)
                 for documents, holes, prefixes in zip_longest(
                     self.rows, self.holes, self.prefixes, fillvalue=()
                 )
             ]
-            rows, holes, prefixes = (tuple(part) for part in zip(*cut))
-            self.cache[wanted] = replace(self, rows=rows, holes=holes, prefixes=prefixes, cache={})
-        description: SequenceDescription = self.cache[wanted]
+            rows, holes, prefixes = (tuple(part) for part in zip(*chunked))
+            self.cache[key] = replace(self, rows=rows, holes=holes, prefixes=prefixes, cache={})
+        description: SequenceDescription = self.cache[key]
         return description
 
     def to(self, *_args: Any, **_kwargs: Any) -> SequenceDescription:
@@ -163,26 +160,26 @@ class SequenceDescription:
         return self
 
 
-def cut_at_multiples(
+def split_at_multiples(
     segments: tuple[Segment, ...], origins: tuple[int, ...], size: int
 ) -> tuple[Segment, ...]:
-    """Returns each segment cut at every multiple of `size` tokens from its origin on, which lies at
-    or before it.
+    """Returns each segment split at every multiple of `size` tokens from its origin on, which lies
+    at or before it.
     """
-    found = []
+    pieces = []
     for (start, stop), origin in zip(segments, origins):
         while start < stop:
             end = min(stop, start + size - (start - origin) % size)
-            found.append((start, end))
+            pieces.append((start, end))
             start = end
-    return tuple(found)
+    return tuple(pieces)
 
 
 def chunk_documents(
     documents: tuple[Segment, ...], holes: tuple[Segment, ...], prefixes: tuple[int, ...], size: int
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...], tuple[int, ...]]:
-    """Returns one row's documents, holes and prefixes, cut every `size` tokens from each document's
-    first one on.
+    """Returns one row's documents, holes and prefixes, split every `size` tokens from each
+    document's first one on.
 
     Args:
         documents: (start, stop) token positions.
@@ -192,17 +189,17 @@ def chunk_documents(
     """
     starts = tuple(start for start, _ in documents)
     homes = tuple(max(start for start in starts if start <= hole_start) for hole_start, _ in holes)
-    cut = cut_at_multiples(documents, starts, size)
+    chunked = split_at_multiples(documents, starts, size)
     lengths = []
     for (start, stop), prefix in zip(documents, prefixes):
-        chunks = cut_at_multiples(((start, stop),), (start,), size)
+        chunks = split_at_multiples(((start, stop),), (start,), size)
         lengths += [min(max(0, start + prefix - first), last - first) for first, last in chunks]
-    return cut, cut_at_multiples(holes, homes, size), tuple(lengths)
+    return chunked, split_at_multiples(holes, homes, size), tuple(lengths)
 
 
 def visible_rows(description: SequenceDescription) -> Rows:
-    """Returns for each row its tokens that are no padding, in the fewest segments; found once for a
-    batch.
+    """Returns for each row its tokens that are no padding, in the fewest segments; computed once
+    for a batch.
     """
     if "visible" not in description.cache:
         description.cache["visible"] = tuple(

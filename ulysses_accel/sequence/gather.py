@@ -3,9 +3,9 @@ vector of a row.
 
 Each function is differentiable, and its backward sums over ranks what each of them does with the
 result. Where every rank computes the same loss of it, as one process would, the mean over ranks of
-the gradients, which every engine takes, is one process's gradient: of what lies before the exchange
-and of what lies behind it. A loss that already carries the factor of `aggregate_loss` does not need
-them.
+the gradients, which every engine takes, is one process's gradient: of what comes before the
+exchange and of what comes after it. A loss that already carries the factor of `aggregate_loss` does
+not need them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Unit = Literal["row", "document"]
 def gather_sequence(
     tensor: Tensor, description: SequenceDescription, group: ProcessGroup, *, dim: int = 1
 ) -> Tensor:
-    """Returns the whole sequence on every rank, in the tokens' own order whatever the layout,
+    """Returns the full sequence on every rank, in the order of its tokens whatever the layout,
     padding included.
 
     Args:
@@ -49,9 +49,9 @@ def gather_sequence(
     if description.num_shards == 1:
         return tensor
     # [B, S/P, ...] -> [B, S, ...]
-    whole = all_gather(tensor, group, dim)
+    full = all_gather(tensor, group, dim)
     order = _order(description, tensor.device)
-    return whole if order is None else whole.index_select(dim, order.argsort())
+    return full if order is None else full.index_select(dim, order.argsort())
 
 
 def shard_sequence(
@@ -61,7 +61,7 @@ def shard_sequence(
     without exchange.
 
     Args:
-        tensor: `[B, S, ...]`, in the tokens' own order, padded as the batch is.
+        tensor: `[B, S, ...]`, in the order of its tokens, padded as the batch is.
         description: of the batch, its `sequence_description`.
         group: the P ranks that share the sequence, `accelerator.sequence_parallel.group`.
         dim: the sequence dim of `tensor`.
@@ -93,8 +93,8 @@ def pool_sequence(
     """Returns one vector for each row or document of a sharded sequence; padding and holes don't
     count.
 
-    No rank gets the whole sequence: each adds what its own tokens give, and one vector for each row
-        is exchanged.
+    No rank gets the full sequence: each adds what its tokens contribute, and one vector for each
+    row is exchanged.
 
     Args:
         hidden: `[B, S / P, ...]`, this rank's shard, usually `[B, S / P, D]`.
@@ -124,14 +124,14 @@ def pool_sequence(
     if how in ("first", "last"):
         units = _only(units, how)
     sharing = group if description.num_shards > 1 else None
-    own = shard_sequence(units, description, group).flatten()
-    chosen = (own >= 0).nonzero().flatten()
-    own = own[chosen].to(hidden.device)
+    local = shard_sequence(units, description, group).flatten()
+    chosen = (local >= 0).nonzero().flatten()
+    local = local[chosen].to(hidden.device)
     # [B, S/P, ...] -> [n, ...], the n tokens of this rank that count
     tokens = hidden.flatten(0, 1)[chosen.to(hidden.device)]
     if how == "max":
-        return _maximum(tokens, own, count, sharing)
-    total = _sum(tokens, own, count, sharing)
+        return _maximum(tokens, local, count, sharing)
+    total = _sum(tokens, local, count, sharing)
     if how != "mean":
         return total
     lengths = torch.bincount(units[units >= 0], minlength=count).clamp(min=1).to(total)
@@ -147,7 +147,7 @@ def unit_numbers(description: SequenceDescription, of: Unit = "row") -> Tensor:
         of: whether rows or documents are numbered, across all rows of the batch.
 
     Returns:
-        `[B, S]` of int64 on the host, in the tokens' own order.
+        `[B, S]` of int64 on the host, in the order of the sequence.
     """
     numbers = torch.full((description.batch_size, description.sequence_length), -1)
     document = 0
@@ -165,37 +165,37 @@ def _only(units: Tensor, how: Pooling) -> Tensor:
     """Returns numbers `[B, S]` of which only the first or last token of each unit is left."""
     flat = units.flatten()
     kept = torch.full_like(flat, -1)
-    places = (flat >= 0).nonzero().flatten()
-    numbers = flat[places]
+    counted = (flat >= 0).nonzero().flatten()
+    numbers = flat[counted]
     edge = torch.ones_like(numbers, dtype=torch.bool)
     changes = numbers[1:] != numbers[:-1]
     if how == "first":
         edge[1:] = changes
     else:
         edge[:-1] = changes
-    kept[places[edge]] = numbers[edge]
+    kept[counted[edge]] = numbers[edge]
     return kept.view_as(units)
 
 
-def _sum(tokens: Tensor, own: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
+def _sum(tokens: Tensor, local: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
     """Returns the sum over all ranks' tokens of each unit, `[n, ...] -> [count, ...]`."""
-    total = tokens.new_zeros((count, *tokens.shape[1:])).index_add(0, own, tokens)
+    total = tokens.new_zeros((count, *tokens.shape[1:])).index_add(0, local, tokens)
     return total if group is None else all_reduce(total, group)
 
 
-def _maximum(tokens: Tensor, own: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
+def _maximum(tokens: Tensor, local: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
     """Returns the maximum over all ranks' tokens of each unit, `[n, ...] -> [count, ...]`."""
     with torch.no_grad():
-        found = tokens.new_full((count, *tokens.shape[1:]), -torch.inf)
-        found = found.index_reduce(0, own, tokens, "amax")
+        maximum = tokens.new_full((count, *tokens.shape[1:]), -torch.inf)
+        maximum = maximum.index_reduce(0, local, tokens, "amax")
         if group is not None:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-        found = torch.where(found == -torch.inf, 0.0, found)
-        greatest = (tokens == found[own]).to(tokens.dtype)
-        ties = _sum(greatest, own, count, group).clamp(min=1.0)
-    # A mean over equal tokens has the gradient that is wanted, and is the maximum but for rounding.
-    mean = _sum(tokens * (greatest / ties[own]), own, count, group)
-    return found + (mean - mean.detach())
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+        maximum = torch.where(maximum == -torch.inf, 0.0, maximum)
+        greatest = (tokens == maximum[local]).to(tokens.dtype)
+        ties = _sum(greatest, local, count, group).clamp(min=1.0)
+    # A mean over equal tokens has the right gradient, and is the maximum but for rounding.
+    mean = _sum(tokens * (greatest / ties[local]), local, count, group)
+    return maximum + (mean - mean.detach())
 
 
 def _order(description: SequenceDescription, device: torch.device) -> Tensor | None:

@@ -1,13 +1,14 @@
-"""How the tokens of a sequence are dealt to the ranks that share it: runs of equally spaced tokens,
-and their order.
+"""How the tokens of a sequence are distributed over the ranks that share it: runs of equally spaced
+tokens, and their order.
 
 With a ring of R ranks of which each is a Ulysses group of U ranks, the tokens are put in ring order
-first, and then cut into R × U consecutive shards.
+first, and then sharded into R × U consecutive parts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,7 @@ class Run:
     offset: int
 
     def indices_of(self, first: int, last: int) -> tuple[int, int]:
-        """Returns the run's own indices (from, to) of its tokens with positions in [first,
+        """Returns the run's local indices (from, to) of its tokens with positions in [first,
         last).
         """
         low = max(0, -(-(first - self.start) // self.step))
@@ -47,8 +48,8 @@ class Run:
 
 
 def multiple_of(ring_size: int, layout: Layout, ulysses_size: int = 1) -> int:
-    """Returns what the length of a sequence must be a multiple of to be dealt to `ring_size *
-    ulysses_size` ranks.
+    """Returns what the length of a sequence must be a multiple of to be distributed over
+    `ring_size * ulysses_size` ranks.
     """
     halves = 2 if layout == "zigzag" and ring_size > 1 else 1
     return math.lcm(halves * ring_size, ring_size * ulysses_size)
@@ -58,7 +59,7 @@ def runs(length: int, ring_size: int, rank: int, layout: Layout) -> tuple[Run, .
     """Returns the tokens that one rank of the ring holds, in local order.
 
     Args:
-        length: tokens of the whole sequence.
+        length: tokens of the full sequence.
         ring_size: ranks R.
         rank: which of them.
         layout: `contiguous`: the rank-th part; `zigzag`: the rank-th part of 2R from the front and
@@ -85,7 +86,7 @@ def runs(length: int, ring_size: int, rank: int, layout: Layout) -> tuple[Run, .
 
 def ring_order(length: int, ring_size: int, layout: Layout) -> Tensor | None:
     """Returns the token positions in the order of the shards, `[S]`; None where that is the
-    sequence's own order.
+    order of the sequence.
     """
     if layout == "contiguous" or ring_size == 1:
         return None
@@ -95,3 +96,31 @@ def ring_order(length: int, ring_size: int, layout: Layout) -> Tensor | None:
         for run in runs(length, ring_size, rank, layout)
     ]
     return torch.cat(parts)
+
+
+def in_ring_order(
+    tensors: Mapping[str, Tensor],
+    dims: Mapping[str, int | None],
+    length: int,
+    ring_size: int,
+    layout: Layout,
+) -> dict[str, Tensor]:
+    """Returns tensors with their tokens in the order of the shards.
+
+    Args:
+        tensors: by name.
+        dims: for each tensor the dim of its S tokens, None where it is not sharded.
+        length: tokens S of the padded sequence.
+        ring_size: ranks R.
+        layout: as for `runs`.
+    """
+    order = ring_order(length, ring_size, layout)
+    if order is None:
+        return dict(tensors)
+    ordered = {}
+    for name, tensor in tensors.items():
+        dim = dims[name]
+        ordered[name] = tensor
+        if dim is not None:
+            ordered[name] = tensor.index_select(dim, order.to(tensor.device))
+    return ordered

@@ -34,7 +34,7 @@ class _TokenMean(torch.autograd.Function):
         dist.all_reduce(totals, group=group)
         total_weight = totals[1].clamp(min=1.0)
         # Every rank backpropagates this same scalar: the sum of their gradients is the group's size
-        # times one's own.
+        # times the local one.
         ctx.save_for_backward(weight / total_weight * group.size())
         ctx.dtype = loss.dtype
         return (totals[0] / total_weight).to(loss.dtype)
@@ -99,7 +99,7 @@ def aggregate_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Returns the loss of the whole batch, from each rank's loss on its shard.
+    """Returns the loss of the full batch, from each rank's loss on its shard.
 
     Without `num_items_in_batch` the loss is normalised over `group`, the ranks that share a
         sequence: `loss` is this

@@ -1,9 +1,8 @@
-"""A sequence padded to a length that divides, cut into the shards of its ranks, and put together
-again.
+"""A sequence padded to a length that divides, sharded over its ranks, and put together again.
 
 Invariant: `unshard(shard(x)) == x`, every token of every sample is on exactly one rank.
 
-Shapes: B = batch rows, S = tokens of the whole (padded) sequence, P = ranks that share one
+Shapes: B = batch rows, S = tokens of the full (padded) sequence, P = ranks that share one
 sequence.
 """
 
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import ShapeError
 
 _SHARD_MARK = "ulysses_accel_shard"
@@ -63,12 +63,12 @@ def is_marked_shard(value: Any) -> bool:
     known.
     """
     return isinstance(value, Tensor) and (
-        hasattr(value, _SHARD_MARK) or hasattr(value._base, _SHARD_MARK)
+        hasattr(value, _SHARD_MARK) or hasattr(_private_api.view_base(value), _SHARD_MARK)
     )
 
 
 def unshard(shards: Sequence[Tensor], dim: int = 1) -> Tensor:
-    """Returns the whole tensor from all ranks' shards, in rank order: the inverse of `shard`."""
+    """Returns the full tensor from all ranks' shards, in rank order: the inverse of `shard`."""
     return torch.cat(list(shards), dim=dim)
 
 
@@ -93,12 +93,3 @@ def pad_position_ids(position_ids: Tensor, length: int) -> Tensor:
         return position_ids
     steps = torch.arange(1, missing + 1, dtype=position_ids.dtype, device=position_ids.device)
     return torch.cat([position_ids, position_ids[..., -1:] + steps], dim=-1)
-
-
-def default_position_ids(
-    batch_size: int, length: int, device: torch.device | None = None
-) -> Tensor:
-    """Returns positions `[B, S]` that count 0 to S - 1 in each row, as transformers does for a
-    batch without them.
-    """
-    return torch.arange(length, device=device).unsqueeze(0).expand(batch_size, length).contiguous()

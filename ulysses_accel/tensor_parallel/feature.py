@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import AcceleratorFeature, FeatureSession, Override, stock_method
@@ -61,7 +62,7 @@ class TensorParallel(AcceleratorFeature):
 
     def after_prepare(self, prepared: tuple[Any, ...]) -> tuple[Any, ...]:
         """Gives optimizers, prepared before or after their model, its latest parameters."""
-        self.weights.update(self.accelerator._optimizers)
+        self.weights.update(_private_api.prepared_optimizers(self.accelerator))
         return prepared
 
     def overrides(self) -> Mapping[str, Override]:
@@ -77,7 +78,7 @@ class TensorParallel(AcceleratorFeature):
     def _prepare_without_ddp(
         self, stock: Override, model: nn.Module, *args: Any, **kwargs: Any
     ) -> nn.Module:
-        if not getattr(model, "_is_accelerate_prepared", False):
+        if not _private_api.is_prepared(model):
             self.weights.replicate(model)
             inner = transformers_model(model)
             save = _SaveFull(stock_method(inner, "save_pretrained"))

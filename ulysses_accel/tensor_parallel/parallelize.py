@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.huggingface.registry import active_description
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.consensus import same_everywhere
@@ -131,12 +132,10 @@ class WeightSharding:
         axis = joint_axis(self.mesh, "dp_cp")
         if axis.size() == 1:
             return
-        from torch.distributed._composable.replicate_with_fsdp import replicate
-
         before = dict(_parameters(model))
         for layer in transformers_model(model).get_decoder().layers:
-            replicate(layer, mesh=axis)
-        replicate(model, mesh=axis)
+            _private_api.replicate(layer, axis)
+        _private_api.replicate(model, axis)
         for (module, name), old in before.items():
             self._successors[old] = getattr(module, name)
             old.to_local().untyped_storage().resize_(0)  # type: ignore[attr-defined]

@@ -224,8 +224,8 @@ def test_a_fixed_length() -> None:
         ({"sequence_length": 0}, "sequence_length=0"),
         ({"pad_multiple": 0}, "pad_multiple=0"),
         ({"num_shards": 0}, "sp_world_size=0"),
-        ({"key_rules": {"a": "split"}}, "key_rules\\['a'\\]='split' is no rule"),
-        ({"key_rules": {"a": True}}, "is no rule"),
+        ({"batch_schema": {"a": "split"}}, "batch_schema has the rule 'split' for the key 'a'"),
+        ({"batch_schema": {"a": True}}, "has the rule True for the key 'a'"),
     ],
 )
 def test_layouts_that_are_not_legal(options: dict[str, Any], message: str) -> None:
@@ -252,7 +252,9 @@ def test_layouts_that_are_not_legal(options: dict[str, Any], message: str) -> No
 def test_unknown_tensors_follow_their_shape(shape: tuple[int, ...], dim: Any) -> None:
     batch = {"input_ids": IDS.repeat(2, 1), "mine": torch.ones(shape)}
     if dim == "error":
-        with pytest.raises(BatchError, match=r"'mine' of shape .* key_rules=\{'mine': 'shard'\}"):
+        with pytest.raises(
+            BatchError, match=r"'mine' of shape .* batch_schema=\{'mine': 'shard'\}"
+        ):
             complete(batch, TWO)
     else:
         assert complete(batch, TWO).dims["mine"] == dim
@@ -284,7 +286,7 @@ def test_known_keys_of_whole_samples_are_replicated(name: str) -> None:
         assert complete({"input_ids": IDS, name: torch.ones(shape)}, TWO).dims[name] is None
 
 
-def test_key_rules_decide() -> None:
+def test_batch_schema_decide() -> None:
     rules = {"bias": 2, "table": "replicate", "extra": "shard"}
     batch = {
         "input_ids": IDS,
@@ -292,22 +294,22 @@ def test_key_rules_decide() -> None:
         "table": torch.ones(1, 5),
         "extra": torch.ones(1, 5),
     }
-    done = complete(batch, BatchLayout(2, key_rules=rules))
+    done = complete(batch, BatchLayout(2, batch_schema=rules))
     assert {key: done.dims[key] for key in rules} == {"bias": 2, "table": None, "extra": 1}
     assert done.local_batch(1)["bias"].shape == (1, 3, 3)
     with pytest.raises(
         BatchError, match=r"'bias' has shape \[1, 3, 5\], where dim 1 should be the 5 tokens"
     ):
-        complete(batch, BatchLayout(2, key_rules={**rules, "bias": "shard"}))
+        complete(batch, BatchLayout(2, batch_schema={**rules, "bias": "shard"}))
     with pytest.raises(BatchError, match="where dim 7 should be"):
-        complete(batch, BatchLayout(2, key_rules={**rules, "bias": 7}))
+        complete(batch, BatchLayout(2, batch_schema={**rules, "bias": 7}))
 
 
 def test_labels_of_whole_samples_need_a_rule() -> None:
     batch = {"input_ids": IDS, "labels": torch.tensor([1])}
     with pytest.raises(BatchError, match=r"'labels' has shape \[1\]"):
         complete(batch, TWO)
-    done = complete(batch, BatchLayout(2, key_rules={"labels": "replicate"}))
+    done = complete(batch, BatchLayout(2, batch_schema={"labels": "replicate"}))
     assert done.tensors["labels"].tolist() == [1]
 
 
@@ -343,7 +345,7 @@ def test_labels_of_whole_samples_need_a_rule() -> None:
         ({"input_ids": IDS, "seq_idx": torch.ones(3, 5)}, r"'seq_idx' has shape \[3, 5\]"),
         ({"input_ids": IDS, "shift_labels": IDS[:, :3]}, r"'shift_labels' has shape \[1, 3\]"),
         ({"input_ids": IDS, "token_type_ids": IDS[:, :3]}, r"'token_type_ids' has shape \[1, 3\]"),
-        ({"input_ids": IDS, DESCRIPTION_KEY: 0}, "one rank's shard, not a whole batch"),
+        ({"input_ids": IDS, DESCRIPTION_KEY: 0}, "one rank's shard, not a full batch"),
     ],
 )
 def test_batches_that_cannot_be_sharded(batch: Any, message: str) -> None:

@@ -147,7 +147,7 @@ def test_further_tensors_follow_the_sequence_of_their_length(
     assert (done.dims[name], done.tensors[name].shape[1]) == (1, padded)
 
 
-def test_key_rules_hold_in_both_sequences() -> None:
+def test_batch_schema_hold_in_both_sequences() -> None:
     rules: dict[str, str | int] = {"bias": 2, "table": "replicate", "late": 2}
     batch = {
         **pair(),
@@ -155,7 +155,7 @@ def test_key_rules_hold_in_both_sequences() -> None:
         "late": torch.ones(1, 9, 3),
         "table": torch.ones(1, 3),
     }
-    done = complete(batch, BatchLayout(2, key_rules=rules), PAIR)
+    done = complete(batch, BatchLayout(2, batch_schema=rules), PAIR)
     assert {name: list(done.shard(0)[name].shape) for name in rules} == {
         "bias": [1, 9, 3],
         "late": [1, 9, 2],

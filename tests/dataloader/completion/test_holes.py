@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.dataloader.completion.complete import complete
-from ulysses_accel.sequence.documents import Documents, find_rows
+from ulysses_accel.sequence.documents import Documents, find_documents
 
 IDS = torch.arange(5, 13)[None]
 
 
 def found(length: int = 8, **batch: Any) -> tuple[Any, Any]:
-    documents = find_rows({name: torch.tensor(value) for name, value in batch.items()}, 1, length)
+    documents = find_documents(
+        {name: torch.tensor(value) for name, value in batch.items()}, 1, length
+    )
     return documents.rows[0], documents.holes[0] if documents.holes else ()
 
 
@@ -69,10 +71,10 @@ def test_a_hole_counts_no_label_and_neither_does_the_token_before_it() -> None:
 
 def test_rows_without_holes_beside_one_with() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])
-    assert find_rows({"attention_mask": mask}, 2, 4) == Documents(
-        (((0, 4),), ((0, 4),)), ((), ((1, 2),)), False
+    assert find_documents({"attention_mask": mask}, 2, 4) == Documents(
+        4, (((0, 4),), ((0, 4),)), ((), ((1, 2),))
     )
-    assert find_rows({"attention_mask": mask[:1]}, 1, 4).holes == ()
+    assert find_documents({"attention_mask": mask[:1]}, 1, 4).holes == ()
 
 
 @settings(max_examples=80, deadline=None)
@@ -83,10 +85,10 @@ def test_who_sees_whom_is_as_token_by_token(data: st.DataObject, length: int) ->
     """
     ids = sorted(data.draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)))
     mask = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
-    documents = find_rows(
+    documents = find_documents(
         {"seq_idx": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}, 1, length
     )
-    tokens = documents.token_mask(length)[0].tolist()
+    tokens = documents.token_mask[0].tolist()
     assert tokens == [bool(one) for one in mask]
     together = {
         (a, b)

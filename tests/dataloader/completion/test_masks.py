@@ -81,7 +81,7 @@ WINDOW = torch.ones(8, 8, dtype=torch.bool).tril() & ~torch.ones(8, 8, dtype=tor
         (
             torch.ones(8, 8, dtype=torch.bool).tril(),
             BOTH_WAYS,
-            "as a whole: in row 0 token 0 does not see token 1",
+            "in full: in row 0 token 0 does not see token 1",
         ),
         (
             torch.ones(2, 8, 8, dtype=torch.bool).tril(),

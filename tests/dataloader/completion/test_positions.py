@@ -14,7 +14,8 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from ulysses_accel.dataloader.batch_layout import BatchLayout
-from ulysses_accel.dataloader.completion.complete import WholeBatch, complete
+from ulysses_accel.dataloader.completion.complete import complete
+from ulysses_accel.dataloader.completion.full_batch import FullBatch
 from ulysses_accel.errors import BatchError
 from ulysses_accel.sequence.batch_rules import BatchRules
 
@@ -91,7 +92,7 @@ def test_positions_that_are_no_tensor() -> None:
     assert positions({"input_ids": IDS, "position_ids": None}, BatchRules()) == [[0, 1, 2, 3, 4, 4]]
 
 
-def cut(whole: WholeBatch) -> torch.Tensor:
+def cut(whole: FullBatch) -> torch.Tensor:
     return whole.tensors["position_ids"][:, : whole.tensors["input_ids"].shape[1]]
 
 

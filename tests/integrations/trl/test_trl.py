@@ -208,7 +208,7 @@ def resumed(folder: str) -> dict[str, Any]:
     second = make_trainer(case, Mode(sp=2), folder)
     second.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     assert {"get_tp_size", "get_sp_size", "get_cp_size"} <= set(vars(type(second)))
-    names = {"sequence_parallel", "ulysses_accel", "_overrides"}
+    names = {"sequence_parallel", "ulysses_accel", "overrides_of_ulysses_accel"}
     assert names <= set(vars(second))
     second.sequence_parallel.close()
     left = sorted(names & set(vars(second)))

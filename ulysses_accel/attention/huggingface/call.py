@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.call import AttentionCall
 from ulysses_accel.attention.core import eager
 from ulysses_accel.attention.huggingface.masks import DescribedMask, MaskPattern
@@ -171,7 +172,7 @@ class _CoreView:
     def __init__(self, module: nn.Module, core: str) -> None:
         self._module = module
         self.config = copy.copy(module.config)
-        self.config._attn_implementation_internal = core  # type: ignore[union-attr]
+        _private_api.set_attention(self.config, core)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

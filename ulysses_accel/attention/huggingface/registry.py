@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.huggingface.call import Roles, attend, ordinary
 from ulysses_accel.attention.huggingface.masks import DescribedMask, read_pattern
 from ulysses_accel.attention.strategy import SequenceAttention
@@ -96,7 +97,7 @@ def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttentio
     inner = transformers_model(model)
     encoder = encoder_of(inner)
     in_encoder = WeakSet(encoder.modules()) if encoder is not None else None
-    roles = Roles(in_encoder, masks_decide=not getattr(inner, "_supports_sdpa", False))
+    roles = Roles(in_encoder, masks_decide=not _private_api.supports_sdpa(inner))
     installed = InstalledAttention(attention, implementation, roles)
     # A finalizer runs once: on close, or when the model is deleted.
     release = weakref.finalize(model, _release, implementation)
@@ -105,7 +106,7 @@ def install(model: nn.Module, attention: SequenceAttention) -> InstalledAttentio
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
+        if _private_api.has_attention_setting(config):
             private = _private_copy(config, implementation, copies)
             installed.changes.set(module, "config", private)
             installed.changes.callback(_forget, weakref.ref(module))
@@ -128,7 +129,7 @@ def _private_copy(config: Any, implementation: str, copies: dict[int, Any]) -> A
         for name in getattr(config, "sub_configs", {}):
             if getattr(config, name, None) is not None:
                 setattr(private, name, _private_copy(getattr(config, name), implementation, copies))
-        private._attn_implementation_internal = implementation
+        _private_api.set_attention(private, implementation)
     return copies[id(config)]
 
 
@@ -157,8 +158,8 @@ def _release(implementation: str) -> None:
 
     _NUM_USERS[implementation] -= 1
     if _NUM_USERS[implementation] == 0:
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(implementation, None)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(implementation, None)
+        _private_api.unregister_attention(ALL_ATTENTION_FUNCTIONS, implementation)
+        _private_api.unregister_attention(ALL_MASK_ATTENTION_FUNCTIONS, implementation)
 
 
 def _mask_function(core: str) -> Callable[..., Any]:
@@ -249,7 +250,7 @@ def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
     elif (
         installed is not None
         and module in installed.relies_on_context
-        and torch._C._current_graph_task_id() != -1
+        and _private_api.is_in_backward()
     ):
         raise UnsupportedModelError(
             f"{type(module).__name__} is recomputed in the backward pass, but its model does not "

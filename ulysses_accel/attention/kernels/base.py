@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.alibi import Alibi
 from ulysses_accel.attention.kernels.limits import MAX_ELEMENTS, halves, num_elements
 
@@ -67,7 +68,7 @@ class CPUKernel:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = _private_api.attention_operator("cpu_flash")(
             query, key, value, 0.0, block.is_causal, scale=block.scale
         )
         return out, lse
@@ -82,7 +83,7 @@ class CPUKernel:
         lse: Tensor,
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads: Any = _private_api.attention_operator("cpu_flash_backward")(
             grad, query, key, value, out, lse, 0.0, block.is_causal, scale=block.scale
         )
         return grads[0], grads[1], grads[2]

@@ -7,16 +7,15 @@ All take the log-sum-exp of the whole softmax in the backward pass. Shapes are t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.kernels.base import Block
 
 # The memory-efficient backward reads the log-sum-exp in whole aligned rows of this many queries.
@@ -44,7 +43,7 @@ class AtenFlash:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> tuple[Tensor, Tensor]:
-        result = torch.ops.aten._scaled_dot_product_flash_attention(
+        result = _private_api.attention_operator("flash")(
             query, *_repeated(query, key, value), 0.0, block.is_causal, False, scale=block.scale
         )
         return result[0], result[1][..., : query.shape[2]]
@@ -60,7 +59,7 @@ class AtenFlash:
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grads = _private_api.attention_operator("flash_backward")(
             grad,
             query,
             *_repeated(query, key, value),
@@ -85,7 +84,7 @@ class AtenEfficient:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        out, lse, *_ = _private_api.attention_operator("efficient")(
             query,
             *_repeated(query, key, value),
             None,
@@ -108,7 +107,7 @@ class AtenEfficient:
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         lse = F.pad(lse, (0, -lse.shape[2] % _LSE_ALIGNMENT), value=torch.inf)
-        grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        grads = _private_api.attention_operator("efficient_backward")(
             grad,
             query,
             *_repeated(query, key, value),
@@ -131,7 +130,7 @@ class AtenCudnn:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        out, lse, *_ = _private_api.attention_operator("cudnn")(
             query,
             *_repeated(query, key, value),
             None,
@@ -154,7 +153,7 @@ class AtenCudnn:
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grads = _private_api.attention_operator("cudnn_backward")(
             grad,
             query,
             *_repeated(query, key, value),
@@ -198,10 +197,8 @@ class FlashAttn2:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> tuple[Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_forward
-
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out, lse, *_ = _flash_attn_forward(
+        out, lse, *_ = _private_api.flash_attn_2("forward")(
             q=q, k=k, v=v, return_softmax=False, **self._options(block)
         )
         return out.transpose(1, 2), lse
@@ -216,10 +213,8 @@ class FlashAttn2:
         lse: Tensor,
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_backward
-
         return _package_backward(
-            _flash_attn_backward,
+            _private_api.flash_attn_2("backward"),
             (grad, query, key, value, out, lse),
             {"deterministic": False, **self._options(block)},
         )
@@ -238,9 +233,8 @@ class FlashAttn3:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> tuple[Tensor, Tensor]:
-        _flash_attn_forward = import_module("flash_attn_interface")._flash_attn_forward
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out, lse, *_ = _flash_attn_forward(
+        out, lse, *_ = _private_api.flash_attn_3("forward")(
             q=q,
             k=k,
             v=v,
@@ -260,18 +254,16 @@ class FlashAttn3:
         lse: Tensor,
         block: Block,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _flash_attn_backward = import_module("flash_attn_interface")._flash_attn_backward
-        # A custom op keeps the function that it was made of; releases differ in this one name.
-        names = inspect.signature(
-            getattr(_flash_attn_backward, "_init_fn", _flash_attn_backward)
-        ).parameters
+        function = _private_api.flash_attn_3("backward")
+        # Releases of flash-attn 3 differ in this one name.
+        names = _private_api.parameter_names(function)
         causal = "is_causal" if "is_causal" in names else "causal"
         options = {
             "softmax_scale": block.scale,
             causal: block.is_causal,
             "softcap": self.softcap or 0.0,
         }
-        return _package_backward(_flash_attn_backward, (grad, query, key, value, out, lse), options)
+        return _package_backward(function, (grad, query, key, value, out, lse), options)
 
 
 def _package_backward(

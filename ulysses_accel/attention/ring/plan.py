@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ulysses_accel.attention.ring.tiles import RowRule, Tile, check_window, joined_tiles, tiles
 from ulysses_accel.sequence.description import SequenceDescription, visible_rows
-from ulysses_accel.sequence.documents import Rows, equal_neighbours, joined
+from ulysses_accel.sequence.documents import Rows, Segment, equal_neighbours, joined
 from ulysses_accel.sequence.layout import Layout, Run, runs
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class RingPlan:
             for source in range(self.size)
         )
 
-    def needed(self, reader: int, source: int) -> tuple[Range, ...]:
+    def needed(self, reader: int, source: int) -> tuple[Segment, ...]:
         """Returns the local key ranges of rank `source` that rank `reader` sees, in order and apart
         from each other.
 
@@ -176,14 +174,14 @@ class RingPlan:
         )
 
     @cached_property
-    def incoming(self) -> tuple[tuple[Range, ...], ...]:
+    def incoming(self) -> tuple[tuple[Segment, ...], ...]:
         """For each other rank the key ranges that come from it; nothing from this rank itself."""
         return tuple(
             () if rank == self.rank else self.needed(self.rank, rank) for rank in range(self.size)
         )
 
     @cached_property
-    def outgoing(self) -> tuple[tuple[Range, ...], ...]:
+    def outgoing(self) -> tuple[tuple[Segment, ...], ...]:
         """For each other rank the key ranges that go to it."""
         return tuple(
             () if rank == self.rank else self.needed(rank, self.rank) for rank in range(self.size)
@@ -219,6 +217,6 @@ class RingPlan:
         )
 
 
-def total_length(ranges: tuple[Range, ...]) -> int:
+def total_length(ranges: tuple[Segment, ...]) -> int:
     """Tokens in all ranges together."""
     return sum(stop - start for start, stop in ranges)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention import InstalledAttention, active_description
 from ulysses_accel.attention.alibi import alibi_slopes
 from ulysses_accel.attention.huggingface.masks import DescribedMask
@@ -28,7 +29,7 @@ from ulysses_accel.sequence.description import SequenceDescription
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
-_MASK_MAKERS = ("_prepare_decoder_attention_mask", "get_alibi_mask")
+_MASK_MAKERS = (_private_api.DECODER_MASK_METHOD, "get_alibi_mask")
 # Models keep their biases in half precision.
 _SLOPE_TOLERANCE = 1e-2
 
@@ -236,8 +237,7 @@ class _Adapted:
             UnsupportedModelError: this is a checkpoint's recompute, which does not know its batch.
         """
         description = mask.description if isinstance(mask, DescribedMask) else active_description()
-        # The task id is -1 outside of a backward pass.
-        if description is None and self.has_attended and torch._C._current_graph_task_id() != -1:
+        if description is None and self.has_attended and _private_api.is_in_backward():
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} is recomputed in the backward pass, where its batch "
                 "is not known. "
@@ -269,7 +269,7 @@ class _Fused(_Adapted):
         forward = inspect.unwrap(type(module).forward)
         self.signature = inspect.signature(forward)
         self.slopes = alibi_slopes(int(module.num_heads)) if has_alibi else None  # type: ignore[arg-type]
-        self.rotate = None if has_alibi else forward.__globals__.get("apply_rotary_pos_emb")
+        self.rotate = None if has_alibi else _private_api.global_of(forward, "apply_rotary_pos_emb")
         if not has_alibi and (
             self.rotate is None or "position_ids" not in self.signature.parameters
         ):

@@ -21,6 +21,7 @@ from accelerate.state import PartialState
 from accelerate.utils.dataclasses import RNGType
 from torch.utils.data import RandomSampler
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter
 from ulysses_accel.distributed.mesh import SequenceGroups
@@ -48,9 +49,9 @@ def prepare_loader(
         device_placement: whether batches go to the accelerator's device; its own setting when None.
         rules: what the prepared models ask of a batch, or what tells it once they are prepared.
     """
-    if getattr(data_loader, "_is_accelerate_prepared", False):
-        if not any(known is data_loader for known in accelerator._dataloaders):
-            accelerator._dataloaders.append(data_loader)
+    if _private_api.is_prepared(data_loader):
+        if not any(known is data_loader for known in _private_api.prepared_loaders(accelerator)):
+            _private_api.prepared_loaders(accelerator).append(data_loader)
         return data_loader  # type: ignore[no-any-return]
     placed = accelerator.device_placement if device_placement is None else device_placement
     handler = config.sp_handler
@@ -61,7 +62,7 @@ def prepare_loader(
         groups.size,
         accelerator.device if placed else None,
         same_batch=True,
-        key_rules=config.batch_schema,
+        batch_schema=config.batch_schema,
         sequence_length=None if handler.sp_seq_length_is_variable else handler.sp_seq_length,
         pad_multiple=config.non_data_parallel_size if config.tp_size > 1 else None,
         cpu_group=groups.cpu_group,
@@ -69,7 +70,7 @@ def prepare_loader(
         ring_layout=config.cp_handler.layout,
         rules=rules,
     )
-    accelerator._dataloaders.append(adapter)
+    _private_api.prepared_loaders(accelerator).append(adapter)
     return adapter
 
 
@@ -202,7 +203,7 @@ class _LoaderState:
         assert accelerator is not None, "its own save_state or load_state calls this"
         loaders = [
             loader
-            for loader in accelerator._dataloaders
+            for loader in _private_api.prepared_loaders(accelerator)
             if isinstance(loader, UlyssesSPDataLoaderAdapter)
         ]
         return [

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.installation import AcceleratorFeature, FeatureSession, Installation
 from ulysses_accel.memory.apply import InstalledMemory, apply_memory
@@ -68,7 +69,7 @@ class Memory(AcceleratorFeature):
         """Makes DDP send gradients in bfloat16; a hook of the user's stays."""
         for model in prepared:
             is_ddp = isinstance(model, DistributedDataParallel)
-            if self._reduces_in_bfloat16 and is_ddp and not model._comm_hooks:
+            if self._reduces_in_bfloat16 and is_ddp and not _private_api.has_comm_hook(model):
                 # A lambda has no annotations: torch 2.13 compares them, which are texts here, with
                 # its classes.
                 model.register_comm_hook(
@@ -103,7 +104,7 @@ def _average_in_bfloat16(group: dist.ProcessGroup, bucket: Any) -> Any:
 def _expand_segments() -> None:
     """Lets the GPU's allocator grow its blocks, unless the environment configures it."""
     if not any(os.environ.get(name) for name in _ALLOCATOR_VARIABLES):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        _private_api.set_allocator_settings("expandable_segments:True")
 
 
 def _reduce_in_bfloat16(state: Any, installation: Installation) -> None:

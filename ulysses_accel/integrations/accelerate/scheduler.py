@@ -9,6 +9,8 @@ from typing import Any
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DummyScheduler
 
+from ulysses_accel import _private_api
+
 
 class SequenceScheduler(AcceleratedScheduler):  # type: ignore[misc]
     """A schedule whose ranks of one sequence group count as one process.
@@ -43,9 +45,8 @@ class SequenceScheduler(AcceleratedScheduler):  # type: ignore[misc]
             return
         for _ in range(self.data_parallel_size):
             # torch's OneCycleLR refuses a step after its last one.
-            if self.scheduler._step_count <= getattr(
-                self.scheduler, "total_steps", self.scheduler._step_count
-            ):
+            num_steps = _private_api.scheduler_step_count(self.scheduler)
+            if num_steps <= getattr(self.scheduler, "total_steps", num_steps):
                 self.scheduler.step(*args, **kwargs)
 
 
@@ -65,10 +66,9 @@ def _replace(
     accelerator: Any, stock: AcceleratedScheduler, data_parallel_size: int
 ) -> SequenceScheduler:
     ours = SequenceScheduler(stock, data_parallel_size)
-    ours._is_accelerate_prepared = True
-    accelerator._schedulers = [
-        ours if known is stock else known for known in accelerator._schedulers
-    ]
+    _private_api.mark_prepared(ours)
+    schedulers = _private_api.prepared_schedulers(accelerator)
+    schedulers[:] = [ours if known is stock else known for known in schedulers]
     return ours
 
 

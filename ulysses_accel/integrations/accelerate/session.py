@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.installation import AcceleratorFeature, Installation, stock_method
 
 
@@ -91,12 +92,14 @@ class Session:
         """Has each feature check and change a model that it does not know yet.
 
         Args:
-            model: that no engine has yet.
+            model: that no engine has yet; one that was prepared stays as it is.
             first: the feature to begin with; all where None.
 
         Raises:
             UnsupportedModelError: a feature is not exact for the model, which is left as it is.
         """
+        if _private_api.is_prepared(model):
+            return
         features = self.features[0 if first is None else self.features.index(first) :]
         new = [feature for feature in features if feature.is_new(model)]
         for feature in new:
@@ -111,12 +114,14 @@ class Session:
         if self._is_in_engine:
             yield
             return
-        with ExitStack() as stack:
-            self._is_in_engine = True
-            stack.callback(setattr, self, "_is_in_engine", False)
-            for feature in self.features:
-                stack.enter_context(feature.around_engine(objects))
-            yield
+        self._is_in_engine = True
+        try:
+            with ExitStack() as stack:
+                for feature in self.features:
+                    stack.enter_context(feature.around_engine(objects))
+                yield
+        finally:
+            self._is_in_engine = False
 
     def _after_prepare(self, prepared: tuple[Any, ...]) -> tuple[Any, ...]:
         for feature in reversed(self.features):

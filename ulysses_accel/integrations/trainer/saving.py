@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import Installation, replaced, stock_method
@@ -26,8 +27,8 @@ def save_full_states(trainer: Any, session: Session, changes: Installation) -> N
     """
     saves = _FullSaves(trainer, session)
     methods = {
-        "_save": saves.save,
-        "_save_optimizer_and_scheduler": saves.save_optimizer_and_scheduler,
+        _private_api.TRAINER_SAVE: saves.save,
+        _private_api.TRAINER_SAVE_OPTIMIZER: saves.save_optimizer_and_scheduler,
     }
     changes.override(trainer, methods)
 
@@ -58,8 +59,8 @@ class _FullSaves:
 
     def __init__(self, trainer: Any, session: Session) -> None:
         self._trainer, self._session = weakref.ref(trainer), weakref.ref(session)
-        self._stock_save = stock_method(trainer, "_save")
-        self._stock_save_optimizer = stock_method(trainer, "_save_optimizer_and_scheduler")
+        self._stock_save = stock_method(trainer, _private_api.TRAINER_SAVE)
+        self._stock_save_optimizer = stock_method(trainer, _private_api.TRAINER_SAVE_OPTIMIZER)
 
     def save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overrides `Trainer._save`, which every rank calls."""

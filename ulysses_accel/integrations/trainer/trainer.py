@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import Installation, replaced, stock_method
 from ulysses_accel.integrations.accelerate.sequence_feature import SequenceParallel
@@ -43,7 +44,7 @@ _OVERRIDDEN = (
     "get_train_dataloader",
     "get_eval_dataloader",
     "get_test_dataloader",
-    "_get_num_items_in_batch",
+    _private_api.TRAINER_COUNT_ITEMS,
     "compute_loss",
     "evaluation_loop",
     "prediction_step",
@@ -186,7 +187,7 @@ class ShardedTrainer:
     def get_total_train_batch_size(self, args: Any) -> int:
         """Overrides `Trainer.get_total_train_batch_size`: samples of one optimizer step."""
         return int(
-            self.trainer._train_batch_size
+            _private_api.train_batch_size(self.trainer)
             * args.gradient_accumulation_steps
             * self.groups.data_parallel_size
         )
@@ -234,7 +235,7 @@ class ShardedTrainer:
         times the number of such ranks.
         """
         if not batch_samples or not _is_sharded(batch_samples[0]):
-            return self._stock["_get_num_items_in_batch"](batch_samples, device)
+            return self._stock[_private_api.TRAINER_COUNT_ITEMS](batch_samples, device)
         trainer = self.trainer
         if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
             return None
@@ -330,7 +331,8 @@ class ShardedTrainer:
         )
         logits, labels = evaluation.joined(logits, self.trainer.label_names, prepare)
         inputs[self._main_input] = evaluation.entry(self._main_input)
-        return loss, self.trainer._prepare_input(logits), self.trainer._prepare_input(labels)
+        logits = _private_api.on_trainers_device(self.trainer, logits)
+        return loss, logits, _private_api.on_trainers_device(self.trainer, labels)
 
     @property
     def _predicts_samples(self) -> bool:

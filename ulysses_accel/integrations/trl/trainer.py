@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.dataloader.batch_layout import BatchLayout
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.installation import (
@@ -116,9 +117,10 @@ class TrlTrainer(AcceleratorFeature):
             "get_cp_size": partial(int, 1),
         }
         # These two it sums over all ranks.
-        track = stock_method(trainer, "_track_num_input_tokens")
+        count_tokens = _private_api.TRAINER_COUNT_INPUT_TOKENS
+        track = stock_method(trainer, count_tokens)
         operations = stock_method(trainer, "floating_point_ops")
-        methods["_track_num_input_tokens"] = partial(self._track, track)
+        methods[count_tokens] = partial(self._track, track)
         methods["floating_point_ops"] = lambda inputs: operations(inputs) / replicas
         changes.override(trainer, methods)
         changes.set(trainer, "sequence_parallel", self)
@@ -149,7 +151,7 @@ class TrlTrainer(AcceleratorFeature):
             self.groups.size,
             length,
             pad_multiple=self.config.non_data_parallel_size if self.config.tp_size > 1 else None,
-            key_rules=dict.fromkeys(_REPLICATED, "replicate"),
+            batch_schema=dict.fromkeys(_REPLICATED, "replicate"),
             ring_size=self.config.cp_size,
             ring_layout=self.config.cp_handler.layout,
         )
@@ -177,10 +179,10 @@ class TrlTrainer(AcceleratorFeature):
     def _prepare_data_loader(
         self, stock: Override, data_loader: Any, device_placement: bool | None = None, **_: Any
     ) -> Any:
-        if getattr(data_loader, "_is_accelerate_prepared", False):
+        if _private_api.is_prepared(data_loader):
             return stock(data_loader, device_placement)
         accelerator = self.accelerator
         placed = accelerator.device_placement if device_placement is None else device_placement
         loader = data_parallel_loader(accelerator, data_loader, self.groups, put_on_device=placed)
-        accelerator._dataloaders.append(loader)
+        _private_api.prepared_loaders(accelerator).append(loader)
         return loader

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.attention.saved_results import Part
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
 from ulysses_accel.memory.checkpoint.host_slab import HostSlab, Mover, mover_for
@@ -27,7 +28,7 @@ from ulysses_accel.memory.checkpoint.saved_results import Keeper
 from ulysses_accel.memory.checkpoint.storage import OnDevice, OnHost, Source
 from ulysses_accel.memory.skip_output import skip_unneeded_outputs
 
-_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_ATTRIBUTES = ("gradient_checkpointing", _private_api.CHECKPOINT_FUNCTION)
 
 
 @dataclass
@@ -203,7 +204,7 @@ class CheckpointedLayers:
         """
         for layer in self.layers:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
-            layer._gradient_checkpointing_func = self.run  # type: ignore[assignment]
+            setattr(layer, _private_api.CHECKPOINT_FUNCTION, self.run)
         self._before = None
 
     def uninstall(self) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import UlyssesAccelError
 from ulysses_accel.memory.checkpoint.host_slab import Arrival, HostSlab, Mover, Slot, TensorShape
 
@@ -28,7 +29,7 @@ class OnDevice(Source):
     """An input that stays where it is."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor.detach(), tensor._version
+        self._tensor, self._version = tensor.detach(), _private_api.tensor_version(tensor)
 
     def load(self) -> Tensor:
         """Returns it.
@@ -36,7 +37,7 @@ class OnDevice(Source):
         Raises:
             UlyssesAccelError: something wrote to it since.
         """
-        if self._tensor._version != self._version:
+        if _private_api.tensor_version(self._tensor) != self._version:
             raise UlyssesAccelError(
                 f"the input {list(self._tensor.shape)} of a checkpointed layer was modified in "
                 "place after the layer "

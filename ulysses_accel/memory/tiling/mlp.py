@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
 from ulysses_accel.memory.tiling.mlp_formula import tile_projections
 from ulysses_accel.memory.tiling.probe import has_hooks, own_method
@@ -104,11 +106,11 @@ def tile_mlp(module: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
     """
     tiling = Tiling(module, _method_of(module), tile_bytes)
     installed = install_method(module, tiling.method, tiling)
-    if tiling.method == "forward" and "_z3_leaf" not in vars(module):
+    if tiling.method == "forward" and _private_api.ZERO3_LEAF not in vars(module):
         # The children are not called; DeepSpeed gathers a leaf's parameters around the leaf's own
         # forward and backward.
-        vars(module)["_z3_leaf"] = True
-        installed.add(InstalledTiles([(module, "_z3_leaf", None)]))
+        vars(module)[_private_api.ZERO3_LEAF] = True
+        installed.add(InstalledTiles([(module, _private_api.ZERO3_LEAF, None)]))
     return installed
 
 
@@ -225,7 +227,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 def _is_plain(module: nn.Module, formula: Formula) -> bool:
     """True where calling the children would do nothing but their products."""
     for name, child in module.named_children():
-        if hasattr(child, "_get_fsdp_state"):
+        if isinstance(child, FSDPModule):
             raise UnsupportedModelError(
                 f"{type(module).__name__}.{name} is sharded by FSDP2 on its own, and would be "
                 "gathered once for every "

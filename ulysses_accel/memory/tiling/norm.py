@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.memory.tiling.mlp import InstalledTiles, Tiling, install_method
 from ulysses_accel.memory.tiling.probe import inputs_like, shape_of, small_copy
@@ -143,7 +144,7 @@ def find_rms_formula(module: nn.Module) -> RmsFormula | None:
         module: a norm; its code is run on a small copy.
     """
     eps_names = [name for name, value in vars(module).items() if type(value) is float]
-    if set(module._parameters) != {"weight"} or len(input_names(module)) != 1:
+    if set(_private_api.module_parameters(module)) != {"weight"} or len(input_names(module)) != 1:
         return None
     for eps, offset, rounds_first in itertools.product(eps_names, (0, 1), (True, False)):
         formula = RmsFormula(eps, offset, rounds_first)
@@ -168,7 +169,7 @@ def is_norm(module: nn.Module) -> bool:
     """Returns True for what looks like a norm written in Python: a weight for each feature, and a
     small number.
     """
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    own = list(module.parameters(recurse=False))
     native = isinstance(module, nn.LayerNorm | nn.RMSNorm) and type(module).forward in (
         nn.LayerNorm.forward,
         nn.RMSNorm.forward,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
 
 # Smaller sizes are counts (of a gate's one output, of experts per token), not widths.
@@ -24,7 +25,6 @@ SMALLEST_WIDTH = 4
 ROWS = 6
 # float32 somewhere inside a block rounds at 1e-7; rows that see each other differ by much more.
 SAME_ROWS = 1e-5
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
@@ -111,17 +111,17 @@ def _copy(module: nn.Module, weights: _Weights, seen: dict[int, nn.Module]) -> n
             values[name] = tuple(weights.widths.get(size, size) for size in value)
     values.update({name: OrderedDict() for name in values if name.endswith("_hooks")})
     values["training"] = True
-    values["_parameters"] = {
+    values[_private_api.MODULE_PARAMETERS] = {
         name: None if parameter is None else nn.Parameter(weights.like(parameter))
-        for name, parameter in module._parameters.items()
+        for name, parameter in _private_api.module_parameters(module).items()
     }
-    values["_buffers"] = {
+    values[_private_api.MODULE_BUFFERS] = {
         name: None if buffer is None else weights.like(buffer)
-        for name, buffer in module._buffers.items()
+        for name, buffer in _private_api.module_buffers(module).items()
     }
-    values["_modules"] = {
+    values[_private_api.MODULE_CHILDREN] = {
         name: None if child is None else _copy(child, weights, seen)
-        for name, child in module._modules.items()
+        for name, child in _private_api.module_children(module).items()
     }
     vars(twin).update(values)
     return twin
@@ -208,6 +208,6 @@ def has_hooks(module: nn.Module) -> bool:
     """
     return any(
         not getattr(hook, "__module__", "").startswith("deepspeed.")
-        for kind in _HOOKS
+        for kind in _private_api.MODULE_HOOKS
         for hook in getattr(module, kind).values()
     )

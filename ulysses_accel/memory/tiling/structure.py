@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ulysses_accel import _private_api
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.memory.tiling.mlp_formula import MlpCall, Projection, tile_projections
 from ulysses_accel.memory.tiling.probe import (
@@ -234,7 +235,7 @@ def is_experts(module: nn.Module) -> bool:
     return (
         sum(
             len(shape_of(parameter)) == 3
-            for parameter in module._parameters.values()
+            for parameter in _private_api.module_parameters(module).values()
             if parameter is not None
         )
         > 1

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ulysses_accel import _private_api
 from ulysses_accel.memory.tracker.report import Allocations, Tally
 
 
@@ -50,8 +50,8 @@ def storages(tensor: Tensor) -> list[UntypedStorage]:
     """Returns the storages of a tensor; those of a wrapper's inner tensors, and none where there is
     no storage.
     """
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
+    if _private_api.is_wrapper(tensor):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         inner = [getattr(tensor, name) for name in names]
         return [storage for part in inner if isinstance(part, Tensor) for storage in storages(part)]
     return [tensor.untyped_storage()] if tensor.layout == torch.strided else []
@@ -72,14 +72,14 @@ class Ledger:
 
     def find(self, storage: UntypedStorage) -> Block | None:
         """Returns a storage's block, brought up to date with its size."""
-        block = self.blocks.get(storage._cdata)
+        block = self.blocks.get(_private_api.storage_key(storage))
         if block is not None and block.size != storage.nbytes():
             self._resize(block, storage.nbytes())
         return block
 
     def add(self, storage: UntypedStorage, module: str, *, resident: bool) -> Block:
         """Books a storage, as allocated by `module` now or as there before."""
-        size, key = storage.nbytes(), storage._cdata
+        size, key = storage.nbytes(), _private_api.storage_key(storage)
         reference = weakref.ref(storage, partial(self._died, key))
         block = Block(
             reference, storage.device.type, module, size if resident else 0, size if resident else 0

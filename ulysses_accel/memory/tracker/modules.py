@@ -7,18 +7,11 @@ import threading
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
+from ulysses_accel import _private_api
 from ulysses_accel.memory.tracker.ledger import Ledger
-
-
-def running_node() -> Node | None:
-    """Returns the node of the graph whose backward runs in this thread, if one does."""
-    node: Node | None = torch._C._current_autograd_node()
-    return node
 
 
 class ModulePlaces:
@@ -45,10 +38,10 @@ class ModulePlaces:
 
     def current(self) -> tuple[str, str]:
         """Returns the running module's name and the phase, `forward` or `backward`."""
-        node = running_node()
+        node = _private_api.running_node()
         if node is None or self._stack:
             return self._stack[-1] if self._stack else "", "forward" if node is None else "backward"
-        place = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        place = bisect.bisect_right(self._numbers, _private_api.sequence_number(node)) - 1
         return self._names[place] if place >= 0 else "", "backward"
 
     def remove(self) -> None:
@@ -81,7 +74,7 @@ class ModulePlaces:
         self._stack.append(name)
         self._mark()
         # Engines put gathered parameters in place of the sharded ones just before a module runs.
-        for parameter in module._parameters.values():
+        for parameter in _private_api.module_parameters(module).values():
             if parameter is not None:
                 self._ledger.note(parameter, "parameters")
 
@@ -96,7 +89,7 @@ class ModulePlaces:
         # another thread.
         if threading.get_ident() != self._thread:
             return
-        number = torch._C._autograd._get_sequence_nr()
+        number = _private_api.next_sequence_number()
         name = self._stack[-1] if self._stack else ""
         if self._numbers and self._numbers[-1] == number:
             self._names[-1] = name

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_leaves
 
+from ulysses_accel import _private_api
 from ulysses_accel.memory.tracker.ledger import Block, Ledger, storages
 from ulysses_accel.memory.tracker.modules import ModulePlaces
 from ulysses_accel.memory.tracker.report import Allocations, Tally
@@ -163,25 +162,25 @@ def _unpack(saved: _Saved) -> Tensor:
     return saved.tensor.detach() if isinstance(saved.tensor, nn.Parameter) else saved.tensor
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(_private_api.dispatch_mode()):  # type: ignore[misc]
     """Books the outputs of every operator."""
 
     supports_higher_order_operators = True
 
     def __init__(self, ledger: Ledger, places: ModulePlaces) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._ledger = ledger
         self._places = places
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A wrapper's own dispatch comes back here with the tensors inside of it.
-        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+        if any(_private_api.is_wrapper_class(kind) for kind in types):
             return NotImplemented
         output = func(*args, **(kwargs or {}))
         tensors = (
             [output]
             if isinstance(output, Tensor)
-            else [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+            else [x for x in _private_api.tree_leaves(output) if isinstance(x, Tensor)]
         )
         module, phase = self._places.current()
         name = getattr(getattr(func, "overloadpacket", func), "__name__", str(func))
@@ -196,7 +195,9 @@ class _Watch(TorchDispatchMode):
     def _count(self, name: str, module: str, outputs: list[Tensor], args: Any) -> None:
         report, tally = self._ledger.report, self._ledger.module(module)
         if name in _COPIES:
-            written = outputs or [x for x in tree_leaves(args[:1]) if isinstance(x, Tensor)]
+            written = outputs or [
+                x for x in _private_api.tree_leaves(args[:1]) if isinstance(x, Tensor)
+            ]
             for tensor in written:
                 self._count_copy(tensor, tally)
         elif name in _PRODUCTS:
@@ -247,12 +248,15 @@ def _is_input(storage: UntypedStorage, args: Any, kwargs: Any) -> bool:
     """True where an operator's output lies in the storage of one of its inputs, which is from
     before then.
     """
-    for value in tree_leaves((args, kwargs)):
-        if isinstance(value, Tensor) and any(storage._cdata == x._cdata for x in storages(value)):
+    key = _private_api.storage_key(storage)
+    for value in _private_api.tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and any(
+            key == _private_api.storage_key(x) for x in storages(value)
+        ):
             return True
         if (
             isinstance(value, UntypedStorage | torch.TypedStorage)
-            and value._cdata == storage._cdata
+            and _private_api.storage_key(value) == key
         ):
             return True
     return False
