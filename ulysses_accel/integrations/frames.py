@@ -21,7 +21,9 @@ def calling_trainer(accelerator: Any) -> Any:
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return None
-    frame: FrameType | None = sys._getframe()
+    # From the caller on: this function's own frame has itself among its variables, and would keep
+    # all that the frames hold, the accelerator too, until the garbage collector runs.
+    frame: FrameType | None = sys._getframe(1)
     is_constructor = False
     while frame is not None:
         is_of_accelerator = frame.f_locals.get("self") is accelerator
