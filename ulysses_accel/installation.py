@@ -2,17 +2,25 @@
 
 No class and no module global is patched: an accelerator, a Trainer or a model gets attributes of
 its own that are found before its class's, and hooks. Each technique keeps one `Installation` of all
-that it changed.
+that it changed. `AcceleratorFeature` is what a technique on an accelerator derives from.
 """
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
 
 _ABSENT = object()
+# The attribute of an instance that has its overrides.
+_OVERRIDES = "overrides_of_ulysses_accel"
+
+# Called with what it overrides, and then with the arguments of that method.
+Override = Callable[..., Any]
 
 
 class Removable(Protocol):
@@ -47,6 +55,34 @@ class Installation:
         vars(target)[name] = value
         self._stack.callback(_restore, weakref.ref(target), name, before)
 
+    def override(self, target: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
+        """Overrides methods of one instance by a subclass of its class, as torch's FSDP2 does to
+        modules; `close` gives the instance its class again.
+
+        Unlike a function in the instance's `__dict__`, a method of a class holds the instance
+        while it runs: `Accelerator(...).prepare(model)` works although nobody keeps the
+        accelerator.
+
+        Args:
+            target: whose methods are overridden; it owns the new ones.
+            methods: by name, called without `target`.
+        """
+        base = type(target)
+        # The class has no reference to the methods: a class is freed by the garbage collector only.
+        subclass = types.new_class(base.__name__, (base,))
+        subclass.__module__ = base.__module__
+        subclass.__qualname__ = base.__qualname__
+        for name in methods:
+            setattr(subclass, name, _overridden(subclass, name, getattr(base, name)))
+        overrides = vars(target).setdefault(_OVERRIDES, {})
+        overrides[subclass] = dict(methods)
+        target.__class__ = subclass
+        self._stack.callback(_restore_class, weakref.ref(target), subclass)
+        for name, method in methods.items():
+            if name in vars(target):
+                # An earlier attribute of the instance is found before the class's.
+                self.set(target, name, method)
+
     def hooks(self, handles: Iterable[Removable]) -> None:
         """Takes over hook handles, which `close` removes."""
         for handle in handles:
@@ -68,6 +104,27 @@ def _restore(target: weakref.ref[Any], name: str, before: Any) -> None:
     vars(live).pop(name, None)
     if before is not _ABSENT:
         vars(live)[name] = before
+
+
+def _overridden(subclass: type, name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    # `wraps` keeps the signature: transformers 5.23's Trainer reads from it whether
+    # `gather_for_metrics` takes use_gather_object.
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[_OVERRIDES][subclass][name](*args, **kwargs)
+
+    return method
+
+
+def _restore_class(target: weakref.ref[Any], subclass: type) -> None:
+    live = target()
+    if live is None:
+        return
+    live.__class__ = subclass.__base__
+    overrides = vars(live)[_OVERRIDES]
+    del overrides[subclass]
+    if not overrides:
+        del vars(live)[_OVERRIDES]
 
 
 def stock_method(target: Any, name: str) -> Callable[..., Any]:
@@ -108,3 +165,114 @@ def replaced(target: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         changes.close()
+
+
+class FeatureSession(Protocol):
+    """What a feature knows of the session that runs an accelerator's features."""
+
+    def close(self) -> None:
+        """Restores everything that the features changed."""
+
+
+class AcceleratorFeature:
+    """One technique on one accelerator; derive from it, and add the class to
+    `integrations.attach.FEATURES`.
+
+    An accelerator's session calls the features in the order of that list. A model passes through
+    `check_model` of all of them, then through `prepare_model`, and then the engine takes it (DDP,
+    FSDP2, DeepSpeed), within every `around_engine`. `after_prepare` sees what the accelerator
+    returns, in the reverse order. Every method does nothing by default.
+
+    A feature refers to its accelerator, session and models weakly: they own it.
+
+    Args:
+        config: the accelerator's `ParallelismConfig`.
+        accelerator: the `accelerate.Accelerator` that is being constructed.
+        session: that runs the features of this accelerator.
+
+    Raises:
+        ConfigError: an engine or a setting that the technique does not go with.
+    """
+
+    name: ClassVar[str]
+    """The attribute of the accelerator under which users reach the feature."""
+
+    settings: ClassVar[tuple[str, ...]]
+    """The fields of `ParallelismConfig` that request it."""
+
+    def __init__(self, config: Any, accelerator: Any, session: FeatureSession) -> None:
+        self.config = config
+        self.installation = Installation()
+        self.models: WeakSet[Any] = WeakSet()
+        self._accelerator = weakref.ref(accelerator)
+        self._session = weakref.ref(session)
+
+    @classmethod
+    def is_requested(cls, config: Any) -> bool:
+        """Returns whether a config requests the technique."""
+        raise NotImplementedError
+
+    @property
+    def accelerator(self) -> Any:
+        """The accelerator, while it lives."""
+        return _alive(self._accelerator, "accelerator")
+
+    @property
+    def session(self) -> Any:
+        """The session, while its accelerator lives."""
+        return _alive(self._session, "accelerator")
+
+    def is_new(self, model: Any) -> bool:
+        """Returns whether a model was not prepared yet, neither by itself nor as a part of
+        another.
+        """
+        return not any(known is model or model in known.modules() for known in self.models)
+
+    def check_model(self, model: Any) -> None:
+        """Refuses a model that the technique is not exact for; changes nothing."""
+
+    def prepare_model(self, model: Any) -> None:
+        """Changes a model that the engine does not have yet."""
+
+    def before_engine(self, objects: tuple[Any, ...]) -> None:
+        """Sees all objects of one `prepare` call, after `prepare_model` of its models."""
+
+    def around_engine(self, objects: tuple[Any, ...]) -> AbstractContextManager[None]:
+        """Surrounds accelerate's own code, which hands these objects to the engine."""
+        return nullcontext()
+
+    def after_prepare(self, prepared: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns what `prepare` or one of `prepare_model`, `prepare_optimizer` and
+        `prepare_scheduler` is to return, in place of what accelerate returned.
+        """
+        return prepared
+
+    def overrides(self) -> Mapping[str, Override]:
+        """Returns overrides of other methods of the accelerator, by name.
+
+        The first feature of the list that has one is called first; its first argument calls the
+        next one's, and in the end accelerate's.
+        """
+        return {}
+
+    @property
+    def holds_parts(self) -> bool:
+        """Whether a rank holds parts of weights that no engine gathers for a checkpoint."""
+        return False
+
+    def gathering(self) -> AbstractContextManager[None]:
+        """While open, on every rank, states of models and optimizers come with full tensors."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Restores the accelerator, its models and its Trainer, for all features together: they
+        build on each other. Every rank must call it.
+        """
+        self.session.close()
+
+
+def _alive(reference: weakref.ref[Any], what: str) -> Any:
+    target = reference()
+    if target is None:
+        raise ReferenceError(f"the {what} was deleted. Keep it as long as its methods are used.")
+    return target

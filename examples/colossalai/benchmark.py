@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ulysses_accel import ParallelismConfig
+from ulysses_accel import ParallelismConfig, use_fsdp_plugin
 
 CONFIGS: dict[str, dict[str, int]] = {
     "tiny": {
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     accelerator = Accelerator(
         parallelism_config=parallelism,
-        fsdp_plugin=plugin if args.fsdp else None,
+        # On GPUs `plugin` alone is enough.
+        fsdp_plugin=use_fsdp_plugin(parallelism, plugin) if args.fsdp else None,
         mixed_precision="bf16" if torch.cuda.is_available() else "no",
     )
     set_seed(42)

@@ -28,7 +28,7 @@ def installed(layout: tuple[int, int, int]) -> Installed:
     accelerator = Engine("ddp").accelerator(sp_size, dp_size, cp_size=cp_size)
     sample = CASES["plain"](0)
     _, batches = accelerator.prepare(build("llama"), loader([sample]))
-    attention = accelerator.sequence_parallel.forwards[0][1].attention.attention
+    attention = next(iter(accelerator.sequence_parallel.forwards.values())).attention.attention
     (batch,) = batches
     dealt = layouts_of(sample.plain["input_ids"], batch["input_ids"], cp_size, cp_size * sp_size)
     return [dealt, attention.exchange, attention.head_stride, attention.head_chunks]

@@ -125,7 +125,7 @@ def sharded(expected: dict[str, tuple[float, Grads]]) -> dict[str, Any]:
     found["sharded tokens"] = error_of(model, **{**images, "input_ids": tokens})
     lost = {key: value for key, value in images.items() if key != "sequence_description"}
     found["lost"] = error_of(model, **lost)
-    accelerator.sequence_parallel.uninstall()
+    accelerator.sequence_parallel.close()
     found["hooks left"] = sum(len(module._forward_pre_hooks) for module in inner.modules())
     return found
 

@@ -234,7 +234,7 @@ def pooled() -> dict[str, float | bool]:
     grads = {key: value.grad for key, value in plain.named_parameters() if value.grad is not None}
     own = {key: value for key, value in full_gradients_of(model).items() if key in grads}
     difference = compare(float(output.detach().sum()), own, float(expected.detach().sum()), grads)
-    accelerator.sequence_parallel.uninstall()
+    accelerator.sequence_parallel.close()
     return {
         "off": max(difference.loss, difference.grad, float((output - expected).abs().max())),
         # Three of the rows begin with padding.
@@ -306,7 +306,7 @@ def with_dropout() -> list[Tensor]:
         one, other = list(batches)
         output = accelerator.unwrap_model(model)(**other, return_dict=False)
         found += [model(**one).loss.detach(), output[0].detach(), output[1].detach()]
-        accelerator.sequence_parallel.uninstall()
+        accelerator.sequence_parallel.close()
         accelerator = Engine("ddp").accelerator(sp_size=2)
     return found
 

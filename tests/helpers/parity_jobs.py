@@ -65,11 +65,14 @@ class Engine:
             plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(steps))
             return Accelerator(deepspeed_plugin=plugin, **kwargs)
         if self.name == "fsdp2":
-            kwargs["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2,
                 cpu_ram_efficient_loading=False,
                 auto_wrap_policy="transformer_based_wrap",
                 cpu_offload=CPUOffloadPolicy(pin_memory=False) if self.offload else None,
+            )
+            kwargs["fsdp_plugin"] = ulysses_accel.use_fsdp_plugin(
+                kwargs["parallelism_config"], fsdp_plugin
             )
         return Accelerator(cpu=True, gradient_accumulation_steps=steps, **kwargs)
 

@@ -39,7 +39,7 @@ from tests.helpers.parity_jobs import (
     report,
     zero_gradients,
 )
-from ulysses_accel import ParallelismConfig
+from ulysses_accel import ParallelismConfig, use_fsdp_plugin
 from ulysses_accel.integrations import attach as _attach_point  # noqa: F401
 from ulysses_accel.introspection.supports import check_model
 
@@ -116,8 +116,10 @@ class Setup:
             auto_wrap_policy="transformer_based_wrap",
             cpu_ram_efficient_loading=True,
         )
+        if not self.fsdp2:
+            return Accelerator(cpu=True, parallelism_config=config)
         return Accelerator(
-            cpu=True, parallelism_config=config, fsdp_plugin=plugin if self.fsdp2 else None
+            cpu=True, parallelism_config=config, fsdp_plugin=use_fsdp_plugin(config, plugin)
         )
 
 

@@ -181,7 +181,7 @@ def registry() -> dict[str, Any]:
         for name, function in before.items()
     )
     names = [transformers_model(model).config._attn_implementation for model in (first, untouched)]
-    acc.sequence_parallel.uninstall()
+    acc.sequence_parallel.close()
     restored = (
         dict(ALL_ATTENTION_FUNCTIONS._global_mapping) == before and untouched.config is config
     )

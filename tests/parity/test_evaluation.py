@@ -249,7 +249,7 @@ def uninstall_restores() -> dict[str, bool]:
     batch = next(iter(accelerator.prepare(loader([CASES["packed"](1)]))))
     prepared(**batch).loss.backward()
     during = [dict(type(registry)._global_mapping) for registry in registries]
-    accelerator.sequence_parallel.uninstall()
+    accelerator.sequence_parallel.close()
     after = [
         (dict(type(registry)._global_mapping), dict(registry._local_mapping))
         for registry in registries

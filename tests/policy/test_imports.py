@@ -39,12 +39,7 @@ STRANGERS = {frozenset({"attention", "dataloader"})}
 # A stock Accelerator hands itself to the config; the config hands it on to the layer that drives
 # accelerate.
 UPWARD_BY_DESIGN = {("config", "ulysses_accel.integrations.attach")}
-# Expert parallelism reads the Trainer that is constructing the accelerator, and takes part in how
-# it saves.
-DECLARED = {
-    ("ulysses_accel.expert_parallel.feature", "ulysses_accel.integrations.frames"),
-    ("ulysses_accel.expert_parallel.feature", "ulysses_accel.integrations.trainer.saving"),
-}
+DECLARED: set[tuple[str, str]] = set()
 WITHOUT_FRAMEWORKS = (
     *("errors", "installation", "distributed", "sequence", "attention.saved_results"),
     *(

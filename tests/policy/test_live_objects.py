@@ -24,14 +24,6 @@ ALLOWED = {
     "integrations/accelerate/process_state.py": "sets accelerate's state for CPU ranks",
     "forward/override.py": "overrides a forward that others may wrap again, and restores it",
     "forward/checkpoint_context.py": "goes around a function that transformers may set again",
-    # To be moved to Installation.
-    "expert_parallel/feature.py": "",
-    "integrations/accelerate/memory_feature.py": "",
-    "integrations/accelerate/session.py": "",
-    "integrations/trainer/saving.py": "",
-    "integrations/trainer/trainer.py": "",
-    "integrations/trl/trainer.py": "",
-    "tensor_parallel/parallelize.py": "",
 }
 SETTERS = {"setattr", "delattr", "object.__setattr__", "object.__delattr__"}
 CHANGES = {"update", "pop", "setdefault", "clear", "popitem"}

@@ -24,8 +24,6 @@ ALLOWED = {
             *("_efficient_attention_", "_cudnn_attention_"),
         )
     ),
-    # The end of several attributes' names, not a name.
-    ("memory/tiling/probe.py", "_hooks"),
 }
 FRAME_WALKS = {"_getframe", "currentframe", "f_back"}
 

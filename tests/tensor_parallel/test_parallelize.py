@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -35,7 +36,8 @@ from ulysses_accel import MemoryConfig, ParallelismConfig
 from ulysses_accel.attention.huggingface.registry import describe_forward
 from ulysses_accel.errors import BatchError, ConfigError, UnsupportedModelError
 from ulysses_accel.sequence.description import SequenceDescription
-from ulysses_accel.tensor_parallel.parallelize import DecoderEntry, TensorParallel, check_engine
+from ulysses_accel.tensor_parallel.feature import TensorParallel
+from ulysses_accel.tensor_parallel.parallelize import DecoderEntry, WeightSharding
 from ulysses_accel.tensor_parallel.plan import make_plan
 
 REFUSED: dict[str, tuple[Any, int, str]] = {
@@ -47,12 +49,12 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "experts": (
         lambda: MixtralConfig(**_GROUPED, num_local_experts=2),
         2,
-        "how to cut model.layers.0.mlp",
+        "how to shard model.layers.0.mlp",
     ),
     "wide norms": (
         lambda: Olmo2Config(**_GROUPED),
         2,
-        "how to cut model.layers.0.self_attn.q_norm.weight",
+        "how to shard model.layers.0.self_attn.q_norm.weight",
     ),
     "features": (
         lambda: CONFIGS["llama"]().__class__(**{**_GROUPED, "intermediate_size": 47}),
@@ -85,19 +87,26 @@ def test_the_legal_sizes_are_named() -> None:
         make_plan(build("qwen2"), 4, "test")
 
 
+class Stub:
+    """An accelerator, or its session, as far as an engine is looked at."""
+
+    def __init__(self, distributed_type: DistributedType = DistributedType.NO) -> None:
+        self.distributed_type = distributed_type
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
 @pytest.mark.parametrize("setting", ["tiled_mlp", "tiled_norm", "tiled_loss"])
 def test_tiles_are_refused_by_name(setting: str) -> None:
     config = ParallelismConfig(tp_size=2, memory_config=MemoryConfig(**{setting: True}))
     with pytest.raises(ConfigError, match=rf"tp_size=2 \(from constructor\) with {setting}=True"):
-        check_engine(config, SimpleNamespace(distributed_type="DistributedType.MULTI_CPU"))
+        TensorParallel(config, Stub(DistributedType.MULTI_CPU), Stub())
 
 
 def test_deepspeed_is_refused(support: Support) -> None:
     with pytest.raises(ConfigError, match=r"tp_size=2 .* with DeepSpeed.*Use FSDP2, or no engine"):
-        check_engine(
-            ParallelismConfig(tp_size=2),
-            SimpleNamespace(distributed_type="DistributedType.DEEPSPEED"),
-        )
+        TensorParallel(ParallelismConfig(tp_size=2), Stub(DistributedType.DEEPSPEED), Stub())
     support.refused(
         "system", "Tensor parallelism under DeepSpeed", "tp", "its engines keep no cut parameters"
     )
@@ -154,7 +163,7 @@ def _without_engine(folder: str) -> dict[str, Any]:
     found["is_stepped"] = {
         id(each) for group in optimizer.param_groups for each in group["params"]
     } == parameters
-    accelerator.sequence_parallel.uninstall()
+    accelerator.sequence_parallel.close()
     found["is_restored"] = accelerator.get_state_dict.__func__ is stock_state
     found["is_restored"] &= not {"save_state", "save_pretrained"} & {
         *vars(accelerator),
@@ -201,10 +210,11 @@ def test_optimizers_and_models_are_prepared_in_any_order() -> None:
         # Adam divides gradients by their size, so that their rounding is seen.
         assert found["difference"] <= 1e-11
         assert (
-            "the optimizer (AdamW) has made steps with parameters that are cut" in found["stepped"]
+            "the optimizer (AdamW) has made steps with parameters that are sharded"
+            in found["stepped"]
         )
         assert (
-            "the random state of tp_size=2 ranks, which drop the same features behind"
+            "the random state of tp_size=2 ranks, which drop the same features after"
             in found["seeds"]
         )
 
@@ -219,9 +229,9 @@ def test_without_an_engine(tmp_path: Path) -> None:
         assert found["save"].startswith(
             "ConfigError: save_state with tensor parallelism and no engine"
         )
-        assert found["save model"].startswith("ConfigError: save_pretrained of a model that is cut")
+        assert found["save model"].startswith("ConfigError: save_pretrained without state_dict")
         assert found["loose batch"].startswith(
-            "BatchError: a model that is cut over tp_size=2 ranks"
+            "BatchError: a model that is sharded over tp_size=2 ranks"
         )
         assert (
             "the first batch of tp_size=2 ranks is not the same on all ranks: checksum"
@@ -338,11 +348,11 @@ def test_small_heads_are_computed_on_every_rank(support: Support) -> None:
 
 def test_the_heads_of_a_rank_are_enough_for_ulysses() -> None:
     config = ParallelismConfig(tp_size=2, sp_size=4)
-    cutter = TensorParallel(config, None, SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
+    weights = WeightSharding(config, None, torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(
         UnsupportedModelError, match=r"sp_size=4 .* is more than num_attention_heads=4 / tp_size=2"
     ):
-        cutter.distribute(build("llama"))
+        weights.shard(build("llama"))
 
 
 def _trainer_logs(folder: str, sizes: dict[str, int], fsdp2: bool) -> list[dict[str, float]]:

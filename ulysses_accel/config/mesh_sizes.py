@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ulysses_accel import _private_api
 from ulysses_accel.config.settings import Setting, Source
@@ -28,6 +29,9 @@ class MeshAxes:
     sp_size: int
     tp_size: int
     _tp_hidden: bool = False
+    _fsdp_plugin: Any = None
+    _follows_launcher: bool = False
+    _is_attached: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

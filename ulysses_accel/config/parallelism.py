@@ -11,6 +11,8 @@ import dataclasses
 import importlib
 import json
 import math
+import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -61,6 +63,8 @@ from ulysses_accel.sequence.layout import multiple_of
 
 _ATTACH_POINT = "ulysses_accel.integrations.attach"
 _CONSTRUCTOR = Source("constructor")
+# Configs that no accelerator has attached yet, in the order of their construction.
+_UNATTACHED: list[weakref.ref[ParallelismConfig]] = []
 _WORDS = ("cp_backend", "sp_backend", "batch_schema", "sequence_parallelism_mode")
 _OWN_FIELDS = (*(f"{axis}_size" for axis in AXES), "ep_size", *_WORDS)
 _HANDLERS = ("tp_handler", "cp_handler", "sp_handler", "memory_config")
@@ -284,6 +288,27 @@ class ParallelismConfig(MeshAxes, _StockParallelismConfig):  # type: ignore[misc
         self.sp_handler = DeepSpeedSequenceParallelConfig._from_settings(self._settings)
         self.memory_config = memory_from_settings(self._settings, memory_config)
         self._check_sequence_length()
+        # A plugin that is passed to Accelerator sets the variable later than the launcher.
+        self._follows_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        _UNATTACHED.append(weakref.ref(self, _UNATTACHED.remove))
+
+    def attach_to_accelerator(self) -> ParallelismConfig | None:
+        """Notes that an accelerator has this config.
+
+        Returns:
+            A config of other sizes that was built for an accelerator and never attached, where this
+            one is attached again: accelerate keeps the first config and drops later ones.
+        """
+        others = [reference() for reference in _UNATTACHED]
+        _UNATTACHED[:] = [reference for reference in _UNATTACHED if reference() is not self]
+        is_first, self._is_attached = not self._is_attached, True
+        if is_first:
+            return None
+        sizes = (self.cp_size, self.sp_size, self.tp_size)
+        for config in reversed(others):
+            if config is not None and (config.cp_size, config.sp_size, config.tp_size) != sizes:
+                return config
+        return None
 
     def _check_sequence_length(self) -> None:
         handler, layout = self.sp_handler, self.cp_handler.layout

@@ -1,15 +1,15 @@
 """Expert parallelism: each rank holds a part of every layer's experts, and tokens travel to the
 experts they chose.
 
-Which parameters are experts' is transformers' own expert plan (`base_model_ep_plan`). They become
-DTensors over the ranks of one expert group, so that clipping and checkpoints of the engines know of
-their parts. In a sharded forward each rank has tokens of its own: they are sorted by expert and
-exchanged by an uneven all-to-all, and their results come back by another. Every token reaches every
-expert that it chose.
+Which parameters belong to experts is transformers' own expert plan (`base_model_ep_plan`). They
+become DTensors over the ranks of one expert group, so that the engines' clipping and checkpoints
+know of the shards. In a sharded forward each rank has different tokens: they are sorted by expert
+and exchanged by an uneven all-to-all, and their results come back by another. Every token reaches
+every expert that it chose.
 
-Gradients. An owner of experts gets the tokens of all ranks of its group, so its gradient is a sum
-where the engine's is a mean over ranks: it is summed over the owners of the same experts and
-divided by all ranks, here, as the engine is told to leave these parameters alone.
+Gradients. A rank computes its experts for the tokens of all ranks of its group, so its gradient is
+a sum where the engine's is a mean over ranks: it is summed over the ranks with the same experts and
+divided by the number of all ranks, here, as the engine is told to ignore these parameters.
 
 Shapes: T = a rank's tokens, K = experts of a token, E = experts, P = ranks of the expert group, R =
 rows that arrive.
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ulysses_accel import _private_api
 from ulysses_accel.distributed.collectives import all_to_all
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
+from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.structure import transformers_model
 
 _STYLE = "grouped_gemm"
@@ -41,8 +44,8 @@ _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 def expert_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """Returns the names of the parameters that transformers' expert plan deals to ranks, by their
-    modules' names.
+    """Returns the names of the parameters that transformers' expert plan distributes over ranks, by
+    their modules' names.
 
     Args:
         model: a transformers model, or a module that holds one.
@@ -56,32 +59,31 @@ def expert_parameters(model: nn.Module) -> dict[str, list[str]]:
         re.escape(key).replace(r"\*", r"[^.]+") for key, style in plan.items() if style == _STYLE
     ]
     prefix = next(name for name, module in model.named_modules() if module is inner)
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name, _ in inner.named_parameters():
         if any(re.fullmatch(pattern, name) for pattern in patterns):
-            owner, _, own = f"{prefix}.{name}".lstrip(".").rpartition(".")
-            found.setdefault(owner, []).append(own)
-    if not found:
+            module, _, part = f"{prefix}.{name}".lstrip(".").rpartition(".")
+            names.setdefault(module, []).append(part)
+    if not names:
         raise UnsupportedModelError(
             f"{type(inner).__name__} has no experts that transformers' expert plan "
-            "(base_model_ep_plan) deals to "
-            f"ranks. Use ep_size=1."
+            "(base_model_ep_plan) distributes over ranks. Use ep_size=1."
         )
-    return found
+    return names
 
 
 @dataclass(frozen=True)
 class ExpertDispatch:
-    """Stands in for the forward of a module of experts, of which this rank has its part.
+    """Overrides the forward of a module of experts, of which this rank has a part.
 
     Args:
-        module: the experts.
-        names: of its parameters that are dealt.
+        module: the experts; weak, as the module holds this.
+        names: of its distributed parameters.
         group: the P ranks that share its experts.
         num_local: experts on each of them.
     """
 
-    module: Any
+    module: weakref.ref[Any]
     names: tuple[str, ...]
     group: ProcessGroup
     num_local: int
@@ -127,41 +129,47 @@ class ExpertDispatch:
         return self._forward(rows.sum(0, keepdim=True), experts.new_zeros(1, 1))[:0]
 
     def _forward(self, rows: Tensor, experts: Tensor) -> Tensor:
-        with self._local_parameters():
-            computed: Tensor = type(self.module).forward(
-                self.module, rows, experts, torch.ones_like(experts, dtype=rows.dtype)
-            )
+        module: Any = self.module()
+        weights = torch.ones_like(experts, dtype=rows.dtype)
+        with self._local_parameters(module):
+            computed: Tensor = type(module).forward(module, rows, experts, weights)
         return computed
 
     @contextmanager
-    def _local_parameters(self) -> Iterator[None]:
-        """Lets the experts' own code see this rank's part as plain tensors."""
-        parameters = _private_api.module_parameters(self.module)
-        dealt = {name: parameters[name] for name in self.names}
-        parameters.update({name: parameter.to_local() for name, parameter in dealt.items()})
+    def _local_parameters(self, module: Any) -> Iterator[None]:
+        """Lets transformers' code of the experts see this rank's part as plain tensors."""
+        parameters = _private_api.module_parameters(module)
+        distributed = {name: parameters[name] for name in self.names}
+        parameters.update({name: tensor.to_local() for name, tensor in distributed.items()})
         try:
             yield
         finally:
-            parameters.update(dealt)
+            parameters.update(distributed)
 
 
-@dataclass
-class DealtExperts:
-    """One model's experts, dealt over the ranks of `mesh`, and the way to undo it.
+class DistributedExperts:
+    """One model's experts, distributed over the ranks of a mesh; `close` undoes it.
 
     Args:
-        model: that holds them.
-        mesh: of `ep_replicate` and `ep`.
-        names: of the dealt parameters, by their modules' names.
-        handles: the hooks on gradients and states.
-        moved: by the id of a parameter that the engine took, this and the DTensor in its place.
+        model: that holds them; held weakly, as its hooks refer to this.
+        mesh: of `build_expert_mesh`.
+        names: of the distributed parameters, by their modules' names.
     """
 
-    model: nn.Module
-    mesh: DeviceMesh
-    names: dict[str, list[str]]
-    handles: list[Any] = field(default_factory=list)
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, names: dict[str, list[str]]) -> None:
+        self.mesh, self.names = mesh, names
+        self.installation = Installation()
+        self._model = weakref.ref(model)
+        # From each parameter that the engine took to the DTensor in its place. Weak: an entry is of
+        # use as long as an optimizer has the earlier parameter.
+        self._successors: Any = WeakTensorKeyDictionary()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        model = self._model()
+        assert model is not None, "only called while somebody uses the model"
+        return model
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -170,64 +178,73 @@ class DealtExperts:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The dealt parameters by their names in the model."""
-        return {
-            f"{name}.{part}": module.get_parameter(part)
-            for name, module in self.modules.items()
-            for part in self.names[name]
-        }
+        """The distributed parameters by their names in the model."""
+        parameters = {}
+        for name, module in self.modules.items():
+            for part in self.names[name]:
+                parameters[f"{name}.{part}"] = module.get_parameter(part)
+        return parameters
 
-    def distribute(self) -> None:
-        """Makes DTensors of the dealt parameters, behind engines that would refuse them."""
+    def take_local_experts(self) -> None:
+        """Leaves this rank its part of the experts, and has tokens travel to them."""
+        axis = self.mesh["ep"]
+        for parameter in self.parameters.values():
+            parameter.data = self.local_part(parameter.data)
+        for name, module in self.modules.items():
+            num_local = module.num_experts // axis.size()
+            dispatch = ExpertDispatch(
+                weakref.ref(module), tuple(self.names[name]), axis.get_group(), num_local
+            )
+            self.installation.set(module, "num_experts", num_local)
+            self.installation.set(module, "forward", dispatch)
+
+    def make_distributed(self) -> None:
+        """Makes DTensors of the parameters, after engines that would refuse them."""
         for name, module in self.modules.items():
             for part in self.names[name]:
                 old = module.get_parameter(part)
-                new = nn.Parameter(self.as_part(old.detach()), requires_grad=old.requires_grad)
+                new = nn.Parameter(self.as_distributed(old.detach()), old.requires_grad)
                 if old.requires_grad:
-                    self.handles.append(new.register_hook(_MeanOverRanks(self.mesh)))
+                    self.installation.hooks([new.register_hook(_MeanOverRanks(self.mesh))])
                 module.register_parameter(part, new)
-                self.moved[id(old)] = (old, new)
+                self._successors[old] = new
 
     def update(self, optimizer: Any) -> None:
-        """Points an optimizer that was made before at the dealt parameters.
+        """Gives an optimizer that was built with the earlier parameters the distributed ones.
 
         Raises:
-            ConfigError: it has moments of whole experts already.
+            ConfigError: it has moments of all experts already.
         """
-        if any(optimizer.state.get(old) for old, _ in self.moved.values()):
+        if any(optimizer.state.get(old) for old in self._successors):
             raise ConfigError(
                 f"the optimizer ({type(optimizer).__name__}) has made steps with experts that are "
-                "dealt to ranks now. "
-                f"Prepare it before its first step, and load its state with accelerator.load_state."
+                "distributed over ranks now. Prepare it before its first step, and load its state "
+                "with accelerator.load_state."
             )
         for group in optimizer.param_groups:
-            group["params"] = [self.moved.get(id(old), (old, old))[1] for old in group["params"]]
+            group["params"] = [self._successors.get(old, old) for old in group["params"]]
 
-    def as_part(self, local: Tensor) -> DTensor:
-        """Returns this rank's part `[E / P, ...]` as a tensor of all experts."""
+    def as_distributed(self, local: Tensor) -> DTensor:
+        """Returns this rank's part `[E / P, ...]` as a DTensor of all experts."""
         return DTensor.from_local(local, self.mesh["ep"], [Shard(0)], run_check=False)
 
-    def part_of(self, whole: Tensor) -> Tensor:
+    def local_part(self, full: Tensor) -> Tensor:
         """Returns this rank's part `[E / P, ...]` of a tensor of all experts."""
         axis = self.mesh["ep"]
-        return whole.chunk(axis.size())[axis.get_local_rank()].clone()
+        return full.chunk(axis.size())[axis.get_local_rank()].clone()
 
-    def uninstall(self) -> None:
+    def close(self) -> None:
         """Gives every rank all experts again; every rank must call it."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.installation.close()
         for name, module in self.modules.items():
             for part in self.names[name]:
-                dealt = module.get_parameter(part)
-                whole = nn.Parameter(whole_tensor(dealt), requires_grad=dealt.requires_grad)
-                module.register_parameter(part, whole)
-            del module.forward
-            module.num_experts *= self.mesh["ep"].size()
-        self.moved.clear()
+                parameter = module.get_parameter(part)
+                full = nn.Parameter(full_tensor(parameter), requires_grad=parameter.requires_grad)
+                module.register_parameter(part, full)
+        self._successors.clear()
 
 
-def deal_experts(model: nn.Module, mesh: DeviceMesh) -> DealtExperts:
+def distribute_experts(model: nn.Module, mesh: DeviceMesh) -> DistributedExperts:
     """Leaves each rank its part of a model's experts, and makes tokens travel to them.
 
     Args:
@@ -235,45 +252,38 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> DealtExperts:
         mesh: of `build_expert_mesh`.
 
     Returns:
-        The installation, to be distributed once the engine has the model; its `uninstall()`
-        restores the model.
+        The experts, whose `make_distributed` is to be called once the engine has the model; its
+        `close()` restores the model.
 
     Raises:
-        UnsupportedModelError: it has no experts that can be dealt.
+        UnsupportedModelError: it has no experts that can be distributed.
         ConfigError: their number can't be split over the ranks.
     """
-    axis = mesh["ep"]
-    dealt = DealtExperts(model, mesh, check_experts(model, axis.size()))
-    for parameter in dealt.parameters.values():
-        parameter.data = dealt.part_of(parameter.data)
-    for name, module in dealt.modules.items():
-        module.num_experts //= axis.size()
-        module.forward = ExpertDispatch(
-            module, tuple(dealt.names[name]), axis.get_group(), module.num_experts
-        )
-    return dealt
+    experts = DistributedExperts(model, mesh, check_experts(model, mesh["ep"].size()))
+    experts.take_local_experts()
+    return experts
 
 
 def check_experts(model: nn.Module, ep_size: int) -> dict[str, list[str]]:
-    """Returns `expert_parameters`, of a model that can be dealt; nothing is changed.
+    """Returns `expert_parameters` of a model whose experts can be distributed; changes nothing.
 
     Args:
         model: a transformers model, or a module that holds one.
         ep_size: ranks that share the experts of each layer.
 
     Raises:
-        UnsupportedModelError: it has no experts that can be dealt.
+        UnsupportedModelError: it has no experts that can be distributed.
         ConfigError: their number can't be split over the ranks.
     """
     names = expert_parameters(model)
-    for name, own in names.items():
-        _check(name, model.get_submodule(name), own, ep_size)
+    for name, parts in names.items():
+        _check(name, model.get_submodule(name), parts, ep_size)
     return names
 
 
-def _check(name: str, module: Any, own: list[str], size: int) -> None:
-    """Refuses experts that can't be dealt, before anything is changed."""
-    numbers = {module.get_parameter(part).shape[0] for part in own}
+def _check(name: str, module: Any, parts: list[str], size: int) -> None:
+    """Refuses experts that can't be distributed, before anything is changed."""
+    numbers = {module.get_parameter(part).shape[0] for part in parts}
     if (
         numbers != {getattr(module, "num_experts", None)}
         or "forward" in vars(module)
@@ -281,10 +291,8 @@ def _check(name: str, module: Any, own: list[str], size: int) -> None:
     ):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) is not a module of transformers' stacked experts "
-            "that is called with "
-            f"{', '.join(_ARGUMENTS)}, or its forward was replaced, as tiled_mlp=True does. Use "
-            "ep_size=1, or experts "
-            f"as they are."
+            f"that is called with {', '.join(_ARGUMENTS)}, or its forward was replaced, as "
+            "tiled_mlp=True does. Use ep_size=1, or experts as they are."
         )
     (num_experts,) = numbers
     if num_experts % size:
@@ -293,7 +301,7 @@ def _check(name: str, module: Any, own: list[str], size: int) -> None:
             f"ep_size={size} does not divide the {num_experts} experts of {name}. Use one of "
             f"{legal}."
         )
-    if not all(module.get_parameter(part).is_floating_point() for part in own):
+    if not all(module.get_parameter(part).is_floating_point() for part in parts):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has quantized experts. Use ep_size=1."
         )
@@ -307,7 +315,7 @@ def _takes_rows(module: Any) -> bool:
 
 @dataclass(frozen=True)
 class _MeanOverRanks:
-    """A hook on the gradient of dealt experts: what the engine's mean over ranks is to other
+    """A hook on the gradient of distributed experts: what the engine's mean over ranks is to other
     parameters.
     """
 
@@ -322,11 +330,11 @@ class _MeanOverRanks:
         return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns all experts of a tensor that is dealt, any other as it is; every rank of the group
-    must call it.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns all experts of a distributed tensor, any other as it is; every rank of the group must
+    call it.
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    whole: Tensor = tensor.full_tensor()
-    return whole.detach()
+    full: Tensor = tensor.full_tensor()
+    return full.detach()

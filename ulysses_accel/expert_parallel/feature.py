@@ -1,17 +1,21 @@
-"""Attaches expert parallelism to one accelerator: models get it in `prepare`, before the engine
-wraps them.
+"""Expert parallelism of one accelerator: the experts of its models are distributed over ranks
+before the engine takes the model.
 
-DDP and FSDP2 leave the dealt experts alone; their gradients, and what is saved of them, are seen to
-here. With DDP a checkpoint holds whole experts, gathered on every rank; FSDP2's own checkpoints
-hold each rank's part.
+DDP and FSDP2 are told to ignore the experts; their gradients, and what is saved of them, are taken
+care of here. With DDP a checkpoint holds all experts, gathered on every rank; FSDP2's own
+checkpoints hold each rank's part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -20,240 +24,202 @@ from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.mesh import build_expert_mesh
 from ulysses_accel.errors import ConfigError
-from ulysses_accel.expert_parallel.dispatch import DealtExperts, deal_experts, whole_tensor
-from ulysses_accel.integrations.frames import calling_trainer
-from ulysses_accel.integrations.trainer.saving import whole_saves
-
-_WRAPPED = (
-    "prepare",
-    "prepare_model",
-    "prepare_optimizer",
-    "get_state_dict",
-    "save_state",
-    "load_state",
+from ulysses_accel.expert_parallel.dispatch import (
+    DistributedExperts,
+    distribute_experts,
+    full_tensor,
 )
+from ulysses_accel.installation import AcceleratorFeature, FeatureSession, Override, replaced
 
-# Where DDP, when it is made, finds the names of parameters that it leaves alone.
+# Where torch's DDP looks, when it is built, for the names of parameters that it ignores.
 _IGNORED = _private_api.DDP_IGNORED
 
 
-class ExpertAttachment:
-    """One accelerator's expert parallelism, and the way to undo it.
+class ExpertParallel(AcceleratorFeature):
+    """Expert parallelism of one accelerator, `accelerator.expert_parallel`.
 
     Args:
         config: the accelerator's config, with an `ep_size` above 1.
-        accelerator: the instance whose methods are wrapped, possibly for the second time.
+        accelerator: that is being constructed.
+        session: that runs the features.
 
     Raises:
-        ConfigError: an engine or a setting that does not go with dealt experts.
+        ConfigError: an engine or a setting that does not go with distributed experts.
         MeshError: the size does not divide the number of processes.
     """
 
-    def __init__(self, config: ParallelismConfig, accelerator: Any) -> None:
+    name = "expert_parallel"
+    settings = ("ep_size",)
+
+    def __init__(
+        self, config: ParallelismConfig, accelerator: Any, session: FeatureSession
+    ) -> None:
+        super().__init__(config, accelerator, session)
         _check_engine(config, accelerator)
-        self.accelerator = accelerator
         self.mesh = build_expert_mesh(config.ep_size, accelerator.device.type)
-        self.dealt: list[DealtExperts] = []
-        self._hooked: list[Optimizer] = []
+        self.experts: WeakKeyDictionary[nn.Module, DistributedExperts] = WeakKeyDictionary()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._gathers = False
-        self._below = {name: getattr(accelerator, name) for name in _WRAPPED}
-        self._replaced = {
-            name: vars(accelerator)[name] for name in _WRAPPED if name in vars(accelerator)
-        }
-        for name in _WRAPPED:
-            setattr(accelerator, name, getattr(self, name))
-        accelerator.expert_parallel = self
-        self.saves = whole_saves(calling_trainer(accelerator), accelerator, config)
+        self._has_engine = accelerator.is_fsdp2
+        self._outside_engine: list[DistributedExperts] = []
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.prepare`."""
-        with self._dealing([arg for arg in args if isinstance(arg, nn.Module)]):
-            result = self._below["prepare"](*args, **kwargs)
-        self._update_optimizers()
-        return result
+    @classmethod
+    def is_requested(cls, config: ParallelismConfig) -> bool:
+        """Returns whether several ranks share the experts of each layer."""
+        return config.ep_size > 1
 
-    def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Stands in for `Accelerator.prepare_model`."""
-        with self._dealing([model]):
-            prepared: nn.Module = self._below["prepare_model"](model, *args, **kwargs)
-        return prepared
+    def is_new(self, model: nn.Module) -> bool:
+        """Returns whether a model, and every part of it, was not prepared yet."""
+        parts = set(model.modules())
+        return super().is_new(model) and not any(known in parts for known in self.models)
 
-    def prepare_optimizer(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.prepare_optimizer`."""
-        prepared = self._below["prepare_optimizer"](optimizer, *args, **kwargs)
-        self._update_optimizers()
-        return prepared
+    def prepare_model(self, model: nn.Module) -> None:
+        """Leaves this rank its part of a model's experts."""
+        experts = distribute_experts(model, self.mesh)
+        self.experts[model] = experts
+        self._outside_engine.append(experts)
+        self.installation.callback(_close_experts, self.experts, weakref.ref(model))
 
-    def _update_optimizers(self) -> None:
-        """Gives optimizers, prepared before or behind their models, the dealt experts, and sees to
-        what they save.
+    @contextmanager
+    def around_engine(self, objects: tuple[Any, ...]) -> Iterator[None]:
+        """Has the engine ignore the experts, which become DTensors after it took the model."""
+        experts, self._outside_engine = self._outside_engine, []
+        with self._ignored_by_engine(experts):
+            yield
+        for one in experts:
+            one.make_distributed()
+            if not self._has_engine:
+                self._hook_states(one)
+
+    @contextmanager
+    def _ignored_by_engine(self, experts: list[DistributedExperts]) -> Iterator[None]:
+        modules: list[nn.Module] = []
+        with ExitStack() as stack:
+            for one in experts:
+                modules += one.modules.values()
+                ignored = [*getattr(one.model, _IGNORED, ()), *one.parameters]
+                # For the time of this call: a later DDP, after `close`, must average them.
+                stack.enter_context(replaced(one.model, **{_IGNORED: ignored}))
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if plugin is not None and modules:
+                ignored_modules = [*(plugin.ignored_modules or []), *modules]
+                stack.enter_context(replaced(plugin, ignored_modules=ignored_modules))
+            yield
+
+    def after_prepare(self, prepared: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Gives optimizers, prepared before or after their models, the distributed experts, and
+        takes care of what they save.
         """
-        for optimizer in (
-            prepared.optimizer for prepared in _private_api.prepared_optimizers(self.accelerator)
-        ):
-            for dealt in self.dealt:
-                dealt.update(optimizer)
+        for accelerated in _private_api.prepared_optimizers(self.accelerator):
+            optimizer = accelerated.optimizer
+            for experts in self.experts.values():
+                experts.update(optimizer)
             _step_one_by_one(optimizer)
-            if not self.accelerator.is_fsdp2 and optimizer not in self._hooked:
-                self._hooked.append(optimizer)
-                optimizer.register_state_dict_post_hook(self._gather_moments)
-                optimizer.register_load_state_dict_pre_hook(self._deal_moments)
+            if not self._has_engine and optimizer not in self._optimizers:
+                self._optimizers.add(optimizer)
+                gather = optimizer.register_state_dict_post_hook(self._gather_moments)
+                shard = optimizer.register_load_state_dict_pre_hook(self._shard_moments)
+                self.installation.hooks([gather, shard])
+        return prepared
 
-    def get_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.get_state_dict`: whole experts under their full names; every
-        rank must call it.
+    def overrides(self) -> Mapping[str, Override]:
+        """Returns the methods that save and load, which every rank calls: states come with all
+        experts under their full names.
         """
-        return self._gathering("get_state_dict", *args, **kwargs)
+        return dict.fromkeys(("get_state_dict", "save_state", "load_state"), self._call_gathering)
 
-    def save_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.save_state`, which every rank calls."""
-        return self._gathering("save_state", *args, **kwargs)
+    def _call_gathering(self, stock: Override, *args: Any, **kwargs: Any) -> Any:
+        with self.gathering():
+            return stock(*args, **kwargs)
 
-    def load_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.load_state`, which every rank calls."""
-        return self._gathering("load_state", *args, **kwargs)
-
-    def whole_state(self, optimizer: Any) -> dict[str, Any]:
-        """Returns an optimizer's state with whole experts' moments; every rank must call it."""
-        state: dict[str, Any] = self._with_experts(optimizer.state_dict)
-        return state
-
-    def _gathering(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._with_experts(self._below[method], *args, **kwargs)
-
-    def _with_experts(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """While open, on every rank, states come with all experts instead of an error."""
         before, self._gathers = self._gathers, True
         try:
-            return function(*args, **kwargs)
+            yield
         finally:
             self._gathers = before
 
-    @contextmanager
-    def _dealing(self, models: list[nn.Module]) -> Iterator[None]:
-        """Deals the experts of models while an engine takes them, which is told to leave these
-        parameters alone.
-        """
-        new = [model for model in models if not self._is_known(model)]
-        dealt = [deal_experts(model, self.mesh) for model in new]
-        self.dealt += dealt
-        with self._left_alone(dealt):
-            yield
-        for one in dealt:
-            one.distribute()
-            if not self.accelerator.is_fsdp2:
-                self._hook_states(one)
+    @property
+    def holds_parts(self) -> bool:
+        """Whether a rank holds experts that no engine gathers for a checkpoint."""
+        return not self._has_engine
 
-    def _is_known(self, model: nn.Module) -> bool:
-        known = [dealt.model for dealt in self.dealt]
-        inside = set(model.modules())
-        return any(one in inside or model in one.modules() for one in known)
+    def _hook_states(self, experts: DistributedExperts) -> None:
+        for name, module in experts.modules.items():
+            names = tuple(experts.names[name])
+            gather = module.register_state_dict_post_hook(self._gather_experts(names))
+            shard = module.register_load_state_dict_pre_hook(partial(_shard_state, experts, names))
+            experts.installation.hooks([gather, shard])
 
-    @contextmanager
-    def _left_alone(self, dealt: list[DealtExperts]) -> Iterator[None]:
-        before = [getattr(one.model, _IGNORED, None) for one in dealt]
-        for one, names in zip(dealt, before, strict=True):
-            setattr(one.model, _IGNORED, [*(names or []), *one.parameters])
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if dealt else None
-        modules = getattr(plugin, "ignored_modules", None)
-        if plugin is not None:
-            plugin.ignored_modules = [
-                *(modules or []),
-                *(part for one in dealt for part in one.modules.values()),
-            ]
-        try:
-            yield
-        finally:
-            if plugin is not None:
-                plugin.ignored_modules = modules
-            for one, names in zip(dealt, before, strict=True):
-                # A later DDP, without experts that are dealt, must average them.
-                delattr(one.model, _IGNORED)
-                if names is not None:
-                    setattr(one.model, _IGNORED, names)
-
-    def _hook_states(self, dealt: DealtExperts) -> None:
-        for name, module in dealt.modules.items():
-            own = tuple(dealt.names[name])
-            dealt.handles.append(module.register_state_dict_post_hook(self._gather_experts(own)))
-            dealt.handles.append(module.register_load_state_dict_pre_hook(_deal_state(dealt, own)))
-
-    def _gather_experts(self, own: tuple[str, ...]) -> Callable[..., None]:
+    def _gather_experts(self, names: tuple[str, ...]) -> Callable[..., None]:
         def gather(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-            for name in own:
+            for name in names:
                 state[prefix + name] = self._gathered(state[prefix + name])
 
         return gather
 
-    def _gathered(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor) and not self._gathers:
+    def _gathered(self, value: Any) -> Any:
+        if isinstance(value, DTensor) and not self._gathers:
             # One rank alone, as the main process that saves, would wait for the others forever.
             raise ConfigError(
-                "a state was asked for whose experts are dealt to "
-                f"ep_size={self.mesh['ep'].size()} ranks, of which "
-                "each has its part. Call accelerator.get_state_dict(model) or "
-                "accelerator.save_state() on every rank."
+                "a state was requested whose experts are distributed over "
+                f"ep_size={self.mesh['ep'].size()} ranks, of which each has its part. Call "
+                "accelerator.get_state_dict(model) or accelerator.save_state() on every rank."
             )
-        return whole_tensor(tensor)
+        return full_tensor(value)
 
     def _gather_moments(self, _optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        moments = {
-            number: {
-                key: self._gathered(value) if isinstance(value, Tensor) else value
-                for key, value in own.items()
-            }
-            for number, own in state["state"].items()
-        }
-        return {**state, "state": moments}
+        gathered = {}
+        for number, moments in state["state"].items():
+            gathered[number] = {key: self._gathered(value) for key, value in moments.items()}
+        return {**state, "state": gathered}
 
-    def _deal_moments(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        parameters = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
-        moments = dict(state["state"])
-        for number, parameter in zip(numbers, parameters, strict=True):
-            if isinstance(parameter, DTensor) and number in moments:
-                moments[number] = {
-                    key: self._dealt_as(parameter, value) for key, value in moments[number].items()
-                }
-        return {**state, "state": moments}
+    def _shard_moments(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        sharded = dict(state["state"])
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], saved["params"], strict=True):
+                if isinstance(parameter, DTensor) and number in sharded:
+                    sharded[number] = {
+                        key: self._sharded_as(parameter, value)
+                        for key, value in sharded[number].items()
+                    }
+        return {**state, "state": sharded}
 
-    def _dealt_as(self, parameter: DTensor, value: Any) -> Any:
-        whole = (
-            isinstance(value, Tensor)
-            and not isinstance(value, DTensor)
-            and value.shape == parameter.shape
-        )
-        return self.dealt[0].as_part(self.dealt[0].part_of(value)) if whole else value
-
-    def uninstall(self) -> None:
-        """Restores the accelerator's methods and every model that was prepared; every rank must
-        call it.
-        """
-        for dealt in self.dealt:
-            dealt.uninstall()
-        self.dealt.clear()
-        for name in _WRAPPED:
-            delattr(self.accelerator, name)
-        vars(self.accelerator).update(self._replaced)
-        del self.accelerator.expert_parallel
-        if self.saves is not None:
-            self.saves.uninstall()
+    def _sharded_as(self, parameter: DTensor, value: Any) -> Any:
+        is_full = isinstance(value, Tensor) and not isinstance(value, DTensor)
+        if not is_full or value.shape != parameter.shape:
+            return value
+        experts = next(iter(self.experts.values()))
+        return experts.as_distributed(experts.local_part(value))
 
 
-def _deal_state(dealt: DealtExperts, own: tuple[str, ...]) -> Callable[..., None]:
-    def deal(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in own:
-            value = state.get(prefix + name)
-            if isinstance(value, Tensor) and not isinstance(value, DTensor):
-                state[prefix + name] = dealt.as_part(dealt.part_of(value))
+def _close_experts(
+    experts: WeakKeyDictionary[nn.Module, DistributedExperts], model: weakref.ref[nn.Module]
+) -> None:
+    live = model()
+    if live is not None:
+        experts.pop(live).close()
 
-    return deal
+
+def _shard_state(
+    experts: DistributedExperts,
+    names: tuple[str, ...],
+    _module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    for name in names:
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and not isinstance(value, DTensor):
+            state[prefix + name] = experts.as_distributed(experts.local_part(value))
 
 
 def _step_one_by_one(optimizer: Optimizer) -> None:
-    """Keeps an optimizer from one call for many parameters, which can't hold dealt and other ones
-    together.
+    """Keeps an optimizer from one call for many parameters, which can't hold DTensors and plain
+    ones together.
     """
     for group in optimizer.param_groups:
         kinds = {isinstance(parameter, DTensor) for parameter in group["params"]}
@@ -263,7 +229,7 @@ def _step_one_by_one(optimizer: Optimizer) -> None:
 
 def _check_engine(config: ParallelismConfig, accelerator: Any) -> None:
     here = f"ep_size={config.ep_size} (from {config.source_of('ep_size')})"
-    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigError(
             f"{here} with DeepSpeed: its engines average over all ranks. Use FSDP2, or no engine."
         )
@@ -279,12 +245,11 @@ def _check_engine(config: ParallelismConfig, accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator.is_fsdp2 else None
     if plugin is not None and plugin.cpu_ram_efficient_loading:
         raise ConfigError(
-            f"{here} with fsdp_cpu_ram_efficient_loading=True: experts are dealt before FSDP2 "
-            "loads. Set it to False."
+            f"{here} with fsdp_cpu_ram_efficient_loading=True: experts are distributed before "
+            "FSDP2 loads. Set it to False."
         )
     if plugin is not None and isinstance(plugin.ignored_modules, str):
         raise ConfigError(
             f"{here} with fsdp ignored_modules={plugin.ignored_modules!r}: experts are added to "
-            "them. Give a list of "
-            f"modules."
+            "them. Pass a list of modules."
         )

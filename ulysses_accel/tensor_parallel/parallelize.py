@@ -1,18 +1,17 @@
-"""Tensor parallelism in the manner of Megatron, with the sequence sharded where the weights are not
-(`split_gather`).
+"""Shards one model's weights over the ranks of the axis `tp`, in the manner of Megatron, with the
+sequence sharded where the weights are not (`split_gather`).
 
-The ranks of the axis `tp` see the same tokens. Weights of attention and MLP are cut over them by
-torch's parallel styles; norms and the residual stream are cut along the sequence, gathered before
-the linear layers and reduce-scattered behind them. Behind the last norm all is whole again: logits
-and loss are those of the rank's shard of the sequence.
+The ranks of the axis see the same tokens. torch's parallel styles shard the weights of attention
+and MLP; norms and the residual stream are sharded along the sequence, gathered before the linear
+layers and reduce-scattered after them. After the last norm every rank has all features of its
+tokens again: logits and loss are those of the rank's shard of the sequence.
 """
 
 from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ulysses_accel import _private_api
 from ulysses_accel.attention.huggingface.registry import active_description
@@ -36,125 +36,100 @@ from ulysses_accel.tensor_parallel.plan import Plan, Unit, make_plan
 Place = tuple[nn.Module, str]
 
 
-class TensorParallel:
-    """Cuts an accelerator's models over the tensor parallel axis, and gives optimizers the new
+class WeightSharding:
+    """Shards the weights of models over the ranks of the axis `tp`, and gives optimizers the new
     parameters.
 
     Args:
         config: sizes of the axes, and where they came from.
         mesh: with an axis `tp`.
-        accelerator: whose models are cut, for the device that their parts go to, and to save them
-            whole.
+        device: that the shards are moved to.
     """
 
-    def __init__(self, config: ParallelismConfig, mesh: DeviceMesh, accelerator: Any) -> None:
-        self.config, self.mesh, self.accelerator = config, mesh, accelerator
-        # By the old parameter's id, which is kept so that no other object gets the same one; its
-        # storage is freed.
-        self._moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-        self._saving: list[Any] = []
-        if not accelerator.is_fsdp2:
-            accelerator.get_state_dict, accelerator.save_state = _whole_state, _refuse_save_state
+    def __init__(self, config: ParallelismConfig, mesh: DeviceMesh, device: torch.device) -> None:
+        self.config, self.mesh, self.device = config, mesh, device
+        # From each parameter that a model had to the one in its place. Weak: an entry is of use as
+        # long as an optimizer has the earlier parameter.
+        self._successors: Any = WeakTensorKeyDictionary()
 
-    def uninstall(self) -> None:
-        """Restores the accelerator's own methods, and the models' way to save themselves; they stay
-        cut.
-        """
-        for name in ("get_state_dict", "save_state"):
-            vars(self.accelerator).pop(name, None)
-        for model in self._saving:
-            del model.save_pretrained
-        self._saving.clear()
-
-    def distribute(self, model: nn.Module) -> None:
-        """Cuts a model in place; every rank must call it, and gets rank 0's weights.
+    def shard(self, model: nn.Module) -> None:
+        """Shards a model in place; every rank must call it, and gets rank 0's weights.
 
         Raises:
             ConfigError: its parameters are not plain ones.
-            UnsupportedModelError: it has a part that is not cut, or head counts that don't divide.
+            UnsupportedModelError: it has a part that can't be sharded, or head counts that don't
+                divide.
         """
         inner, tp_size = transformers_model(model), self.config.tp_size
         _check_parameters(inner, tp_size)
         plan = check_cut(inner, self.config)
         for module in plan.counting:
-            _count_own_heads(module, tp_size)
-        behind = set(inner.modules()) - set(plan.decoder.modules())
-        drops = any(isinstance(module, nn.Dropout) and module.p for module in behind)
+            _count_local_heads(module, tp_size)
+        after_decoder = set(inner.modules()) - set(plan.decoder.modules())
+        drops = any(isinstance(module, nn.Dropout) and module.p for module in after_decoder)
         plan.decoder.register_forward_pre_hook(
             DecoderEntry(self.mesh["tp"], drops), with_kwargs=True
         )
         for buffer in model.buffers():
-            # Stock code moves no model with distributed parameters.
-            buffer.data = buffer.data.to(self.accelerator.device)
+            # accelerate 1.15 moves no model that has DTensor parameters.
+            buffer.data = buffer.data.to(self.device)
             dist.broadcast(buffer.data, src=0)
         for unit in plan.units:
-            self._distribute(unit)
+            self._shard_unit(unit)
 
-    def _distribute(self, unit: Unit) -> None:
+    def _shard_unit(self, unit: Unit) -> None:
         before = dict(_parameters(unit.module))
         for (module, name), old in before.items():
-            if id(old) in self._moved:
-                # Tied to a parameter of an earlier unit, whose style cuts it alike.
-                module.register_parameter(name, self._moved[id(old)][1])
+            if old in self._successors:
+                # Tied to a parameter of an earlier unit, whose style shards it alike.
+                module.register_parameter(name, self._successors[old])
             else:
-                old.data = old.data.to(self.accelerator.device)
+                old.data = old.data.to(self.device)
                 dist.broadcast(old.data, src=0)
         for name, style in unit.plan.items():
-            # The weights are the same everywhere now: each rank cuts its own.
+            # The weights are the same on all ranks now: each takes its shard of the local ones.
             parallelize_module(
                 unit.module.get_submodule(name), self.mesh["tp"], style, src_data_rank=None
             )
         for (module, name), old in before.items():
-            if id(old) not in self._moved:
+            if old not in self._successors:
                 # Some of torch's styles make a trainable parameter of a frozen one.
                 new = getattr(module, name).requires_grad_(old.requires_grad)
-                self._moved[id(old)] = (old, _with_whole_gradient(new))
+                self._successors[old] = _with_full_gradient(new)
                 old.data = old.data.new_empty(0)
-            module.register_parameter(name, self._moved[id(old)][1])
+            module.register_parameter(name, self._successors[old])
 
-    def update(self, prepared: Iterable[Any]) -> None:
-        """Gives optimizers that were made before `prepare` the parameters that took their own ones'
-        places.
+    def update(self, objects: Iterable[Any]) -> None:
+        """Gives optimizers that were built with earlier parameters the sharded ones.
+
+        Args:
+            objects: of which the optimizers are updated.
 
         Raises:
-            ConfigError: one has moments of whole parameters already.
+            ConfigError: one has moments of full parameters already.
         """
-        for optimizer in (each for each in prepared if isinstance(each, torch.optim.Optimizer)):
-            if any(optimizer.state.get(old) for old, _ in self._moved.values()):
+        for optimizer in objects:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                continue
+            if any(optimizer.state.get(old) for old in self._successors):
                 raise ConfigError(
                     f"the optimizer ({type(optimizer).__name__}) has made steps with parameters "
-                    "that are cut over "
-                    f"tp_size={self.config.tp_size} ranks now. Prepare the model before the "
-                    "optimizer's first step."
+                    f"that are sharded over tp_size={self.config.tp_size} ranks now. Prepare the "
+                    "model before the optimizer's first step."
                 )
             for group in optimizer.param_groups:
                 group["params"] = [self._latest(parameter) for parameter in group["params"]]
 
     def _latest(self, parameter: nn.Parameter) -> nn.Parameter:
-        while id(parameter) in self._moved:
-            parameter = self._moved[id(parameter)][1]
+        while parameter in self._successors:
+            parameter = self._successors[parameter]
         return parameter
 
-    def prepare_model(
-        self, stock: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any
-    ) -> nn.Module:
-        """Prepares a cut model for an accelerator without an engine: gradients are averaged over
-        all axes but `tp`.
-
-        Args:
-            stock: the accelerator's own method, whose DDP takes no cut parameters.
-            model: that was distributed.
-            args: for `stock`.
-            kwargs: for `stock`.
+    def replicate(self, model: nn.Module) -> None:
+        """Averages a sharded model's gradients over all axes but `tp`, in place of DDP, which takes
+        no DTensor parameters.
         """
-        if not _private_api.is_prepared(model):
-            self._replicate(model, joint_axis(self.mesh, "dp_cp"))
-            inner = transformers_model(model)
-            inner.save_pretrained = partial(_save_whole, inner.save_pretrained)
-            self._saving.append(inner)
-        return stock(model, *args, **{**kwargs, "evaluation_mode": True})
-
-    def _replicate(self, model: nn.Module, axis: DeviceMesh) -> None:
+        axis = joint_axis(self.mesh, "dp_cp")
         if axis.size() == 1:
             return
         before = dict(_parameters(model))
@@ -162,84 +137,8 @@ class TensorParallel:
             _private_api.replicate(layer, axis)
         _private_api.replicate(model, axis)
         for (module, name), old in before.items():
-            self._moved[id(old)] = (old, getattr(module, name))
+            self._successors[old] = getattr(module, name)
             old.to_local().untyped_storage().resize_(0)  # type: ignore[attr-defined]
-
-
-def _whole_state(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-    """Stands in for `Accelerator.get_state_dict`: whole tensors on rank 0, nothing elsewhere, as
-    FSDP2 has it.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-
-
-def _save_whole(stock: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("state_dict") is None:
-        raise ConfigError(
-            "save_pretrained of a model that is cut over tensor parallel ranks, without "
-            "state_dict: this rank has only "
-            "its parts. Call accelerator.get_state_dict(model) on all ranks, and pass on what it "
-            "returns; or use FSDP2."
-        )
-    return stock(folder, *args, **kwargs)
-
-
-def _refuse_save_state(*_: Any, **__: Any) -> None:
-    raise ConfigError(
-        "save_state with tensor parallelism and no engine: stock code would write one rank's part "
-        "of the optimizer. "
-        "Use FSDP2, which writes all parts, or get_state_dict for the model alone."
-    )
-
-
-@contextmanager
-def fully_sharded(config: ParallelismConfig, accelerator: Any) -> Iterator[None]:
-    """Lets stock code shard a cut model with FSDP2, over the axes that are left.
-
-    It would prepare tensor parallelism by itself, and load rank 0's part of a weight into every
-    rank; all ranks have rank 0's weights already.
-
-    Args:
-        config: the accelerator's.
-        accelerator: whose FSDP2 plugin is used.
-    """
-    if config.tp_size == 1:
-        yield
-        return
-    plugin = accelerator.state.fsdp_plugin
-    loads = plugin.cpu_ram_efficient_loading
-    config._tp_hidden, plugin.cpu_ram_efficient_loading = True, False
-    try:
-        yield
-    finally:
-        config._tp_hidden, plugin.cpu_ram_efficient_loading = False, loads
-
-
-def check_engine(config: ParallelismConfig, accelerator: Any) -> None:
-    """Refuses what tensor parallelism is not combined with.
-
-    Raises:
-        ConfigError: DeepSpeed, or a setting of `MemoryConfig` that rewrites the layers that are
-            cut.
-    """
-    here = f"tp_size={config.tp_size} (from {config.source_of('tp_size')})"
-    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
-        raise ConfigError(
-            f"{here} with DeepSpeed: its engines keep no cut parameters. Use FSDP2, or no engine."
-        )
-    memory = config.memory_config
-    names = ("tiled_mlp", "tiled_norm", "tiled_loss", "use_liger_loss")
-    wanted = [name for name in names if memory is not None and getattr(memory, name)]
-    if wanted:
-        raise ConfigError(
-            f"{here} with {', '.join(f'{name}=True' for name in wanted)}: these compute whole "
-            "layers in tiles, and "
-            f"tensor parallelism cuts them. Use one or the other; checkpointing goes with both."
-        )
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
@@ -248,28 +147,28 @@ def _parameters(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
             yield (part, name), parameter
 
 
-def _with_whole_gradient(parameter: nn.Parameter) -> nn.Parameter:
-    """Makes a parameter's gradient lie as the parameter does: of a replicated one each rank's
-    tokens give a part.
+def _with_full_gradient(parameter: nn.Parameter) -> nn.Parameter:
+    """Gives a parameter's gradient the parameter's placements: each rank's tokens give a part of
+    the gradient of a replicated one.
 
     FSDP2 does so by itself, with parameters of its own.
     """
     if parameter.requires_grad:
-        parameter.register_hook(partial(_laid_out, parameter.placements))  # type: ignore[attr-defined]
+        parameter.register_hook(partial(_with_placements, parameter.placements))  # type: ignore[attr-defined]
     return parameter
 
 
-def _laid_out(placements: tuple[Placement, ...], grad: DTensor) -> DTensor:
+def _with_placements(placements: tuple[Placement, ...], grad: DTensor) -> DTensor:
     return grad.redistribute(placements=placements)
 
 
 class DecoderEntry:
-    """A decoder's first hook: refuses batches that it would compute wrong, and cuts embeddings that
-    are given.
+    """A decoder's first hook: refuses batches that it would compute wrong, and shards embeddings
+    that the caller passes.
 
     Args:
         mesh: the tensor parallel axis.
-        drops: whether features are dropped behind the decoder, where all ranks compute the same.
+        drops: whether features are dropped after the decoder, where all ranks compute the same.
     """
 
     def __init__(self, mesh: DeviceMesh, drops: bool = False) -> None:
@@ -280,49 +179,44 @@ class DecoderEntry:
         """Returns the arguments of the decoder's forward.
 
         Raises:
-            BatchError: nothing tells the batch's positions and mask, which the cut sequence hides.
-            RankDisagreementError: the ranks, which compute one batch together, were given different
-                first ones, or drop different features of it.
+            BatchError: nothing tells the batch's positions and mask, which a shard does not show.
+            RankDisagreementError: the ranks, which compute one batch together, got different first
+                ones, or drop different features of it.
         """
         if active_description() is None:
             raise BatchError(
-                f"a model that is cut over tp_size={self.mesh.size()} ranks was given a batch that "
-                "is not from a "
-                "prepared data loader, so nothing tells its positions and mask. Pass the loader "
-                "to "
-                f"accelerator.prepare."
+                f"a model that is sharded over tp_size={self.mesh.size()} ranks got a batch that "
+                "is not from a prepared data loader, so nothing tells its positions and mask. "
+                "Pass the loader to accelerator.prepare."
             )
-        ids, given = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        self._check(ids, given)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeddings = kwargs.get("inputs_embeds")
+        self._check(ids, embeddings)
         if self.drops and module.training:
-            self._check_random_state(
-                next(tensor.device for tensor in (ids, given) if tensor is not None)
-            )
-        if given is None:
+            tokens: Any = embeddings if ids is None else ids
+            self._check_random_state(tokens.device)
+        if embeddings is None:
             return args, kwargs
-        whole = DTensor.from_local(given, self.mesh, [Replicate()], run_check=False)
+        full = DTensor.from_local(embeddings, self.mesh, [Replicate()], run_check=False)
         # [B, S/P, D] -> [B, S/(P*T), D]
-        return args, {
-            **kwargs,
-            "inputs_embeds": whole.redistribute(placements=[Shard(1)]).to_local(),
-        }
+        shard = full.redistribute(placements=[Shard(1)]).to_local()
+        return args, {**kwargs, "inputs_embeds": shard}
 
-    def _check(self, ids: Tensor | None, given: Tensor | None) -> None:
-        length = next(int(tensor.shape[1]) for tensor in (ids, given) if tensor is not None)
+    def _check(self, ids: Tensor | None, embeddings: Tensor | None) -> None:
+        length = next(int(tensor.shape[1]) for tensor in (ids, embeddings) if tensor is not None)
         if length % self.mesh.size():
             raise BatchError(
-                f"{length} tokens on this rank can't be cut over tp_size={self.mesh.size()} ranks. "
-                "Prepare the data "
-                f"loader with the accelerator, which pads to a multiple."
+                f"{length} tokens on this rank can't be sharded over tp_size={self.mesh.size()} "
+                "ranks. Prepare the data loader with the accelerator, which pads to a multiple."
             )
-        # Once: loaders that go apart do so from the start, and the comparison waits for the device.
+        # Once: loaders that disagree do so from the start, and the comparison waits for the device.
         if self._is_checked or ids is None:
             return
         self._is_checked = True
-        places = torch.arange(1, ids.numel() + 1, device=ids.device)
+        weights = torch.arange(1, ids.numel() + 1, device=ids.device)
         values: dict[str, int | str] = {
             "shape": str(list(ids.shape)),
-            "checksum": int((ids.flatten() * places).sum()),
+            "checksum": int((ids.flatten() * weights).sum()),
         }
         same_everywhere(
             values, self.mesh.get_group(), f"the first batch of tp_size={self.mesh.size()} ranks"
@@ -334,14 +228,14 @@ class DecoderEntry:
         state = zlib.crc32(generator.get_rng_state().numpy().tobytes())
         what = (
             f"the random state of tp_size={self.mesh.size()} ranks, "
-            "which drop the same features behind the decoder,"
+            "which drop the same features after the decoder,"
         )
         same_everywhere({"checksum": state}, self.mesh.get_group(), what)
 
 
-def _count_own_heads(attention: Any, tp_size: int) -> None:
-    """Tells an attention module that cuts its fused projection by head counts how many heads this
-    rank has.
+def _count_local_heads(attention: Any, tp_size: int) -> None:
+    """Tells an attention module that splits its fused projection by head counts how many heads
+    this rank has.
     """
     attention.config = copy.copy(attention.config)
     attention.config.num_attention_heads //= tp_size
@@ -357,30 +251,29 @@ def _check_parameters(model: nn.Module, tp_size: int) -> None:
         ):
             kind = f"{type(parameter).__name__} of {parameter.dtype} on {parameter.device}"
             raise ConfigError(
-                f"{name} of {type(model).__name__} is a {kind}, and tp_size={tp_size} cuts plain "
-                "parameters that hold "
-                "their values. Build or load the model without tp_plan, quantization, adapters or "
-                "the meta device."
+                f"{name} of {type(model).__name__} is a {kind}, and tp_size={tp_size} shards plain "
+                "parameters that hold their values. Build or load the model without tp_plan, "
+                "quantization, adapters or the meta device."
             )
 
 
 def check_cut(model: Any, config: ParallelismConfig) -> Plan:
-    """Returns how a transformers model is cut, of which nothing is changed.
+    """Returns how the weights of a transformers model are sharded; changes nothing.
 
     Args:
         model: a dense decoder.
         config: sizes of the axes, and where they came from.
 
     Raises:
-        UnsupportedModelError: it has a part that is not cut, or too few heads.
+        UnsupportedModelError: it has a part that can't be sharded, or too few heads.
     """
     plan = make_plan(model, config.tp_size, str(config.source_of("tp_size")))
     heads = text_config(model).num_attention_heads
     if config.sp_size * config.tp_size > heads:
         raise UnsupportedModelError(
             f"sp_size={config.sp_size} (from {config.source_of('sp_size')}) is more than "
-            f"num_attention_heads={heads} / "
-            f"tp_size={config.tp_size}, what one rank of {type(model).__name__} has. Use sp_size="
-            f"{heads // config.tp_size} at most, and cp_size for the rest."
+            f"num_attention_heads={heads} / tp_size={config.tp_size}, what one rank of "
+            f"{type(model).__name__} has. Use sp_size={heads // config.tp_size} at most, and "
+            "cp_size for the rest."
         )
     return plan

@@ -1,8 +1,8 @@
 """Which style each module of a decoder gets on the tensor parallel axis, from the model's
 structure.
 
-A part that no rule covers is refused by its name: a parameter that stays whole would be added to
-ones that are cut.
+A part that no rule covers is refused by its name: the output of a replicated parameter would be
+added to that of sharded ones.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LINEARS: dict[str, styles.StyleMaker] = {
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that are distributed together, so that no more than one layer is whole on the device
-    at a time.
+    """Modules that are sharded together, so that no more than one full layer is on the device at a
+    time.
 
     Args:
         module: holds them.
@@ -45,12 +45,12 @@ class Unit:
 
 @dataclass
 class Plan:
-    """A model's units in order, and what has to know that it computes a part of the heads.
+    """A model's units in order, and the modules that count heads themselves.
 
     Args:
         decoder: the module that embeds tokens and runs the layers.
         units: all modules with parameters.
-        counting: attention modules that cut a fused projection by head counts of their own.
+        counting: attention modules that split a fused projection by their own head counts.
     """
 
     decoder: nn.Module
@@ -96,37 +96,38 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _heads(model: Any, decoder: nn.Module) -> Iterator[tuple[nn.Module, ParallelStyle]]:
-    """Yields what is behind the decoder: the vocabulary's matrix, and small heads that every rank
+    """Yields what comes after the decoder: the vocabulary's matrix, and small heads that every rank
     computes.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for _, child in _children(model):
         if decoder is not model and decoder not in child.modules() and isinstance(child, nn.Linear):
-            yield child, styles.vocabulary() if child is output else styles.Whole()
+            yield child, styles.vocabulary() if child is output else styles.Replicated()
 
 
 def _layer_plan(layer: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelStyle]:
     """Returns the styles of one layer; modules that no rule covers are left out."""
-    found: dict[str, ParallelStyle] = {}
+    plans: dict[str, ParallelStyle] = {}
     attention = {name: module for name, module in attending(layer) if "." not in name}
     for name, child in _children(layer):
         linears = {
             inner: part for inner, part in child.named_children() if isinstance(part, nn.Linear)
         }
         if not linears:
-            found |= {name: styles.norm()} if not list(child.children()) else {}
+            if not list(child.children()):
+                plans[name] = styles.norm()
             continue
         parts = _attention_parts(child) if name in attention else _mlp_parts(child)
         for inner, part in _children(child):
-            made = LINEARS.get(inner) if inner in linears else None
-            if made is not None and _divides(part, parts.get(inner, ()), tp_size):
-                found[f"{name}.{inner}"] = made(parts.get(inner, ()))
+            style = LINEARS.get(inner) if inner in linears else None
+            if style is not None and _divides(part, parts.get(inner, ()), tp_size):
+                plans[f"{name}.{inner}"] = style(parts.get(inner, ()))
             elif name in attention and _is_head_norm(part, child):
-                found[f"{name}.{inner}"] = styles.head_norm()
-        found[name] = styles.GatherTokens()
+                plans[f"{name}.{inner}"] = styles.head_norm()
+        plans[name] = styles.GatherTokens()
         if name in attention and "qkv_proj" in linears:
             plan.counting.append(child)
-    return found
+    return plans
 
 
 def _attention_parts(attention: Any) -> dict[str, tuple[int, ...]]:
@@ -157,10 +158,8 @@ def _check_heads(model: Any, tp_size: int, source: str) -> None:
     legal = [size for size in range(1, keys + 1) if heads % size == 0 and keys % size == 0]
     raise UnsupportedModelError(
         f"tp_size={tp_size} (from {source}) does not divide num_attention_heads={heads} and "
-        "num_key_value_heads="
-        f"{keys} of {type(model).__name__}. Use tp_size {' or '.join(map(str, legal))}, and "
-        "sp_size or cp_size for the "
-        f"rest."
+        f"num_key_value_heads={keys} of {type(model).__name__}. Use tp_size "
+        f"{' or '.join(map(str, legal))}, and sp_size or cp_size for the rest."
     )
 
 
@@ -176,7 +175,7 @@ def _check_complete(model: nn.Module, plan: Plan, tp_size: int, source: str) -> 
     left = [name for name, parameter in model.named_parameters() if id(parameter) not in covered]
     if left:
         raise _refusal(
-            model, f"nothing is known about how to cut {left[0]}", tp_size, source, len(left) - 1
+            model, f"no rule says how to shard {left[0]}", tp_size, source, len(left) - 1
         )
 
 
@@ -186,9 +185,7 @@ def _refusal(
     more = f" (and {others} more parameters)" if others else ""
     return UnsupportedModelError(
         f"{type(model).__name__} can't be trained with tp_size={tp_size} (from {source}): "
-        f"{fact}{more}. Tensor "
-        "parallelism cuts dense decoders of linear layers and norms (Llama, Qwen, Mistral, Gemma, "
-        "Phi) whose features "
-        "tp_size divides; not experts, adapters or towers. Use tp_size=1, and sp_size or cp_size "
-        "instead."
+        f"{fact}{more}. Tensor parallelism shards dense decoders of linear layers and norms "
+        "(Llama, Qwen, Mistral, Gemma, Phi) whose features tp_size divides; not experts, adapters "
+        "or towers. Use tp_size=1, and sp_size or cp_size instead."
     )

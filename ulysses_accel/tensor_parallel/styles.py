@@ -1,5 +1,5 @@
-"""How one module's weights and tokens lie on the tensor parallel axis: torch's parallel styles, and
-some of our own.
+"""How the tensor parallel axis shards one module's weights and tokens: torch's parallel styles, and
+some more.
 
 Shapes: B = rows, S = tokens of the sequence, P = ranks that share it, T = tensor parallel ranks, D
 = hidden size. Between the linear layers a rank holds `[B, S/(P*T), D]`; inside of attention and MLP
@@ -8,6 +8,7 @@ it holds all S/P tokens and 1/T of the features.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -44,14 +45,14 @@ def column(parts: Sequence[int] = ()) -> ParallelStyle:
 
 
 def row(parts: Sequence[int] = ()) -> ParallelStyle:
-    """Input features over the ranks, the sum cut along the sequence: `[B, S/P, F/T] -> [B, S/(P*T),
-    D]`.
+    """Input features over the ranks, the sum sharded along the sequence:
+    `[B, S/P, F/T] -> [B, S/(P*T), D]`.
     """
     return RowwiseParallel(output_layouts=_TOKENS)
 
 
 def fused(parts: Sequence[int]) -> ParallelStyle:
-    """Several matrices in one: `[B, S/P, D] -> [B, S/P, sum(parts)/T]`, a part behind the other."""
+    """Several matrices in one: `[B, S/P, D] -> [B, S/P, sum(parts)/T]`, one part after another."""
     return FusedColumns(parts)
 
 
@@ -77,7 +78,7 @@ def vocabulary() -> ParallelStyle:
     return ColwiseParallel(output_layouts=Replicate())
 
 
-class Whole(ParallelStyle):
+class Replicated(ParallelStyle):
     """A module that every rank computes alike, on all of its tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -98,8 +99,7 @@ def _local_output(_module: nn.Module, output: Any, _mesh: DeviceMesh) -> Any:
 
 
 class GatherTokens(ParallelStyle):
-    """A module that is given this rank's tokens and needs those of all ranks, in its first
-    argument.
+    """A module whose first argument is this rank's tokens, and which needs those of all ranks.
 
     The gathered tensor stays a DTensor, so that the linear layers' gradients are added up before
     they are reduce-scattered: one exchange each way.
@@ -115,14 +115,13 @@ def _gather_argument(
 ) -> Any:
     tokens = args[0] if args else kwargs["hidden_states"]
     # [B, S/(P*T), D] -> [B, S/P, D]
-    whole = DTensor.from_local(tokens, mesh, [_TOKENS], run_check=False).redistribute(
-        placements=[Replicate()]
-    )
-    return ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
+    sharded = DTensor.from_local(tokens, mesh, [_TOKENS], run_check=False)
+    full = sharded.redistribute(placements=[Replicate()])
+    return ((full, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": full})
 
 
 class GatherOutput(ParallelStyle):
-    """The last norm: what is behind it sees all tokens."""
+    """The last norm: what comes after it sees all tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = SequenceParallel()._apply(module, device_mesh)
@@ -136,12 +135,10 @@ def _gather_output(_module: nn.Module, _args: Any, output: DTensor) -> Tensor:
 
 
 class FusedColumns(ParallelStyle):
-    """A linear layer whose output is several parts behind each other, each of which is dealt over
-    the ranks.
+    """A linear layer whose output is several parts, each of which is sharded over the ranks.
 
-    Its rows lie on the ranks in their own order, as those of any other matrix, and are gathered for
-        the product: the
-    checkpoint stays what it was, for the exchange of one matrix in a layer.
+    Its rows are sharded in their own order, as those of any other matrix, and are gathered for the
+    product: checkpoints stay what they were, for the exchange of one matrix in a layer.
 
     Args:
         parts: output features of each part, all divisible by the number of ranks.
@@ -152,36 +149,40 @@ class FusedColumns(ParallelStyle):
         self.parts = tuple(parts)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module = distribute_module(module, device_mesh, _cut_rows)
-        rows = _own_rows(self.parts, device_mesh)
-        module.forward = partial(_fused_forward, module, rows)
+        module = distribute_module(module, device_mesh, _shard_rows)
+        rows = _local_rows(self.parts, device_mesh)
+        # Weak: the module holds this function.
+        module.forward = partial(_fused_forward, weakref.ref(module), rows)
         return module
 
 
-def _cut_rows(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+def _shard_rows(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
-        cut = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter(name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+        shard = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
 
 
-def _own_rows(parts: Sequence[int], mesh: DeviceMesh) -> list[slice]:
+def _local_rows(parts: Sequence[int], mesh: DeviceMesh) -> list[slice]:
     """Returns where this rank's features of each part are among all."""
     rows, start, rank, size = [], 0, mesh.get_local_rank(), mesh.size()
     for part in parts:
-        own = part // size
-        rows.append(slice(start + rank * own, start + (rank + 1) * own))
+        local = part // size
+        rows.append(slice(start + rank * local, start + (rank + 1) * local))
         start += part
     return rows
 
 
-def _fused_forward(module: Any, rows: list[slice], hidden: DTensor) -> Tensor:
+def _fused_forward(linear: weakref.ref[Any], rows: list[slice], hidden: DTensor) -> Tensor:
+    module: Any = linear()
     partial_sum: list[Placement] = [Partial()]
 
-    def own(parameter: Tensor) -> Tensor:
-        whole: DTensor = parameter.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
-        local = whole.to_local(grad_placements=partial_sum)
-        return torch.cat([local[part] for part in rows])
+    def local_part(parameter: Tensor) -> Tensor:
+        # [F/T, D] -> [F, D]
+        full: DTensor = parameter.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
+        tensor = full.to_local(grad_placements=partial_sum)
+        return torch.cat([tensor[part] for part in rows])
 
-    bias = None if module.bias is None else own(module.bias)
+    bias = None if module.bias is None else local_part(module.bias)
+    weight = local_part(module.weight)
     # [B, S/P, D] -> [B, S/P, F/T]
-    return F.linear(hidden.to_local(grad_placements=partial_sum), own(module.weight), bias)
+    return F.linear(hidden.to_local(grad_placements=partial_sum), weight, bias)

@@ -207,14 +207,15 @@ def resumed(folder: str) -> dict[str, Any]:
     first.train()
     second = make_trainer(case, Mode(sp=2), folder)
     second.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
-    names = {"get_tp_size", "get_sp_size", "get_cp_size", "sequence_parallel"}
+    assert {"get_tp_size", "get_sp_size", "get_cp_size"} <= set(vars(type(second)))
+    names = {"sequence_parallel", "ulysses_accel", "overrides_of_ulysses_accel"}
     assert names <= set(vars(second))
-    second.sequence_parallel.uninstall()
+    second.sequence_parallel.close()
     left = sorted(names & set(vars(second)))
     hooks = [
         hook
         for hook in second.model._forward_pre_hooks.values()
-        if "WholeForward" in hook.__qualname__
+        if "FullBatchForward" in hook.__qualname__
     ]
     return {"first": first.losses, "second": second.losses, "left": left, "hooks": len(hooks)}
 

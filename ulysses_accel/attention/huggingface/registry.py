@@ -246,7 +246,7 @@ def _mask_for(module: nn.Module, attention_mask: Any) -> DescribedMask | None:
         )
     if description is not None and installed is not None:
         installed.relies_on_context.add(module)
-    # A forward inside a backward pass is a checkpoint's recompute.
+    # The task id is -1 outside of a backward pass; inside one this is a checkpoint's recompute.
     elif (
         installed is not None
         and module in installed.relies_on_context

@@ -8,6 +8,7 @@ All ranks of a sequence group draw the same batch, so nothing but one agreement 
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader as accelerate_loader
+from accelerate.state import PartialState
 from accelerate.utils.dataclasses import RNGType
 from torch.utils.data import RandomSampler
 
@@ -24,6 +26,7 @@ from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.dataloader import UlyssesSPDataLoaderAdapter
 from ulysses_accel.distributed.mesh import SequenceGroups
 from ulysses_accel.errors import CheckpointError
+from ulysses_accel.installation import Removable
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, RulesSource
 
 
@@ -167,32 +170,40 @@ class _EpochSeed:
         self.generator.manual_seed(self.seed + epoch)
 
 
-def register_loader_state(accelerator: Any) -> None:
+def register_loader_state(accelerator: Any) -> tuple[Removable, Removable]:
     """Makes `save_state` and `load_state` keep each prepared loader's position, as JSON, exact to
     the micro-step.
 
-    Called by `prepare`, since the accelerator's hooks do not exist yet while it is constructed.
+    Args:
+        accelerator: the attached accelerator, after its constructor.
+
+    Returns:
+        The handles of the hooks.
     """
-    hooks = _private_api.save_state_pre_hooks(accelerator)
-    if any(getattr(hook, "__qualname__", "").startswith("_LoaderState.") for hook in hooks):
-        return
-    state = _LoaderState(accelerator)
-    accelerator.register_save_state_pre_hook(state.save)
-    accelerator.register_load_state_pre_hook(state.load)
+    state = _LoaderState(weakref.ref(accelerator))
+    return (
+        accelerator.register_save_state_pre_hook(state.save),
+        accelerator.register_load_state_pre_hook(state.load),
+    )
 
 
+@dataclass(frozen=True)
 class _LoaderState:
     """The positions of an accelerator's loaders, beside its other state; all ranks are at the same
     micro-step.
+
+    Args:
+        accelerator: which holds the hooks, and so is held weakly.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
+    accelerator: weakref.ref[Any]
 
     def _files(self, folder: str) -> list[tuple[Path, UlyssesSPDataLoaderAdapter]]:
+        accelerator = self.accelerator()
+        assert accelerator is not None, "its own save_state or load_state calls this"
         loaders = [
             loader
-            for loader in _private_api.prepared_loaders(self.accelerator)
+            for loader in _private_api.prepared_loaders(accelerator)
             if isinstance(loader, UlyssesSPDataLoaderAdapter)
         ]
         return [
@@ -204,7 +215,7 @@ class _LoaderState:
         """Writes one file for each loader; the main process does."""
         for path, loader in self._files(output_dir):
             state = loader.state_dict()
-            if self.accelerator.is_main_process:
+            if PartialState().is_main_process:
                 path.write_text(json.dumps(state))
 
     def load(self, models: list[Any], input_dir: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DummyScheduler
 
 from ulysses_accel import _private_api
 
@@ -43,7 +44,7 @@ class SequenceScheduler(AcceleratedScheduler):  # type: ignore[misc]
         if any(optimizer.step_was_skipped for optimizer in self.optimizers):
             return
         for _ in range(self.data_parallel_size):
-            # OneCycle refuses the step behind its last one.
+            # torch's OneCycleLR refuses a step after its last one.
             num_steps = _private_api.scheduler_step_count(self.scheduler)
             if num_steps <= getattr(self.scheduler, "total_steps", num_steps):
                 self.scheduler.step(*args, **kwargs)
@@ -74,8 +75,8 @@ def _replace(
 def stretch_dummy_scheduler(obj: Any, sequence_size: int) -> None:
     """Undoes accelerate's division of a DeepSpeed schedule's length by ranks that share a sequence.
 
-    `DummyScheduler.total_num_steps` is divided by the number of processes; only data parallel ones
-    should count.
+    accelerate 1.15 divides `DummyScheduler.total_num_steps` by the number of processes; only data
+    parallel ones should count.
     """
-    if type(obj).__name__ == "DummyScheduler" and getattr(obj, "total_num_steps", None) is not None:
+    if isinstance(obj, DummyScheduler) and obj.total_num_steps is not None:
         obj.total_num_steps *= sequence_size

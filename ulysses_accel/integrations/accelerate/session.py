@@ -1,276 +1,185 @@
-"""The attach point: makes one stock `accelerate.Accelerator` train on sharded sequences.
+"""One accelerator's session: overrides its methods once, and runs the features that its config
+requests.
 
-`Accelerator.__init__` hands itself to our `ParallelismConfig`; from then on that instance's
-`prepare`, data loaders and schedulers know about sequence groups. No class and no module is
-patched, and `Attachment.uninstall` restores all. Every engine averages gradients over all ranks
-(DDP, FSDP2, and DeepSpeed without an mpu), which is all that the loss relies on; so stock code sees
-no sequence parallelism, and can't scale or wrap a second time.
+`integrations.attach` shows the features and their order. No class and no module is patched; `close`
+restores the accelerator, its models and its Trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
-from torch.distributed import ProcessGroup
-from torch.utils.data import DataLoader
 
 from ulysses_accel import _private_api
-from ulysses_accel.attention import SequenceAttention
-from ulysses_accel.config.parallelism import ParallelismConfig
-from ulysses_accel.distributed.mesh import SequenceGroups
-from ulysses_accel.errors import ConfigError
-from ulysses_accel.forward.sharded import ShardedForward, shard_forward
-from ulysses_accel.integrations.accelerate.loaders import prepare_loader, register_loader_state
-from ulysses_accel.integrations.accelerate.metrics import gather_for_metrics
-from ulysses_accel.integrations.accelerate.scheduler import (
-    sequence_schedulers,
-    stretch_dummy_scheduler,
-)
-from ulysses_accel.integrations.frames import calling_trainer
-from ulysses_accel.integrations.trainer.saving import WholeSaves, whole_saves
-from ulysses_accel.introspection.adapters import refuse_virtual_tokens
-from ulysses_accel.introspection.requirements import common_rules
-from ulysses_accel.introspection.supports import check_model
-from ulysses_accel.sequence.batch_rules import BatchRules
-from ulysses_accel.tensor_parallel.parallelize import TensorParallel, fully_sharded
-
-_WRAPPED = (
-    "prepare",
-    "prepare_model",
-    "prepare_optimizer",
-    "prepare_data_loader",
-    "prepare_scheduler",
-    "skip_first_batches",
-    "gather_for_metrics",
-)
+from ulysses_accel.installation import AcceleratorFeature, Installation, stock_method
 
 
-class Attachment:
-    """One accelerator's share in sequence parallelism, and the way to undo it.
+class Session:
+    """Runs the features of one accelerator, which owns it.
+
+    The accelerator and everything that it prepares are referred to weakly: they are freed when the
+    user deletes them, as without this package.
 
     Args:
-        config: the accelerator's config.
-        accelerator: the instance whose methods are wrapped.
-        groups: this rank's place in the mesh.
+        config: the accelerator's `ParallelismConfig`.
+        accelerator: whose methods are overridden.
+        features: classes of the features, in the order in which models pass through them.
+
+    Raises:
+        ConfigError: a feature does not go with the accelerator's engine or settings.
     """
 
-    def __init__(self, config: ParallelismConfig, accelerator: Any, groups: SequenceGroups) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.groups = groups
-        self.tensor_parallel: TensorParallel | None = None
-        self.saves: WholeSaves | None = None
-        if config.tp_size > 1:
-            self.tensor_parallel = TensorParallel(config, groups.mesh, accelerator)
-            self.saves = whole_saves(calling_trainer(accelerator), accelerator, config)
-        self.forwards: list[tuple[nn.Module, ShardedForward]] = []
-        # The models of the prepare call that is running, whose loaders make batches for them.
-        self._together: tuple[nn.Module, ...] = ()
-        self._stock = {name: getattr(accelerator, name) for name in _WRAPPED}
-        for name in _WRAPPED:
-            setattr(accelerator, name, getattr(self, name))
-        accelerator.sequence_parallel = self
+    def __init__(
+        self, config: Any, accelerator: Any, features: Sequence[type[AcceleratorFeature]]
+    ) -> None:
+        self._accelerator = weakref.ref(accelerator)
+        self._installation = Installation()
+        self._trainers: WeakKeyDictionary[Any, Installation] = WeakKeyDictionary()
+        self._stock: dict[str, Callable[..., Any]] = {}
+        self._is_in_engine = False
+        self.features = [feature(config, accelerator, self) for feature in features]
+        self._override_methods(accelerator)
 
-    @property
-    def group(self) -> ProcessGroup:
-        """The ranks that share each sequence, for `gather_sequence`, `pool_sequence` and
-        `aggregate_loss`.
-        """
-        return self.groups.group
-
-    def micro_steps(self) -> int:
-        """Returns by how many the engine divides each micro-step's loss; a Trainer divides by
-        itself.
-        """
-        return int(self.accelerator.gradient_accumulation_steps)
-
-    def uninstall(self) -> None:
-        """Restores the accelerator's own methods and every model that was prepared.
-
-        What was put on top of this goes first. Experts that are dealt to ranks are gathered: every
-        rank must call it.
-        """
-        for above in ("memory", "expert_parallel"):
-            if above in vars(self.accelerator):
-                getattr(self.accelerator, above).uninstall()
-        for _, forward in self.forwards:
-            forward.close()
-        self.forwards.clear()
-        if self.tensor_parallel is not None:
-            self.tensor_parallel.uninstall()
-        if self.saves is not None:
-            self.saves.uninstall()
-        for name in _WRAPPED:
-            delattr(self.accelerator, name)
-        del self.accelerator.sequence_parallel
+    def _override_methods(self, accelerator: Any) -> None:
+        methods: dict[str, Callable[..., Any]] = {
+            "prepare": self.prepare,
+            "prepare_model": self.prepare_model,
+            "prepare_optimizer": partial(self.prepare_one, "prepare_optimizer"),
+            "prepare_scheduler": partial(self.prepare_one, "prepare_scheduler"),
+        }
+        for feature in self.features:
+            for name in feature.overrides():
+                methods.setdefault(name, partial(self.call, name))
+        for name in methods:
+            self._stock[name] = stock_method(accelerator, name)
+        self._installation.override(accelerator, methods)
+        self._installation.set(accelerator, "ulysses_accel", self)
+        for feature in self.features:
+            self._installation.set(accelerator, feature.name, feature)
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """Stands in for `Accelerator.prepare`: models, optimizers, loaders, schedulers, in any
-        order and any calls.
+        """Overrides `Accelerator.prepare`: models, optimizers, loaders and schedulers, in any order
+        and any number of calls.
         """
-        for obj in args:
-            if isinstance(obj, nn.Module):
-                self._shard_model(obj)
-            stretch_dummy_scheduler(obj, self.groups.size)
-        if self.tensor_parallel is not None:
-            self.tensor_parallel.update(args)
-        register_loader_state(self.accelerator)
-        self._together = tuple(obj for obj in args if isinstance(obj, nn.Module))
-        try:
-            with self._as_data_parallel(bool(any(isinstance(obj, DataLoader) for obj in args))):
-                result = self._stock["prepare"](*args, device_placement=device_placement)
-        finally:
-            self._together = ()
-        self._update_optimizers()
-        if len(args) > 1:
-            return sequence_schedulers(
-                self.accelerator, tuple(result), self.groups.data_parallel_size
-            )
-        return sequence_schedulers(self.accelerator, (result,), self.groups.data_parallel_size)[0]
+        for model in args:
+            if isinstance(model, nn.Module):
+                self.apply_features(model)
+        for feature in self.features:
+            feature.before_engine(args)
+        with self._around_engine(args):
+            result = self.call("prepare", *args, device_placement=device_placement)
+        prepared = self._after_prepare(tuple(result) if len(args) > 1 else (result,))
+        return prepared if len(args) > 1 else prepared[0]
 
-    def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Stands in for `Accelerator.prepare_model`."""
-        self._shard_model(model)
-        with self._as_data_parallel(True):
-            if self.tensor_parallel is not None:
-                return self.tensor_parallel.prepare_model(
-                    self._stock["prepare_model"], model, *args, **kwargs
-                )
-            prepared: nn.Module = self._stock["prepare_model"](model, *args, **kwargs)
-        return prepared
+    def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Overrides `Accelerator.prepare_model`, which `prepare` calls too, for DDP."""
+        self.apply_features(model)
+        with self._around_engine((model,)):
+            prepared = self.call("prepare_model", model, *args, **kwargs)
+        return self._after_prepare((prepared,))[0]
 
-    def prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for `Accelerator.prepare_optimizer`."""
-        prepared = self._stock["prepare_optimizer"](optimizer, *args, **kwargs)
-        self._update_optimizers()
-        return prepared
+    def prepare_one(self, method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Overrides `Accelerator.prepare_optimizer` and `Accelerator.prepare_scheduler`."""
+        return self._after_prepare((self.call(method, obj, *args, **kwargs),))[0]
 
-    def _update_optimizers(self) -> None:
-        """Gives optimizers, prepared before or behind their models, the parameters that cut or
-        replicated ones have.
-        """
-        if self.tensor_parallel is not None:
-            self.tensor_parallel.update(_private_api.prepared_optimizers(self.accelerator))
-
-    def prepare_data_loader(
-        self, data_loader: Any, device_placement: bool | None = None, **_: Any
-    ) -> Any:
-        """Stands in for `Accelerator.prepare_data_loader`: sharded over data parallel ranks, then
-        over the sequence.
-        """
-        rules = partial(self.batch_rules, self._together)
-        return prepare_loader(
-            self.accelerator, data_loader, self.config, self.groups, device_placement, rules
-        )
-
-    def batch_rules(self, models: Sequence[nn.Module] = ()) -> BatchRules:
-        """Returns what models ask of a batch.
+    def apply_features(self, model: nn.Module, first: AcceleratorFeature | None = None) -> None:
+        """Has each feature check and change a model that it does not know yet.
 
         Args:
-            models: that a loader was prepared with; all prepared ones when it came alone.
+            model: that no engine has yet; one that was prepared stays as it is.
+            first: the feature to begin with; all where None.
 
         Raises:
-            ConfigError: two of them ask for different batches.
+            UnsupportedModelError: a feature is not exact for the model, which is left as it is.
         """
-        return common_rules(models or [model for model, _ in self.forwards])
-
-    def prepare_scheduler(self, scheduler: Any) -> Any:
-        """Stands in for `Accelerator.prepare_scheduler`: steps once for each batch of the optimizer
-        step.
-        """
-        prepared = self._stock["prepare_scheduler"](scheduler)
-        return sequence_schedulers(self.accelerator, (prepared,), self.groups.data_parallel_size)[0]
-
-    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
-        """Stands in for `Accelerator.skip_first_batches`; the loader that it returns stays
-        sharded.
-        """
-        if hasattr(dataloader, "skip_first_batches"):
-            return dataloader.skip_first_batches(num_batches)
-        return self._stock["skip_first_batches"](dataloader, num_batches)
-
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Stands in for `Accelerator.gather_for_metrics`: each sample comes once, from its data
-        parallel rank.
-        """
-        if use_gather_object:
-            raise ConfigError(
-                "gather_for_metrics(use_gather_object=True) sends pickles. Use "
-                "use_gather_object=False."
-            )
-        return gather_for_metrics(
-            self.accelerator, self._stock["gather_for_metrics"], self.groups, input_data
-        )
-
-    def _shard_model(self, model: nn.Module) -> None:
-        """Installs the sharded forward into a model, once."""
-        if any(known is model or model in known.modules() for known, _ in self.forwards):
-            return
         if _private_api.is_prepared(model):
             return
-        ring, handler = self.config.cp_handler, self.config.sp_handler
-        core = handler.sp_attn_implementation
-        sizes = ((name, getattr(self.config, name)) for name in ("sp_size", "cp_size", "tp_size"))
-        sources = ", ".join(
-            f"{name}={size} (from {self.config.source_of(name)})"
-            for name, size in sizes
-            if size > 1
-        )
-        refuse_virtual_tokens(model)
-        check_model(model, self.config.sp_size, sources)
-        if self.tensor_parallel is not None:
-            self.tensor_parallel.distribute(model)
-        attention = SequenceAttention(
-            self.groups.sp_group,
-            self.groups.cp_group,
-            core,
-            ring.exchange,
-            head_stride=ring.head_stride,
-            head_chunks=handler.sp_head_chunks,
-        )
-        forward = shard_forward(
-            model,
-            attention,
-            self.groups.group,
-            self.groups.world_group,
-            lambda: self.micro_steps(),
-        )
-        self.forwards.append((model, forward))
+        features = self.features[0 if first is None else self.features.index(first) :]
+        new = [feature for feature in features if feature.is_new(model)]
+        for feature in new:
+            feature.check_model(model)
+        for feature in new:
+            feature.prepare_model(model)
+            feature.models.add(model)
 
     @contextmanager
-    def _as_data_parallel(self, has_loader: bool) -> Iterator[None]:
-        """Lets stock code see plain data parallelism over all ranks while it wraps the model.
-
-        FSDP2 keeps the config, from which it takes the axes that parameters shard over.
-        """
-        state = self.accelerator.state
-        plugin = (
-            getattr(self.accelerator, "deepspeed_plugin", None)
-            if _is_deepspeed(self.accelerator)
-            else None
-        )
-        if (
-            plugin is not None
-            and not has_loader
-            and plugin.is_auto("train_micro_batch_size_per_gpu")
-        ):
-            # Stock code refuses a model without its loader; the number only serves DeepSpeed's own
-            # log lines.
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        if self.accelerator.is_fsdp2:
-            with fully_sharded(self.config, self.accelerator):
-                yield
-            return
-        config, state.parallelism_config = state.parallelism_config, None
-        try:
+    def _around_engine(self, objects: tuple[Any, ...]) -> Iterator[None]:
+        # Stock `prepare` calls `prepare_model` again.
+        if self._is_in_engine:
             yield
+            return
+        self._is_in_engine = True
+        try:
+            with ExitStack() as stack:
+                for feature in self.features:
+                    stack.enter_context(feature.around_engine(objects))
+                yield
         finally:
-            state.parallelism_config = config
+            self._is_in_engine = False
 
+    def _after_prepare(self, prepared: tuple[Any, ...]) -> tuple[Any, ...]:
+        for feature in reversed(self.features):
+            prepared = feature.after_prepare(prepared)
+        return prepared
 
-def _is_deepspeed(accelerator: Any) -> bool:
-    return str(accelerator.distributed_type).endswith("DEEPSPEED")
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the accelerator: the features' overrides, and in the end its own."""
+        function = self._stock[method]
+        for feature in reversed(self.features):
+            override = feature.overrides().get(method)
+            if override is not None:
+                function = partial(override, function)
+        return function(*args, **kwargs)
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """While open, on every rank, states of models and optimizers come with full tensors."""
+        with ExitStack() as stack:
+            for feature in self.features:
+                stack.enter_context(feature.gathering())
+            yield
+
+    def insert(self, feature: AcceleratorFeature, before: Sequence[str]) -> None:
+        """Adds a feature that only a Trainer brings along.
+
+        Args:
+            feature: the new one.
+            before: names of the features that models pass through after it.
+        """
+        is_later = [known.name in before for known in self.features]
+        self.features.insert(is_later.index(True), feature)
+
+    def remove(self, feature: AcceleratorFeature) -> None:
+        """Restores what a feature of `insert` changed, and forgets it."""
+        if feature in self.features:
+            self.features.remove(feature)
+        feature.installation.close()
+
+    def open_trainer(self, trainer: Any) -> Installation:
+        """Returns the changes of a Trainer, which are still to be made."""
+        return self._trainers.setdefault(trainer, Installation())
+
+    def close_trainer(self, trainer: Any) -> None:
+        """Restores a Trainer."""
+        changes = self._trainers.pop(trainer, None)
+        if changes is not None:
+            changes.close()
+
+    def close(self) -> None:
+        """Restores the Trainers, every prepared model, and the accelerator; calling it again does
+        nothing.
+
+        Experts that are distributed over ranks are gathered, so every rank must call it. What
+        `prepare` returned stays prepared: a loader goes on yielding shards.
+        """
+        for trainer in list(self._trainers):
+            self.close_trainer(trainer)
+        for feature in reversed(self.features):
+            feature.installation.close()
+        self._installation.close()

@@ -17,29 +17,28 @@ from ulysses_accel.sequence.labels import IGNORE_INDEX
 from ulysses_accel.sequence.loss import aggregate_loss
 
 
-def own_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns a sharded batch whose labels, shifted or not, are called `labels`, so that stock code
-    takes them out.
+def with_local_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Returns a sharded batch whose labels, shifted or not, are called `labels`, so that the
+    Trainer takes them out.
     """
     batch = dict(inputs)
     labels = batch.pop("shift_labels", None)
     labels = batch.get("labels") if labels is None else labels
     if labels is None:
         raise BatchError(
-            "compute_loss_func or label smoothing was asked for, but the batch has no labels whose "
-            "tokens could be "
-            "counted. Return labels from the collate function."
+            "compute_loss_func or label smoothing is on, but the batch has no labels whose tokens "
+            "could be counted. Return labels from the collate function."
         )
     return {**batch, "labels": labels}
 
 
 @dataclass(frozen=True)
 class ShardedLoss:
-    """A loss function of whole batches, called with one rank's shard; its values are summed over
+    """A loss function of full batches, called with one rank's shard; its values are summed over
     ranks.
 
-    The function is to return a sum over tokens divided by `num_items_in_batch`, as stock code asks
-    of it on several devices. One that takes a causal model's labels shifts them inside: it gets
+    The function must return a sum over tokens divided by `num_items_in_batch`, as the Trainer
+    requires on several devices. One that takes a causal model's labels shifts them inside: it gets
     this rank's logits with one more at the end, and this rank's shifted labels with an ignored one
     in front, so that what it compares is exact.
 
@@ -47,7 +46,7 @@ class ShardedLoss:
         function: the Trainer's `compute_loss_func` or its label smoother.
         group: the ranks that share each sequence.
         world_group: the ranks that `num_items_in_batch` is counted over.
-        next_token: whether labels were shifted before the cut.
+        next_token: whether labels were shifted before they were sharded.
         shifting: functions that were seen to shift, added to; None for one that is known to.
     """
 
@@ -60,7 +59,7 @@ class ShardedLoss:
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None, **_: Any
     ) -> Tensor:
-        """Returns the whole batch's loss.
+        """Returns the loss of the full batch.
 
         Args:
             outputs: the model's, with logits `[B, S / P, V]`.
@@ -96,8 +95,8 @@ class ShardedLoss:
         return loss
 
     def _refuse_unshifted(self, loss: Tensor, extra: Tensor) -> None:
-        """Refuses a function that uses the logits that were only added to be cut off; asked once,
-        of all ranks.
+        """Refuses a function that uses the logits that were only added to be shifted away; checked
+        once, on all ranks.
         """
         (grad,) = torch.autograd.grad(loss, extra, retain_graph=True, allow_unused=True)
         used = (
@@ -110,10 +109,9 @@ class ShardedLoss:
             name = getattr(self.function, "__qualname__", type(self.function).__name__)
             raise ConfigError(
                 f"compute_loss_func {name} uses the last token's logits, which have no next token: "
-                "it does not compare "
-                "logits[:, :-1] with labels[:, 1:], so its labels would be wrong at the ends of "
-                "shards. Shift inside "
-                f"of the function, as transformers' causal losses do."
+                "it does not compare logits[:, :-1] with labels[:, 1:], so its labels would be "
+                "wrong at the ends of shards. Shift inside of the function, as transformers' "
+                "causal losses do."
             )
 
 
