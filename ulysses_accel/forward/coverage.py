@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ulysses_accel.attention import InstalledAttention
 from ulysses_accel.errors import UnsupportedModelError
-from ulysses_accel.introspection.structure import attending, sharded_parts, transformers_model
 
 
 class Canary:
@@ -16,19 +16,18 @@ class Canary:
     same.
 
     Args:
-        model: whose attention was installed.
+        attending: the attention layers that see sharded tokens.
         installed: the installation.
     """
 
-    def __init__(self, model: nn.Module, installed: InstalledAttention) -> None:
-        # An encoder that every rank has all of attends as it always did.
-        sharded = {module for _, module in sharded_parts(transformers_model(model))}
-        layers = [module for _, module in attending(model) if module in sharded]
+    def __init__(self, attending: Mapping[str, nn.Module], installed: InstalledAttention) -> None:
         self._installed = installed
         # A number, not a set of layers: compiled layers share their code, and what it does beside
         # numbers.
         self._entered = 0
-        self.handles: list[Any] = [layer.register_forward_pre_hook(self._enter) for layer in layers]
+        self.handles: list[Any] = []
+        for layer in attending.values():
+            self.handles.append(layer.register_forward_pre_hook(self._enter))
 
     def _enter(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         self._entered += 1

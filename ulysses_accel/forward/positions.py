@@ -13,7 +13,7 @@ angles off again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ def longest_position(description: SequenceDescription | None, is_encoder: bool) 
     return side.longest_position
 
 
-def hook_counts(counts: list[OwnCount], attention: SequenceAttention) -> Handles:
+def hook_counts(counts: Sequence[OwnCount], attention: SequenceAttention) -> Handles:
     """Makes attention modules that count their tokens behind a cache count them as those of the
     whole sequence.
 
@@ -194,7 +194,9 @@ def _offsets(description: SequenceDescription, shard: int, device: torch.device)
     return offsets
 
 
-def hook_rotary(modules: list[nn.Module], longest: Callable[[nn.Module], int | None]) -> list[Any]:
+def hook_rotary(
+    modules: Sequence[nn.Module], longest: Callable[[nn.Module], int | None]
+) -> list[Any]:
     """Tells rotary modules the longest position of the batch that is running.
 
     Args:

@@ -31,17 +31,17 @@ from ulysses_accel import _private_api
 from ulysses_accel.attention import active_description
 from ulysses_accel.errors import ShapeError, UnsupportedModelError
 from ulysses_accel.introspection.findings import Finding
+from ulysses_accel.introspection.profile import ModelProfile
 from ulysses_accel.introspection.routers import (
     FLAG,
     RouterLossUse,
     load_balance,
     load_balance_gradient,
-    read_router_loss,
     recorded_routers,
     router_probabilities,
     router_statistics,
 )
-from ulysses_accel.introspection.structure import text_config, transformers_model
+from ulysses_accel.introspection.structure import text_config
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.gather import shard_sequence
 from ulysses_accel.sequence.loss import shared_scalar
@@ -296,15 +296,14 @@ class RouterLosses:
         return value
 
 
-def router_losses(model: nn.Module, group: ProcessGroup) -> RouterLosses:
+def router_losses(profile: ModelProfile, group: ProcessGroup) -> RouterLosses:
     """Returns a model's router loss, which changes nothing until a forward is asked for it.
 
     Args:
-        model: a transformers model, or a module that holds one.
+        profile: of the model.
         group: the ranks that share each sequence.
     """
-    inner = transformers_model(model)
-    return RouterLosses(inner, read_router_loss(inner), group)
+    return RouterLosses(profile.model, profile.router_loss, group)
 
 
 def active_record() -> RouterRecord | None:

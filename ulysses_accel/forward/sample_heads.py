@@ -15,6 +15,7 @@ one process would count its padding.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,9 @@ from ulysses_accel.sequence.loss import mean_as_share
 Handles = list[Any]
 
 
-def hook_first_tokens(found: list[FirstToken], group: ProcessGroup, must_be_known: bool) -> Handles:
+def hook_first_tokens(
+    found: Sequence[FirstToken], group: ProcessGroup, must_be_known: bool
+) -> Handles:
     """Gives modules that read a row's first token the one of the whole row.
 
     Args:

@@ -41,54 +41,10 @@ from ulysses_accel.forward.router_loss import (
     router_losses,
 )
 from ulysses_accel.forward.sample_heads import WholeHead, hook_first_tokens, mean_of_samples
-from ulysses_accel.introspection.loss import LossUse, read_loss
-from ulysses_accel.introspection.multimodal import Merging, merging_of
-from ulysses_accel.introspection.positions import (
-    PositionSource,
-    own_counts,
-    position_sources,
-    rotary_modules,
-)
-from ulysses_accel.introspection.sample_heads import first_token_modules, read_sample_head
-from ulysses_accel.introspection.source import parameters, takes_keywords
-from ulysses_accel.introspection.structure import encoder_of, reads_tokens, transformers_model
+from ulysses_accel.introspection.loss import LossUse
+from ulysses_accel.introspection.profile import ModelProfile
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
 from ulysses_accel.sequence.loss import aggregate_loss, mean_as_share, shared_scalar
-
-
-@dataclass(frozen=True)
-class ModelTraits:
-    """What a sharded forward must know of its model.
-
-    Args:
-        loss: how it uses labels; None where it computes no loss.
-        positions: where the positions of its sequences come in.
-        is_encoder_decoder: whether the described sequence is a decoder's.
-        has_whole_encoder: whether every rank has all of an encoder's input, which is not made of
-            tokens.
-        takes_use_cache: whether its forward can be told to keep no keys.
-        merging: where it merges images or sound into whole tokens; None where it doesn't.
-    """
-
-    loss: LossUse | None
-    positions: tuple[PositionSource, ...]
-    is_encoder_decoder: bool
-    has_whole_encoder: bool
-    takes_use_cache: bool
-    merging: Merging | None = None
-
-    @classmethod
-    def of(cls, model: Any) -> ModelTraits:
-        """Returns the traits of a transformers model that passed `check_model`."""
-        used, encoder = read_loss(model), encoder_of(model)
-        return cls(
-            loss=used if isinstance(used, LossUse) else None,
-            positions=tuple(position_sources(model)),
-            is_encoder_decoder=encoder is not None,
-            has_whole_encoder=encoder is not None and not reads_tokens(encoder),
-            takes_use_cache="use_cache" in parameters(model) or takes_keywords(model),
-            merging=merging_of(model),
-        )
 
 
 @dataclass
@@ -118,7 +74,7 @@ class ShardedForward:
         group: the ranks that share each sequence.
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
-        traits: of the model.
+        profile: of the model.
         canary: tells whether all attention comes to us.
         routers: the model's router loss.
         handles: the hooks.
@@ -131,7 +87,7 @@ class ShardedForward:
     group: ProcessGroup
     world_group: ProcessGroup
     num_steps: Callable[[], int]
-    traits: ModelTraits
+    profile: ModelProfile
     canary: Canary
     routers: RouterLosses
     handles: list[Any] = field(default_factory=list)
@@ -154,12 +110,12 @@ class ShardedForward:
             refuse_undescribed_shard(args, kwargs)
             self._warn_of_whole_batch(model, kwargs)
             return args, kwargs
-        keys = tuple(source.key for source in self.traits.positions)
+        keys = tuple(source.key for source in self.profile.positions)
         check_batch(
-            description, args, kwargs, keys, self.traits.is_encoder_decoder, self.traits.merging
+            description, args, kwargs, keys, self.profile.encoder is not None, self.profile.merging
         )
         describe_checkpoints(self.model)
-        running.merged, whole = begin_merged(self.traits.merging, description, kwargs)
+        running.merged, whole = begin_merged(self.profile.merging, description, kwargs)
         return args, {**self._sharded_arguments(kwargs, running), **whole}
 
     def _warn_of_whole_batch(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -183,11 +139,11 @@ class ShardedForward:
         # Padding is part of the description; a shard's mask would be taken for the whole
         # sequence's.
         kwargs.pop("decoder_attention_mask", None)
-        if not self.traits.has_whole_encoder:
+        if not self.profile.has_full_encoder:
             kwargs.pop("attention_mask", None)
-        if self.traits.takes_use_cache:
+        if self.profile.takes_use_cache:
             kwargs["use_cache"] = False
-        for source in self.traits.positions:
+        for source in self.profile.positions:
             running.positions[source.key] = kwargs[source.key]
             if not source.is_argument:
                 del kwargs[source.key]
@@ -197,7 +153,7 @@ class ShardedForward:
 
     def _use_labels(self, kwargs: dict[str, Any], running: _Running) -> None:
         """Gives the model the labels that its loss is to use, and keeps them to count."""
-        loss = self.traits.loss
+        loss = self.profile.loss
         running.num_items_in_batch = kwargs.get("num_items_in_batch")
         shifted = kwargs.get("shift_labels")
         if loss is None:
@@ -233,7 +189,7 @@ class ShardedForward:
 
     def _aggregate(self, running: _Running, output: Any) -> Any:
         """Returns `output` with its loss aggregated; the loss is the first entry of a tuple."""
-        used, router, loss = self.traits.loss, running.router, None
+        used, router, loss = self.profile.loss, running.router, None
         router_loss = None if router is None else router.loss(first_tensor(output))
         # Asked for log-probabilities, a model computes no loss.
         if (
@@ -316,16 +272,17 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
 
 def shard_forward(
     model: nn.Module,
+    profile: ModelProfile,
     attention: SequenceAttention,
     group: ProcessGroup,
     world_group: ProcessGroup,
     num_steps: Callable[[], int] = lambda: 1,
 ) -> ShardedForward:
-    """Makes a model compute sharded batches exactly; it must have passed
-    `introspection.supports.check_model`.
+    """Makes a model compute sharded batches exactly.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
+        profile: of the model, without findings.
         attention: how its attention is computed.
         group: the ranks that share each sequence, over which a loss is aggregated.
         world_group: the ranks that `num_items_in_batch` is counted over.
@@ -334,35 +291,30 @@ def shard_forward(
     Returns:
         The installation; its `uninstall()` restores the model.
     """
-    inner = transformers_model(model)
-    traits, counts = ModelTraits.of(inner), own_counts(inner)
     installed = install(model, attention)
-    canary, routers = Canary(model, installed), router_losses(inner, group)
+    canary, routers = Canary(profile.attending, installed), router_losses(profile, group)
     sharded = ShardedForward(
-        model, installed, group, world_group, num_steps, traits, canary, routers
+        model, installed, group, world_group, num_steps, profile, canary, routers
     )
     sharded.handles = [
         *canary.handles,
         model.register_forward_pre_hook(sharded.before, with_kwargs=True),
         model.register_forward_hook(sharded.after, with_kwargs=True, always_call=True),
-        *hook_counts(counts, attention),
+        *hook_counts(profile.own_counts, attention),
     ]
-    for source in traits.positions:
+    for source in profile.positions:
         sharded.handles += (
             hook_positions(source, sharded.current_positions) if not source.is_argument else []
         )
-    encoder = encoder_of(inner)
-    if encoder is not None and traits.has_whole_encoder:
-        sharded.handles += hook_whole_encoder(encoder)
-    if encoder is None:
-        sharded.handles += hook_first_tokens(
-            first_token_modules(inner), group, traits.loss is not None and traits.loss.is_of_samples
-        )
-    head = read_sample_head(inner)
-    if head is not None:
-        sharded.handles += WholeHead(inner, head, group).install()
-    if traits.merging is not None:
-        sharded.handles += hook_merged(traits.merging, group, sharded.current_merged)
+    if profile.encoder is None:
+        is_of_samples = profile.loss is not None and profile.loss.is_of_samples
+        sharded.handles += hook_first_tokens(profile.first_tokens, group, is_of_samples)
+    elif profile.has_full_encoder:
+        sharded.handles += hook_whole_encoder(profile.encoder)
+    if profile.sample_head is not None:
+        sharded.handles += WholeHead(profile.model, profile.sample_head, group).install()
+    if profile.merging is not None:
+        sharded.handles += hook_merged(profile.merging, group, sharded.current_merged)
     # Behind those that give a module its positions.
-    sharded.handles += hook_rotary(rotary_modules(inner), sharded.longest)
+    sharded.handles += hook_rotary(profile.rotary, sharded.longest)
     return sharded

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
@@ -26,15 +27,15 @@ from ulysses_accel.errors import ConfigError
 from ulysses_accel.forward.sharded import ShardedForward, shard_forward
 from ulysses_accel.integrations.accelerate.loaders import prepare_loader, register_loader_state
 from ulysses_accel.integrations.accelerate.metrics import gather_for_metrics
+from ulysses_accel.integrations.accelerate.preflight import check_on_all_ranks
 from ulysses_accel.integrations.accelerate.scheduler import (
     sequence_schedulers,
     stretch_dummy_scheduler,
 )
 from ulysses_accel.integrations.frames import calling_trainer
 from ulysses_accel.integrations.trainer.saving import WholeSaves, whole_saves
-from ulysses_accel.introspection.adapters import refuse_virtual_tokens
+from ulysses_accel.introspection.profile import ModelProfile, profile_of
 from ulysses_accel.introspection.requirements import common_rules
-from ulysses_accel.introspection.supports import check_model
 from ulysses_accel.sequence.batch_rules import BatchRules
 from ulysses_accel.tensor_parallel.parallelize import TensorParallel, fully_sharded
 
@@ -176,7 +177,15 @@ class Attachment:
         Raises:
             ConfigError: two of them ask for different batches.
         """
-        return common_rules(models or [model for model, _ in self.forwards])
+        asked = models or [model for model, _ in self.forwards]
+        return common_rules([self._profile(model).requirements for model in asked])
+
+    def _profile(self, model: nn.Module) -> ModelProfile:
+        """Returns the profile of a prepared model, or of one that is wrapped around it."""
+        for known, forward in self.forwards:
+            if known is model or any(part is known for part in model.modules()):
+                return forward.profile
+        return profile_of(model)
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """Stands in for `Accelerator.prepare_scheduler`: steps once for each batch of the optimizer
@@ -220,8 +229,8 @@ class Attachment:
             for name, size in sizes
             if size > 1
         )
-        refuse_virtual_tokens(model)
-        check_model(model, self.config.sp_size, sources)
+        profile = profile_of(model, self.config.sp_size)
+        check_on_all_ranks(profile, sources, dist.group.WORLD)
         if self.tensor_parallel is not None:
             self.tensor_parallel.distribute(model)
         attention = SequenceAttention(
@@ -234,6 +243,7 @@ class Attachment:
         )
         forward = shard_forward(
             model,
+            profile,
             attention,
             self.groups.group,
             self.groups.world_group,
