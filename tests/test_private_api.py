@@ -29,7 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralModel, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers import modeling_flash_attention_utils as upstream
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -352,6 +359,12 @@ def test_attention_of_a_model() -> None:
     assert _private_api.can_set_attention(model)
     assert _private_api.supports_sdpa(model)
     assert not _private_api.supports_sdpa(nn.Linear(2, 2))
+
+
+def test_experts_of_a_model() -> None:
+    config = MixtralConfig()
+    _private_api.set_experts(config, "eager")
+    assert config._experts_implementation == "eager"
 
 
 def test_model_from_config() -> None:

@@ -346,6 +346,16 @@ def set_attention(config: Any, implementation: str) -> None:
     config._attn_implementation_internal = implementation
 
 
+def set_experts(config: Any, implementation: str) -> None:
+    """Sets how a config's model computes its experts, without transformers' checks of the name
+    (`PretrainedConfig._experts_implementation_internal`).
+
+    transformers 5 chooses "grouped_mm", which torch 2.13 lacks on some devices and dtypes. Instead:
+    `model.set_experts_implementation`.
+    """
+    config._experts_implementation_internal = implementation
+
+
 def is_transformers_model(model: Any) -> bool:
     """Returns whether a module, or a class of modules, is transformers'
     (`PreTrainedModel._can_set_attn_implementation`). Instead: `isinstance(..., PreTrainedModel)`,

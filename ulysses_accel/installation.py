@@ -228,11 +228,21 @@ class AcceleratorFeature:
         """
         return not any(known is model or model in known.modules() for known in self.models)
 
-    def check_model(self, model: Any) -> None:
-        """Refuses a model that the technique is not exact for; changes nothing."""
+    def check_model(self, model: Any) -> Any:
+        """Refuses a model that the technique is not exact for; changes nothing.
 
-    def prepare_model(self, model: Any) -> None:
-        """Changes a model that the engine does not have yet."""
+        Returns:
+            What `prepare_model` needs to know of the model.
+        """
+        return None
+
+    def prepare_model(self, model: Any, checked: Any) -> None:
+        """Changes a model that the engine does not have yet.
+
+        Args:
+            model: that passed every feature's check.
+            checked: what this feature's `check_model` returned.
+        """
 
     def before_engine(self, objects: tuple[Any, ...]) -> None:
         """Sees all objects of one `prepare` call, after `prepare_model` of its models."""

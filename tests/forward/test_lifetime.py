@@ -23,6 +23,7 @@ from tests.helpers.ranks import run_ranks
 from ulysses_accel.attention import SequenceAttention
 from ulysses_accel.attention.huggingface import registry
 from ulysses_accel.forward.sharded import ShardedForward, shard_forward
+from ulysses_accel.introspection.profile import profile_of
 
 
 def build_mixtral() -> Any:
@@ -91,7 +92,7 @@ def state_of(model: nn.Module) -> list[dict[str, Any]]:
 def shard(model: nn.Module, group: Any) -> ShardedForward:
     world = dist.group.WORLD
     assert world is not None
-    return shard_forward(model, SequenceAttention(group), group, world)
+    return shard_forward(model, profile_of(model), SequenceAttention(group), group, world)
 
 
 def lifetimes(name: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tests.helpers.vision_models import IMAGE, MERGERS, build, make_batch
 from ulysses_accel import supports
 from ulysses_accel.introspection.multimodal import merging_of
 from ulysses_accel.introspection.requirements import rules_of
+from ulysses_accel.introspection.structure import ModelReading
 from ulysses_accel.sequence.gather import shard_sequence
 
 QWEN = "qwen3_vl"
@@ -271,7 +272,7 @@ def test_refusals_by_name(support: Support) -> None:
 @pytest.mark.parametrize("name", MERGERS)
 def test_where_models_merge(name: str) -> None:
     model = build(name)
-    merging = merging_of(model)
+    merging = merging_of(ModelReading(model))
     assert merging is not None
     assert rules_of(model).merges
     names = {module: name for name, module in model.named_modules()}
@@ -288,5 +289,5 @@ def test_where_models_merge(name: str) -> None:
 
 def test_other_models_merge_nothing() -> None:
     for name in ("llama_dynamic", "bert", "bart", "whisper"):
-        assert merging_of(build_text(name)) is None
-    assert merging_of(mllama()) is None
+        assert merging_of(ModelReading(build_text(name))) is None
+    assert merging_of(ModelReading(mllama())) is None

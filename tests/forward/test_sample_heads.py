@@ -21,6 +21,7 @@ from tests.parity.test_losses import build, first, full_gradients_of, make_batch
 from ulysses_accel import ParallelismConfig, count_items, supports
 from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.sample_heads import first_token_modules, read_sample_head
+from ulysses_accel.introspection.structure import ModelReading
 
 ENCODER = {**SIZES, **NO_DROPOUT}
 
@@ -48,11 +49,11 @@ def without_weights(name: str, **sizes: Any) -> Any:
 )
 def test_heads_are_read_from_their_forward(name: str, reads: str, answers: bool) -> None:
     model = without_weights(name, **({"head_dim": 8} if "Gemma" in name else {}))
-    head = read_sample_head(model)
+    head = read_sample_head(ModelReading(model))
     assert head is not None
     assert (head.reads, head.answers, len(head.linears)) == (reads, answers, int(reads == "logits"))
     assert head.base is model.base_model
-    used = read_loss(model)
+    used = read_loss(ModelReading(model))
     assert isinstance(used, LossUse)
     assert used.labels == "whole"
 
@@ -97,8 +98,8 @@ class ReadsAnUnknownPooler(hf.BertForSequenceClassification):
 def test_what_shards_cant_give_is_no_known_head(model: Any) -> None:
     with torch.device("meta"):
         built = model(hf.BertConfig(**ENCODER))
-    assert read_sample_head(built) is None
-    assert isinstance(read_loss(built), list)
+    assert read_sample_head(ModelReading(built)) is None
+    assert isinstance(read_loss(ModelReading(built)), list)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +137,13 @@ def test_unknown_poolers_are_refused() -> None:
 
 def test_poolers_are_found() -> None:
     bert, albert = without_weights("BertModel"), without_weights("AlbertModel")
-    assert [(one.module, one.is_cut) for one in first_token_modules(bert)] == [(bert.pooler, False)]
-    assert [(one.module, one.is_cut) for one in first_token_modules(albert)] == [
+    assert [(one.module, one.is_cut) for one in first_token_modules(ModelReading(bert))] == [
+        (bert.pooler, False)
+    ]
+    assert [(one.module, one.is_cut) for one in first_token_modules(ModelReading(albert))] == [
         (albert.pooler, True)
     ]
-    assert first_token_modules(without_weights("LlamaModel")) == []
+    assert first_token_modules(ModelReading(without_weights("LlamaModel"))) == ()
 
 
 def loader(*batches: Batch) -> DataLoader[Any]:

@@ -41,7 +41,7 @@ from tests.helpers.parity_jobs import (
 )
 from ulysses_accel import ParallelismConfig, use_fsdp_plugin
 from ulysses_accel.integrations import attach as _attach_point  # noqa: F401
-from ulysses_accel.introspection.supports import check_model
+from ulysses_accel.introspection.profile import check_model
 
 CLIP = 0.5
 # A key's bias, which softmax cancels, has rounding errors for a gradient; Adam's usual epsilon

@@ -13,6 +13,7 @@ from torch.nn import CrossEntropyLoss
 from tests.helpers.architectures import ENCODER_DECODER, GROUPED, SIZES
 from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.sample_heads import ANSWERS
+from ulysses_accel.introspection.structure import ModelReading
 
 NEXT, OWN_MEAN, OWN = (
     LossUse("next_token", True),
@@ -69,7 +70,7 @@ MOONSHINE: dict[str, Any] = {
     ],
 )
 def test_what_models_do(model: Any, config: Any, expected: LossUse | None) -> None:
-    assert read_loss(model(config)) == expected
+    assert read_loss(ModelReading(model(config))) == expected
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_what_models_do(model: Any, config: Any, expected: LossUse | None) -> No
     ],
 )
 def test_losses_of_another_kind_are_named(model: Any, config: Any, text: str) -> None:
-    found = read_loss(model(config))
+    found = read_loss(ModelReading(model(config)))
     assert isinstance(found, list)
     assert text in str(found[-1])
     assert found[-1].kind == "loss"
@@ -163,7 +164,7 @@ class WeighsOne(Adds):
     [(Adds(), True), (Adds(0), False), (AddsTwice(), False), (WeighsOne(), False)],
 )
 def test_only_a_plain_sum_of_two_losses_is_known(module: Body, is_known: bool) -> None:
-    found = read_loss(module)
+    found = read_loss(ModelReading(module))
     assert (found == replace(OWN_MEAN, needs=("labels", "next_sentence_label"))) is is_known
     assert is_known or isinstance(found, list)
 
@@ -172,6 +173,6 @@ def test_only_a_plain_sum_of_two_losses_is_known(module: Body, is_known: bool) -
     ("module", "is_known"), [(Shifts(), False), (Weighs(), False), (Names(), True), (Child(), True)]
 )
 def test_details_decide(module: Body, is_known: bool) -> None:
-    found = read_loss(module)
+    found = read_loss(ModelReading(module))
     assert (found == OWN_MEAN) is is_known
     assert is_known or isinstance(found, list)

@@ -21,8 +21,13 @@ from ulysses_accel import Finding, ParallelismConfig, supports
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.forward.checkpoint_context import CheckpointInBatch
 from ulysses_accel.introspection.positions import position_sources
-from ulysses_accel.introspection.requirements import common_rules, rules_of
-from ulysses_accel.introspection.structure import attending, encoder_of, sharded_parts
+from ulysses_accel.introspection.requirements import (
+    Requirements,
+    common_rules,
+    requirements_of,
+    rules_of,
+)
+from ulysses_accel.introspection.structure import ModelReading, attending, encoder_of
 
 T5_SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -114,14 +119,18 @@ def test_decoder_inputs_are_the_models_own(name: str) -> None:
     )
 
 
+def required(*models: Any) -> list[Requirements]:
+    return [requirements_of(ModelReading(model)) for model in models]
+
+
 def test_models_that_differ_need_loaders_of_their_own() -> None:
     llama, bert, headless = build("llama_dynamic"), build("bert"), build("bert").bert
     with pytest.raises(
         ConfigError, match=r"LlamaForCausalLM and BertForMaskedLM .* ask for different batches"
     ):
-        common_rules([llama, bert])
+        common_rules(required(llama, bert))
     # A model without a loss has nothing against another's labels.
-    assert common_rules([headless, bert]).labels == "same_token"
+    assert common_rules(required(headless, bert)).labels == "same_token"
     assert common_rules([]).labels == "next_token"
 
 
@@ -129,15 +138,17 @@ def test_parts_of_an_encoder_decoder() -> None:
     bart, whisper, qwen = build("bart"), build("whisper"), build("qwen2_vl")
     assert encoder_of(bart) is bart.model.encoder
     assert encoder_of(build("bert")) is None
-    assert [source.key for source in position_sources(bart)] == [
+    assert [source.key for source in position_sources(ModelReading(bart))] == [
         "decoder_position_ids",
         "position_ids",
     ]
     # Sound is whole on every rank, so its encoder is none of the sharded parts; neither is a tower
     # for images.
-    assert [source.key for source in position_sources(whisper)] == ["decoder_position_ids"]
-    assert not {name for name, _ in sharded_parts(whisper) if name.startswith("model.encoder.")}
-    assert not {name for name, _ in sharded_parts(qwen) if "visual" in name}
+    assert [source.key for source in position_sources(ModelReading(whisper))] == [
+        "decoder_position_ids"
+    ]
+    assert not {name for name in ModelReading(whisper).sharded if name.startswith("model.encoder.")}
+    assert not {name for name in ModelReading(qwen).sharded if "visual" in name}
     assert len(list(attending(bart))) == 6
 
 

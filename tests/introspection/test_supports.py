@@ -25,7 +25,8 @@ from ulysses_accel.attention import SequenceAttention, describe_forward, install
 from ulysses_accel.attention.huggingface.masks import DescribedMask
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.introspection.layers import own_mask
-from ulysses_accel.introspection.supports import _heads, check_model
+from ulysses_accel.introspection.profile import check_model
+from ulysses_accel.introspection.routing import check_heads
 from ulysses_accel.sequence.description import SequenceDescription
 
 SIZES: dict[str, Any] = {
@@ -108,8 +109,8 @@ class Heterogeneous:
 
 
 def test_heads_that_differ_between_layers() -> None:
-    assert list(_heads(Heterogeneous(), 2)) == []
-    (found,) = _heads(Heterogeneous(), 3)
+    assert list(check_heads(Heterogeneous(), 2)) == []
+    (found,) = check_heads(Heterogeneous(), 3)
     assert "sp_size=3 is more than num_attention_heads=2" in str(found)
 
 

@@ -18,6 +18,7 @@ ALLOWED = {
     "sequence/sharding.py": "marks a tensor that it has just made as a shard",
     "config/parallelism.py": "fills the copy that it makes of itself",
     "attention/huggingface/registry.py": "fills the copies that it makes of configs",
+    "introspection/probe/twin.py": "fills the copy that it makes of a config",
     "cli/launch.py": "fills accelerate's parsed arguments",
     "memory/tiling/structure.py": "builds a small twin of a module",
     "memory/tiling/probe.py": "builds a small twin of a module",

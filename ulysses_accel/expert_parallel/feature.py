@@ -73,7 +73,7 @@ class ExpertParallel(AcceleratorFeature):
         parts = set(model.modules())
         return super().is_new(model) and not any(known in parts for known in self.models)
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module, checked: None) -> None:
         """Leaves this rank its part of a model's experts."""
         experts = distribute_experts(model, self.mesh)
         self.experts[model] = experts

@@ -16,9 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ulysses_accel.attention import InstalledAttention
 from ulysses_accel.installation import Installation
-from ulysses_accel.introspection.loss import LossUse
-from ulysses_accel.introspection.multimodal import Merging
-from ulysses_accel.introspection.positions import PositionSource
+from ulysses_accel.introspection.profile import ModelProfile
 from ulysses_accel.sequence.running import DescribedBatch, running_batch
 
 if TYPE_CHECKING:
@@ -72,30 +70,19 @@ class ModelToShard:
 
     Args:
         model: the module that is called with batches.
-        inner: the transformers model in it.
+        profile: what is known of the transformers model in it.
         attention: its installed attention.
         group: the ranks that share each sequence.
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
-        loss: how the model uses labels; None where it computes no loss.
-        encoder: an encoder-decoder's encoder.
-        has_full_encoder: whether every rank has all of that encoder's input, which is not made of
-            tokens.
-        sources: where the positions of its sequences come in.
-        merging: where it merges images or audio into its tokens; None where it doesn't.
     """
 
     model: nn.Module
-    inner: Any
+    profile: ModelProfile
     attention: InstalledAttention
     group: ProcessGroup
     world_group: ProcessGroup
     num_steps: Callable[[], int]
-    loss: LossUse | None
-    encoder: nn.Module | None
-    has_full_encoder: bool
-    sources: tuple[PositionSource, ...]
-    merging: Merging | None
 
 
 class ForwardFeature:

@@ -11,7 +11,6 @@ from torch import nn
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.forward.context import ForwardFeature, ModelToShard, RunningBatch
 from ulysses_accel.installation import Installation
-from ulysses_accel.introspection.structure import attending, sharded_parts
 
 
 class Coverage(ForwardFeature):
@@ -20,14 +19,12 @@ class Coverage(ForwardFeature):
     """
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        # An encoder whose input every rank has in full attends as it always did.
-        sharded = {module for _, module in sharded_parts(target.inner)}
-        layers = [module for _, module in attending(target.model) if module in sharded]
         self._installed = target.attention
         # A number, not a set of layers: compiled layers share their code, and what it does beside
         # numbers.
         self._entered = 0
-        changes.hooks([layer.register_forward_pre_hook(self._enter) for layer in layers])
+        for layer in target.profile.attending.values():
+            changes.hooks([layer.register_forward_pre_hook(self._enter)])
 
     def _enter(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         self._entered += 1

@@ -12,7 +12,6 @@ from ulysses_accel.forward.router_loss import RouterLosses, first_tensor, put_ro
 from ulysses_accel.forward.sample_heads import mean_of_samples
 from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.loss import LossUse
-from ulysses_accel.introspection.routers import read_router_loss
 from ulysses_accel.sequence.loss import aggregate_loss, mean_as_share, shared_scalar
 
 
@@ -20,12 +19,10 @@ class BatchLoss(ForwardFeature):
     """Gives the model the labels that its loss is to use, and aggregates the loss over ranks."""
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        self._use = target.loss
+        self._use = target.profile.loss
         self._group, self._world_group = target.group, target.world_group
         self._num_steps = target.num_steps
-        self._routers = RouterLosses(
-            target.inner, read_router_loss(target.inner), target.group, changes
-        )
+        self._routers = RouterLosses(target.profile, target.group, changes)
 
     def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:
         """Chooses the labels, and keeps them to count."""

@@ -50,16 +50,17 @@ class Multimodal(ForwardFeature):
     """Shards what a model gives to its decoder, and lets its towers attend as they always do."""
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        self._merges = target.merging is not None
-        if target.encoder is not None and target.has_full_encoder:
-            override_forward(target.encoder, _without_sharding, changes)
-        if target.merging is None:
+        merging = target.profile.merging
+        self._merges = merging is not None
+        if target.profile.encoder is not None and target.profile.has_full_encoder:
+            override_forward(target.profile.encoder, _without_sharding, changes)
+        if merging is None:
             return
-        decoder = target.merging.decoder
+        decoder = merging.decoder
         names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
         hook = DecoderHook(target.group, names)
         changes.hooks([decoder.register_forward_pre_hook(hook, with_kwargs=True)])
-        for tower in target.merging.towers:
+        for tower in merging.towers:
             override_forward(tower, _without_sharding, changes)
 
     def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:

@@ -32,8 +32,6 @@ from ulysses_accel.introspection.positions import (
     POSITIONS,
     PositionSource,
     makes_positions,
-    own_counts,
-    rotary_modules,
 )
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.layout import ring_order
@@ -44,8 +42,8 @@ class Positions(ForwardFeature):
     """Makes a model, or its position embeddings, use the batch's positions."""
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        self._is_argument = {source.key: source.is_argument for source in target.sources}
-        for source in target.sources:
+        self._is_argument = {source.key: source.is_argument for source in target.profile.positions}
+        for source in target.profile.positions:
             if not source.is_argument:
                 _hook_embeddings(source, changes)
 
@@ -157,7 +155,7 @@ class TokenCounts(ForwardFeature):
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
         shard = target.attention.attention.shard
-        for count in own_counts(target.inner):
+        for count in target.profile.own_counts:
             hook = TokenCountHook(shard, inspect.signature(type(count.module).forward))
             changes.hooks([count.module.register_forward_pre_hook(hook, with_kwargs=True)])
 
@@ -224,7 +222,7 @@ class RotaryLength(ForwardFeature):
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
         in_encoder = target.attention.roles.encoder or ()
-        for module in rotary_modules(target.inner):
+        for module in target.profile.rotary:
             hook = LongestPositionHook(
                 module in in_encoder, inspect.signature(type(module).forward)
             )

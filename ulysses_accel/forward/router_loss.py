@@ -30,9 +30,9 @@ from ulysses_accel.errors import ShapeError, UnsupportedModelError
 from ulysses_accel.forward.context import sharded_batch
 from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.findings import Finding
+from ulysses_accel.introspection.profile import ModelProfile
 from ulysses_accel.introspection.routers import (
     FLAG,
-    RouterLossUse,
     load_balance,
     load_balance_gradient,
     recorded_routers,
@@ -225,22 +225,19 @@ class RouterLosses:
     """One model's router loss: the hooks on its routers, and what a forward requests.
 
     Args:
-        model: the transformers model, which is held weakly.
-        use: how it computes the loss; a finding where that can't be done on shards, None where it
-            has none.
+        profile: of the model, which is held weakly.
         group: the ranks that share each sequence.
         changes: takes over the hooks, which the first forward that requests the loss registers.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        use: RouterLossUse | Finding | None,
+        profile: ModelProfile,
         group: ProcessGroup,
         changes: Installation,
     ) -> None:
-        self._model = weakref.ref(model)
-        self._use, self._group = use, group
+        self._model = weakref.ref(profile.model)
+        self._use, self._group = profile.router_loss, group
         self._hooks: Installation | None = None
         changes.callback(self._remove_hooks)
 

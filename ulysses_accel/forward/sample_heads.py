@@ -27,7 +27,6 @@ from ulysses_accel.errors import BatchError
 from ulysses_accel.forward.context import ForwardFeature, ModelToShard, sharded_batch
 from ulysses_accel.forward.override import Forward, override_forward
 from ulysses_accel.installation import Installation
-from ulysses_accel.introspection.sample_heads import first_token_modules, read_sample_head
 from ulysses_accel.introspection.source import parameters
 from ulysses_accel.sequence.description import SequenceDescription
 from ulysses_accel.sequence.gather import gather_sequence, unit_numbers
@@ -39,11 +38,12 @@ class FirstTokens(ForwardFeature):
     """Gives modules that read a row's first token the one of the full row."""
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        if target.encoder is not None:
+        profile = target.profile
+        if profile.encoder is not None:
             return
         # A loss of first tokens must not be one of padding; anything else made of it is NaN.
-        must_be_known = target.loss is not None and target.loss.is_of_samples
-        for one in first_token_modules(target.inner):
+        must_be_known = profile.loss is not None and profile.loss.is_of_samples
+        for one in profile.first_tokens:
             hook = FirstTokenHook(target.group, one.is_cut, must_be_known)
             changes.hooks([one.module.register_forward_pre_hook(hook, with_kwargs=True)])
 
@@ -148,7 +148,7 @@ class SampleHeads(ForwardFeature):
     """
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        head = read_sample_head(target.inner)
+        head = target.profile.sample_head
         if head is None:
             return
         self._group = target.group
@@ -161,7 +161,7 @@ class SampleHeads(ForwardFeature):
             ]
         )
         changes.hooks([linear.register_forward_hook(self._after_linear) for linear in head.linears])
-        override_forward(target.inner, self._around_head, changes)
+        override_forward(target.profile.model, self._around_head, changes)
 
     def _around_head(
         self, model: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -26,11 +26,7 @@ from ulysses_accel.forward.override import Forward, override_forward
 from ulysses_accel.forward.positions import Positions, RotaryLength, TokenCounts
 from ulysses_accel.forward.sample_heads import FirstTokens, SampleHeads
 from ulysses_accel.installation import Installation
-from ulysses_accel.introspection.loss import LossUse, read_loss
-from ulysses_accel.introspection.multimodal import merging_of
-from ulysses_accel.introspection.positions import position_sources
-from ulysses_accel.introspection.source import parameters, takes_keywords
-from ulysses_accel.introspection.structure import encoder_of, reads_tokens, transformers_model
+from ulysses_accel.introspection.profile import ModelProfile
 from ulysses_accel.sequence.description import DESCRIPTION_KEY, SequenceDescription
 from ulysses_accel.sequence.running import run_batch
 
@@ -69,14 +65,13 @@ class ShardedForward:
         self.attention: InstalledAttention = target.attention
         self._features, self._coverage, self._changes = features, coverage, changes
         self._group_size = target.group.size()
-        self._position_keys = tuple(source.key for source in target.sources)
-        self._is_encoder_decoder = target.encoder is not None
-        self._has_full_encoder = target.has_full_encoder
-        self._merges = target.merging is not None
-        self._has_blocks = target.merging is not None and target.merging.has_blocks
-        self._takes_use_cache = "use_cache" in parameters(target.inner) or takes_keywords(
-            target.inner
-        )
+        profile = target.profile
+        self._position_keys = tuple(source.key for source in profile.positions)
+        self._is_encoder_decoder = profile.encoder is not None
+        self._has_full_encoder = profile.has_full_encoder
+        self._merges = profile.merging is not None
+        self._has_blocks = profile.merging is not None and profile.merging.has_blocks
+        self._takes_use_cache = profile.takes_use_cache
         self._has_warned = False
 
     # Not compiled: the compiler can't trace a context variable.
@@ -178,63 +173,36 @@ class ShardedForward:
 
 def shard_forward(
     model: nn.Module,
+    profile: ModelProfile,
     attention: SequenceAttention,
     group: ProcessGroup,
     world_group: ProcessGroup,
     num_steps: Callable[[], int] = lambda: 1,
-    computes_loss: bool = True,
 ) -> ShardedForward:
-    """Makes a model compute sharded batches exactly; it must have passed
-    `introspection.supports.check_model`.
+    """Makes a model compute sharded batches exactly.
 
     Args:
         model: a transformers model, or a module that holds one; changed in place, reversibly.
+        profile: of the model, without findings.
         attention: how its attention is computed.
         group: the ranks that share each sequence, over which a loss is aggregated.
         world_group: the ranks that `num_items_in_batch` is counted over.
         num_steps: returns the micro-steps that the engine divides a loss by.
-        computes_loss: whether the model's own loss is used, where it has one.
 
     Returns:
         The installation; its `close()` restores the model.
     """
     changes = Installation()
     try:
-        return _install(model, attention, group, world_group, num_steps, computes_loss, changes)
+        installed = install(model, attention)
+        changes.callback(installed.close)
+        target = ModelToShard(model, profile, installed, group, world_group, num_steps)
+        coverage = Coverage(target, changes)
+        features = [*(feature(target, changes) for feature in FEATURES), coverage]
+        sharded = ShardedForward(target, features, coverage, changes)
+        # The last and outermost, so that features' overrides run within the running batch.
+        override_forward(model, sharded.run, changes)
     except BaseException:
         changes.close()
         raise
-
-
-def _install(
-    model: nn.Module,
-    attention: SequenceAttention,
-    group: ProcessGroup,
-    world_group: ProcessGroup,
-    num_steps: Callable[[], int],
-    computes_loss: bool,
-    changes: Installation,
-) -> ShardedForward:
-    inner = transformers_model(model)
-    use, encoder = read_loss(inner) if computes_loss else None, encoder_of(inner)
-    installed = install(model, attention)
-    changes.callback(installed.close)
-    target = ModelToShard(
-        model,
-        inner,
-        installed,
-        group,
-        world_group,
-        num_steps,
-        loss=use if isinstance(use, LossUse) else None,
-        encoder=encoder,
-        has_full_encoder=encoder is not None and not reads_tokens(encoder),
-        sources=tuple(position_sources(inner)),
-        merging=merging_of(inner),
-    )
-    coverage = Coverage(target, changes)
-    features = [*(feature(target, changes) for feature in FEATURES), coverage]
-    sharded = ShardedForward(target, features, coverage, changes)
-    # The last and outermost, so that features' overrides run within the running batch.
-    override_forward(model, sharded.run, changes)
     return sharded

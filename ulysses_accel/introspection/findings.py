@@ -7,7 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FindingKind = Literal["attention", "heads", "layers", "loss", "mask", "positions", "statistics"]
+FindingKind = Literal[
+    "adapters", "attention", "heads", "layers", "loss", "mask", "memory", "positions", "statistics"
+]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Finds out how a model's loss uses labels: its token's, the next one's or its sample's, and
-counted by whom.
+"""How a model's loss uses labels: its token's, the next one's or its sample's, and who counts
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from ulysses_accel.introspection.sample_heads import ANSWERS, first_token_module
 from ulysses_accel.introspection.source import (
     assignments,
     calls_of,
-    forward_of,
     keyword,
     mentions,
     parameters,
@@ -24,9 +23,10 @@ from ulysses_accel.introspection.source import (
     takes_keywords,
     text_of,
 )
+from ulysses_accel.introspection.structure import ModelReading, once_per_reading
 
 _OUTSIDE = "Compute the loss from its logits, outside of the model, or use sp_size=1 and cp_size=1."
-# What some models are given beside the labels of tokens.
+# What some models take beside the labels of tokens.
 _SAMPLE_LABELS = ("next_sentence_label", "sentence_order_label")
 _OTHER_LOSSES = ("MSELoss", "BCEWithLogitsLoss", "CTCLoss", "L1Loss", "KLDivLoss")
 
@@ -40,8 +40,8 @@ class LossUse:
             are the sample's.
         divides_by_items: whether it takes `num_items_in_batch` and divides the sum by it; otherwise
             it is a mean.
-        needs: the arguments that it is made of; beside the `labels` of tokens one of samples, whose
-            mean it adds.
+        needs: the arguments that it is computed from; beside the `labels` of tokens one of samples,
+            whose mean it adds.
     """
 
     labels: Literal["next_token", "same_token", "whole"]
@@ -55,62 +55,58 @@ class LossUse:
 
     @property
     def is_of_samples(self) -> bool:
-        """Whether some of it is a loss of whole samples."""
+        """Whether some of it is a loss of samples."""
         return self.labels == "whole" or self.is_of_both
 
 
-def read_loss(model: Any) -> LossUse | list[Finding] | None:
+@once_per_reading
+def read_loss(reading: ModelReading) -> LossUse | list[Finding] | None:
     """Returns how a transformers model uses labels; None where it takes none, findings where it
     can't be aggregated.
-
-    Args:
-        model: a transformers model.
     """
-    head = read_sample_head(model)
+    model, forward, taken = reading.model, reading.forward, reading.parameters
+    head = read_sample_head(reading)
     if head is not None:
         return LossUse("whole", False, ANSWERS if head.answers else ("labels",))
-    if set(ANSWERS) <= set(parameters(model)):
+    if set(ANSWERS) <= set(taken):
         return [
             Finding("loss", "forward", "it looks for answers in a way that is not known.", _OUTSIDE)
         ]
-    if "labels" not in parameters(model):
+    if "labels" not in taken:
         return None
-    forward = forward_of(model)
     if forward is None:
-        # Source-less forwards are taken for what transformers takes a model without a loss of its
-        # own for.
+        # transformers takes a model without a loss of its own for one of next tokens, too.
         return LossUse("next_token", True)
-    findings = [*_cuts(forward)]
+    findings = [*_slices(forward)]
     forward = _where_loss_is(model, forward)
     called = calls_of(forward, "self.loss_function")
     used = (
-        _by_loss_function(model, forward, called) if called else _by_cross_entropy(model, forward)
+        _by_loss_function(model, forward, called) if called else _by_cross_entropy(reading, forward)
     )
     if isinstance(used, Finding):
         return [*findings, used]
     return findings or used
 
 
-def _cuts(forward: ast.FunctionDef) -> Iterator[Finding]:
-    found = (
+def _slices(forward: ast.FunctionDef) -> Iterator[Finding]:
+    sliced = [
         node
         for node in ast.walk(forward)
-        if isinstance(node, ast.Subscript) and mentions(node.value, "labels")
-    )
-    cut = [node for node in found if _is_part(node)]
-    if cut:
+        if isinstance(node, ast.Subscript) and mentions(node.value, "labels") and _is_part(node)
+    ]
+    if sliced:
         yield Finding(
             "loss",
             "forward",
-            f"its forward cuts the labels by itself ({text_of(cut[0])}), as if it had the whole "
+            f"its forward cuts the labels by itself ({text_of(sliced[0])}), as if it had the whole "
             "sequence.",
             _OUTSIDE,
         )
 
 
 def _is_part(node: ast.AST) -> bool:
-    """Whether an expression takes a part of a tensor by places; choosing tokens by a mask is no
-    matter of places.
+    """Whether an expression takes a part of a tensor by indices; choosing tokens by a mask does
+    not.
     """
     return isinstance(node, ast.Subscript) and any(
         isinstance(part, ast.Slice) for part in ast.walk(node.slice)
@@ -152,7 +148,7 @@ def _by_loss_function(
             f"its loss is {loss_type}, which is not a mean over tokens.",
             "Use sp_size=1 and cp_size=1.",
         )
-    if len(calls) == 1 and _gives_unshifted(model, forward, keyword(calls[0], "shift_labels")):
+    if len(calls) == 1 and _passes_unshifted(model, forward, keyword(calls[0], "shift_labels")):
         return LossUse("same_token", divides)
     if not takes_keywords(model) and "shift_labels" not in parameters(model):
         return Finding(
@@ -173,24 +169,25 @@ def _by_loss_function(
     return LossUse("next_token", divides)
 
 
-def _gives_unshifted(model: nn.Module, forward: ast.FunctionDef, given: ast.expr | None) -> bool:
+def _passes_unshifted(model: nn.Module, forward: ast.FunctionDef, passed: ast.expr | None) -> bool:
     """Whether the labels as they came are passed where the shifted ones belong: the decoder's
     inputs are shifted.
     """
-    if given is None:
+    if passed is None:
         return False
     values = [
         value
         for name, value in assignments(forward, model)
-        if isinstance(given, ast.Name) and name == given.id
+        if isinstance(passed, ast.Name) and name == passed.id
     ]
-    return any(mentions(value, "labels") for value in [given, *values])
+    return any(mentions(value, "labels") for value in [passed, *values])
 
 
-def _by_cross_entropy(model: Any, forward: ast.FunctionDef) -> LossUse | Finding:
-    """Reads a loss that the forward computes with torch's own cross entropy, of logits and labels
-    as they are.
+def _by_cross_entropy(reading: ModelReading, forward: ast.FunctionDef) -> LossUse | Finding:
+    """Reads a loss that the forward computes with torch's cross entropy, of logits and labels as
+    they are.
     """
+    model = reading.model
     every = [
         node
         for node in ast.walk(forward)
@@ -203,28 +200,28 @@ def _by_cross_entropy(model: Any, forward: ast.FunctionDef) -> LossUse | Finding
         for name in _OTHER_LOSSES
         if any(name in text_of(node.func) for node in _calls(forward))
     ]
-    added = _are_added(forward, every) and bool(first_token_modules(model))
+    added = _are_added(forward, every) and bool(first_token_modules(reading))
     if len(calls) != 1 or others or (pooled and not added):
-        found = ", ".join([*others, *(text_of(call) for call in every)]) or "none that is known"
-        return Finding("loss", "forward", f"its loss ({found}) is not one mean over tokens.")
+        listed = ", ".join([*others, *(text_of(call) for call in every)]) or "none that is known"
+        return Finding("loss", "forward", f"its loss ({listed}) is not one mean over tokens.")
     (call,) = calls
-    logits, labels = _given(call)
-    whole = logits is not None and labels is not None and mentions(labels, "labels")
-    if not whole or _is_cut(logits, forward, model) or not _is_by_token(logits, model):
+    logits, labels = _arguments(call)
+    of_labels = logits is not None and labels is not None and mentions(labels, "labels")
+    if not of_labels or _is_sliced(logits, forward, model) or not _is_by_token(logits, model):
         return Finding(
             "loss", "forward", f"its loss ({text_of(call)}) is not one of each token.", _OUTSIDE
         )
     return LossUse("same_token", False, ("labels", *pooled))
 
 
-def _given(call: ast.Call) -> tuple[ast.expr | None, ast.expr | None]:
+def _arguments(call: ast.Call) -> tuple[ast.expr | None, ast.expr | None]:
     """Returns the logits and the labels of a call of cross entropy."""
     logits = call.args[0] if call.args else keyword(call, "input")
     return logits, call.args[1] if len(call.args) > 1 else keyword(call, "target")
 
 
 def _are_added(forward: ast.FunctionDef, calls: list[ast.Call]) -> bool:
-    """Whether two losses are added as they are, and nothing else is made of them."""
+    """Whether two losses are added as they are, and not used otherwise."""
     stored = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]
     names = {
         ast.unparse(node.targets[0]) for node in stored if any(node.value is call for call in calls)
@@ -252,12 +249,12 @@ def _is_cross_entropy(call: ast.Call, forward: ast.FunctionDef, model: Any) -> b
         return not _options(call)
     if function.startswith("self."):
         return isinstance(getattr(model, function.removeprefix("self."), None), nn.CrossEntropyLoss)
-    made = [value for name, value in assignments(forward, model) if name == function]
+    values = [value for name, value in assignments(forward, model) if name == function]
     return any(
         isinstance(value, ast.Call)
         and ast.unparse(value.func).endswith("CrossEntropyLoss")
         and not _options(value)
-        for value in made
+        for value in values
     )
 
 
@@ -273,7 +270,7 @@ def _options(call: ast.Call) -> list[str]:
     ]
 
 
-def _is_cut(logits: ast.expr | None, forward: ast.FunctionDef, model: Any) -> bool:
+def _is_sliced(logits: ast.expr | None, forward: ast.FunctionDef, model: Any) -> bool:
     """Whether logits are a part of what the model computed: without the last token, or one
     token's.
     """

@@ -1,25 +1,24 @@
-"""Where a model merges images or sound into the embeddings of its tokens."""
+"""Where a model merges images or audio into the embeddings of its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ulysses_accel.dataloader.keys import MERGED_KEYS
 from ulysses_accel.introspection.source import parameters
-from ulysses_accel.introspection.structure import attending, encoder_of, source_of, text_config
+from ulysses_accel.introspection.structure import ModelReading, attends, holds, source_of
 
 
 @dataclass(frozen=True)
 class Merging:
-    """Where a model merges images or sound into its tokens.
+    """Where a model merges images or audio into its tokens.
 
     Args:
-        decoder: what is given the merged embeddings.
-        towers: what attends to images or sound, outermost modules only.
+        decoder: what is passed the merged embeddings.
+        towers: what attends to images or audio, outermost modules only.
         has_blocks: whether it lets the tokens of one image, or of a prompt, see each other in both
             directions where the batch says of each token which it is.
     """
@@ -29,36 +28,28 @@ class Merging:
     has_blocks: bool
 
 
-def merging_of(model: Any) -> Merging | None:
-    """Returns where a transformers model merges images or sound; None where it doesn't, or not in a
+def merging_of(reading: ModelReading) -> Merging | None:
+    """Returns where a transformers model merges images or audio; None where it doesn't, or not in a
     known way.
-
-    Args:
-        model: a transformers model.
     """
-    takes = set(parameters(model)) & set(MERGED_KEYS)
-    if not takes or encoder_of(model) is not None or text_config(model) is model.config:
+    decoder = reading.text_decoder
+    if reading.encoder is not None or decoder is None:
         return None
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model or "inputs_embeds" not in parameters(decoder):
+    takes_features = set(reading.parameters) & set(MERGED_KEYS)
+    if not takes_features or "inputs_embeds" not in parameters(decoder):
         return None
-    around = [
-        module for module in model.modules() if module is not decoder and _holds(module, decoder)
-    ]
-    sources = [source_of(type(module)) for module in around]
+    sources = [source_of(type(module)) for module in reading.around_decoder]
     if not any("masked_scatter(" in source for source in sources):
         return None
     has_blocks = any("block_sequence_ids" in source for source in sources)
-    return Merging(decoder, tuple(_towers(model, decoder)), has_blocks)
-
-
-def _holds(module: nn.Module, part: nn.Module) -> bool:
-    return any(other is part for other in module.modules())
+    return Merging(decoder, tuple(_towers(reading.model, decoder)), has_blocks)
 
 
 def _towers(module: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if _holds(child, decoder):
-            yield from _towers(child, decoder) if child is not decoder else ()
-        elif any(True for _ in attending(child)):
+        if child is decoder:
+            continue
+        if holds(child, decoder):
+            yield from _towers(child, decoder)
+        elif attends(child):
             yield child

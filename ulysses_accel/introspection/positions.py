@@ -7,31 +7,27 @@ Checks that every token's position is the one that it has in the whole sequence.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
 
-from ulysses_accel import _private_api
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.source import (
+    LiveForward,
     assignments,
     attention_calls,
     forward_of,
     is_name,
-    live_nodes,
+    live_forward,
     mentions,
     parameters,
     syntax_of,
     text_of,
 )
-from ulysses_accel.introspection.structure import (
-    encoder_of,
-    reads_tokens,
-    sharded_parts,
-    text_config,
-)
+from ulysses_accel.introspection.structure import ModelReading, is_model, once_per_reading
 
 DECODER_POSITIONS = "decoder_position_ids"
 POSITIONS = "position_ids"
@@ -45,7 +41,7 @@ class PositionSource:
     Args:
         key: their name in the batch.
         is_argument: whether the model's forward takes them under that name.
-        embeddings: otherwise the modules that take positions, or make their own, with their names.
+        embeddings: otherwise the modules that take positions, or compute them, with their names.
     """
 
     key: str
@@ -58,52 +54,45 @@ class PositionSource:
         return self.is_argument or bool(self.embeddings)
 
 
-def position_sources(model: Any) -> list[PositionSource]:
-    """Returns the way of each sharded sequence's positions into a model: the main one's first, then
+@once_per_reading
+def position_sources(reading: ModelReading) -> tuple[PositionSource, ...]:
+    """Returns how each sharded sequence's positions come into a model: the main one's first, then
     an encoder's.
-
-    Args:
-        model: a transformers model.
     """
-    taken, encoder, parts = parameters(model), encoder_of(model), sharded_parts(model)
-    if encoder is None:
-        return [
-            PositionSource(POSITIONS, True)
-            if POSITIONS in taken
-            else PositionSource(POSITIONS, False, _embeddings(parts))
-        ]
-    inside = set(encoder.modules())
-    sources = []
-    for key, is_encoder in ((DECODER_POSITIONS, False), (POSITIONS, True)):
-        side = [(name, module) for name, module in parts if (module in inside) is is_encoder]
-        if not is_encoder or reads_tokens(encoder):
-            found = (
-                PositionSource(key, True)
-                if key in taken
-                else PositionSource(key, False, _embeddings(side))
-            )
-            sources.append(found)
-    return sources
+    if reading.encoder is None:
+        return (_source(reading, POSITIONS, reading.sharded),)
+    encoder: dict[str, nn.Module] = {}
+    decoder: dict[str, nn.Module] = {}
+    for name, module in reading.sharded.items():
+        side = encoder if module in reading.encoder_modules else decoder
+        side[name] = module
+    main = _source(reading, DECODER_POSITIONS, decoder)
+    if not reading.is_encoder_sharded:
+        return (main,)
+    return main, _source(reading, POSITIONS, encoder)
 
 
-def _embeddings(parts: Iterable[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.Module], ...]:
-    """Returns the innermost modules that take positions, and those that make them of tokens they
-    are given.
+def _source(reading: ModelReading, key: str, side: Mapping[str, nn.Module]) -> PositionSource:
+    if key in reading.parameters:
+        return PositionSource(key, True)
+    return PositionSource(key, False, _embeddings(side))
+
+
+def _embeddings(side: Mapping[str, nn.Module]) -> tuple[tuple[str, nn.Module], ...]:
+    """Returns the innermost modules that take positions, and those that compute them from the
+    tokens that they are passed.
     """
-    found = [
-        (name, module)
-        for name, module in parts
+    takes = {
+        name: module
+        for name, module in side.items()
         if POSITIONS in parameters(module) or makes_positions(module)
-    ]
-    return tuple(
-        (name, module)
-        for name, module in found
-        if not any(other.startswith(f"{name}.") for other, _ in found) and not _is_model(module)
-    )
-
-
-def _is_model(module: nn.Module) -> bool:
-    return _private_api.is_transformers_model(module)
+    }
+    innermost = []
+    for name, module in takes.items():
+        is_outer = any(other.startswith(f"{name}.") for other in takes)
+        if not is_outer and not is_model(module):
+            innermost.append((name, module))
+    return tuple(innermost)
 
 
 def makes_positions(module: nn.Module) -> bool:
@@ -114,11 +103,11 @@ def makes_positions(module: nn.Module) -> bool:
     return counts and POSITIONS not in parameters(module) and "input_ids" in parameters(module)
 
 
-def padding_start(model: Any) -> int | None:
-    """Returns the number behind which a model's positions start, where it counts them from its
+def padding_start(reading: ModelReading) -> int | None:
+    """Returns the number after which a model's positions start, where it counts them from its
     padding token.
     """
-    for _, module in sharded_parts(model):
+    for module in reading.sharded.values():
         index = getattr(module, "padding_idx", None)
         if (
             isinstance(index, int)
@@ -130,8 +119,8 @@ def padding_start(model: Any) -> int | None:
 
 
 def _looks_up(module: nn.Module) -> bool:
-    """Whether a module has an embedding of positions; with rotary ones it makes those positions for
-    nothing.
+    """Whether a module has an embedding of positions; with rotary ones it computes those positions
+    for nothing.
     """
     return any(
         isinstance(child, nn.Embedding) and "position" in name
@@ -151,19 +140,17 @@ def _counts_tokens(module: nn.Module) -> bool:
     )
 
 
-def counts_mask(model: Any) -> bool:
-    """Returns whether a model counts positions by its attention mask, where it is given none."""
-    parts = sharded_parts(model)
-    named = dict(parts)
-    embeds = any(
-        _takes_mask(part) and not _counts_places(named.get(name.rpartition(".")[0]))
-        for name, part in parts
-    )
-    return embeds or any(map(_counts_text_by_mask, model.modules()))
+def counts_mask(reading: ModelReading) -> bool:
+    """Returns whether a model counts positions by its attention mask, where it is passed none."""
+    for name, module in reading.sharded.items():
+        parent = reading.sharded.get(name.rpartition(".")[0])
+        if _takes_mask(module) and not _counts_indices(parent):
+            return True
+    return any(map(_counts_text_by_mask, reading.modules.values()))
 
 
 def _takes_mask(module: nn.Module) -> bool:
-    """Whether an embedding of positions counts them by the mask that it is given."""
+    """Whether an embedding of positions counts them by the mask that it is passed."""
     forward = forward_of(module)
     if (
         not isinstance(module, nn.Embedding)
@@ -176,27 +163,27 @@ def _takes_mask(module: nn.Module) -> bool:
     )
 
 
-def _counts_places(module: nn.Module | None) -> bool:
-    """Whether a module makes positions of places in the row, so that its embedding is never without
-    any.
+def _counts_indices(module: nn.Module | None) -> bool:
+    """Whether a module computes positions from indices in the row, so that its embedding is never
+    without any.
     """
     forward = forward_of(module) if module is not None else None
     if module is None or forward is None:
         return False
-    made = [value for name, value in assignments(forward, module) if name == POSITIONS]
-    return any("torch.arange" in ast.unparse(value) for value in made)
+    computed = [value for name, value in assignments(forward, module) if name == POSITIONS]
+    return any("torch.arange" in ast.unparse(value) for value in computed)
 
 
 def _counts_text_by_mask(module: nn.Module) -> bool:
-    """Whether a model of text and images makes positions of its mask for text alone, too."""
+    """Whether a model of text and images computes positions from its mask for text alone, too."""
     method = getattr(type(module), "compute_3d_position_ids", None)
-    made = syntax_of(method) if method is not None else None
-    conditions = (
-        [value for name, value in assignments(made, module) if name == "can_compute_mrope"]
-        if made
-        else []
+    tree = syntax_of(method) if method is not None else None
+    if tree is None:
+        return False
+    return any(
+        name == "can_compute_mrope" and mentions(value, "attention_mask")
+        for name, value in assignments(tree, module)
     )
-    return any(mentions(value, "attention_mask") for value in conditions)
 
 
 @dataclass(frozen=True)
@@ -217,33 +204,36 @@ class OwnCount:
     follows_cache: bool
 
 
-def own_counts(model: Any) -> list[OwnCount]:
+@once_per_reading
+def own_counts(reading: ModelReading) -> tuple[OwnCount, ...]:
     """Returns the attending modules of a model that count their tokens by themselves."""
-    found = []
-    for name, module in sharded_parts(model):
-        forward = forward_of(module) if attention_calls(module) else None
-        nodes = list(live_nodes(forward, module)) if forward is not None else []
-        counts = [
-            node
-            for node in nodes
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.arange"
-        ]
+    counting = []
+    for name, module in reading.sharded.items():
+        forward = live_forward(module) if attention_calls(module) else None
+        counts = _counts(forward) if forward is not None else ()
+        if forward is None or not counts:
+            continue
         added = [
             node.left
-            for node in nodes
+            for node in forward.nodes
             if isinstance(node, ast.BinOp) and is_name(node.right, "past_seen_tokens")
         ]
-        if counts:
-            follows = (
-                len(counts) == 1 and counts[0] in added and "past_key_values" in parameters(module)
-            )
-            found.append(OwnCount(name, module, text_of(counts[0]), follows))
-    return found
+        is_one = len(counts) == 1 and counts[0] in added
+        follows_cache = is_one and "past_key_values" in parameters(module)
+        counting.append(OwnCount(name, module, text_of(counts[0]), follows_cache))
+    return tuple(counting)
 
 
-def check_positions(model: Any) -> Iterator[Finding]:
-    """Yields positions that can't be told to the model, or that it counts on its own tokens."""
-    for source in position_sources(model):
+@cache
+def _counts(forward: LiveForward) -> tuple[ast.Call, ...]:
+    """Returns where a forward counts tokens."""
+    calls = (node for node in forward.nodes if isinstance(node, ast.Call))
+    return tuple(call for call in calls if ast.unparse(call.func) == "torch.arange")
+
+
+def check_positions(reading: ModelReading) -> Iterator[Finding]:
+    """Yields positions that can't be passed to the model, or that it counts on a shard."""
+    for source in position_sources(reading):
         if not source.is_known:
             yield Finding(
                 "positions",
@@ -253,7 +243,7 @@ def check_positions(model: Any) -> Iterator[Finding]:
                 f"position 0.",
                 "Use a model that takes them.",
             )
-    for count in own_counts(model):
+    for count in own_counts(reading):
         if not count.follows_cache:
             yield Finding(
                 "positions",
@@ -264,8 +254,8 @@ def check_positions(model: Any) -> Iterator[Finding]:
                 "Use a model without it, or sp_size=1 and cp_size=1.",
             )
             break
-    scaled = set(rope_types(text_config(model))) & set(SCALED_BY_LENGTH)
-    if scaled and not rotary_modules(model):
+    scaled = set(rope_types(reading.text_config)) & set(SCALED_BY_LENGTH)
+    if scaled and not rotary_modules(reading):
         yield Finding(
             "positions",
             "config",
@@ -287,16 +277,15 @@ def rope_types(config: Any) -> set[str]:
     return {str(entry.get("rope_type", entry.get("type"))) for entry in [parameters, *nested]}
 
 
-def rotary_modules(model: Any) -> list[nn.Module]:
+@once_per_reading
+def rotary_modules(reading: ModelReading) -> tuple[nn.Module, ...]:
     """Returns the modules whose rotary angles follow from the longest position that they are
-    given.
+    passed.
     """
-    return [module for _, module in sharded_parts(model) if _follows_length(module)]
+    return tuple(module for module in reading.sharded.values() if _follows_length(module))
 
 
 def _follows_length(module: nn.Module) -> bool:
     types = getattr(module, "rope_type", None)
     named = types.values() if isinstance(types, dict) else [types]
-    return any(
-        name == kind or "dynamic" in str(name) for name in named for kind in SCALED_BY_LENGTH
-    )
+    return any(name in SCALED_BY_LENGTH or "dynamic" in str(name) for name in named)

@@ -1,10 +1,11 @@
-"""What a prepared model asks of the batches that are made for it, found out from its structure."""
+"""What a model requires of the batches that are prepared for it, from its structure."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,77 +16,92 @@ from ulysses_accel.introspection.loss import LossUse, read_loss
 from ulysses_accel.introspection.multimodal import merging_of
 from ulysses_accel.introspection.positions import counts_mask, padding_start
 from ulysses_accel.introspection.source import attention_calls
-from ulysses_accel.introspection.structure import (
-    encoder_of,
-    sharded_parts,
-    text_config,
-    transformers_model,
-)
+from ulysses_accel.introspection.structure import ModelReading, transformers_model
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, BatchRules
 
 
-def rules_of(model: nn.Module) -> BatchRules:
-    """Returns the rules of one model.
-
-    Args:
-        model: a transformers model, or a module that holds one, that passed `check_model`.
-    """
-    inner = transformers_model(model)
-    used = read_loss(inner)
+def batch_rules(reading: ModelReading) -> BatchRules:
+    """Returns the rules that one model's batches follow."""
+    used = read_loss(reading)
     return BatchRules(
         labels=used.labels if isinstance(used, LossUse) else "next_token",
-        counts_mask=counts_mask(inner),
-        padding_idx=padding_start(inner),
-        decoder_inputs=_decoder_inputs(inner) if encoder_of(inner) is not None else None,
-        merges=merging_of(inner) is not None,
-        is_causal=_is_causal(inner),
+        counts_mask=counts_mask(reading),
+        padding_idx=padding_start(reading),
+        decoder_inputs=_decoder_inputs(reading.model) if reading.encoder is not None else None,
+        merges=merging_of(reading) is not None,
+        is_causal=_is_causal(reading),
     )
 
 
-def _is_causal(model: Any) -> bool | None:
+def rules_of(model: nn.Module) -> BatchRules:
+    """Returns the rules that the batches of a model follow.
+
+    Args:
+        model: a transformers model, or a module that holds one.
+    """
+    return batch_rules(ModelReading(transformers_model(model)))
+
+
+def _is_causal(reading: ModelReading) -> bool | None:
     """Returns whether all layers of a model of one sequence are causal; None where some are not, or
     have a window.
     """
-    layers = [module for part, module in sharded_parts(model) if attention_calls(module)]
+    layers = [module for module in reading.sharded.values() if attention_calls(module)]
+    types = set(getattr(reading.text_config, "layer_types", None) or ())
+    has_windows = any(getattr(module, "sliding_window", None) is not None for module in layers)
+    if reading.encoder is not None or has_windows or types - {"full_attention", "attention"}:
+        return None
     kinds = {bool(getattr(module, "is_causal", True)) for module in layers}
-    other = set(getattr(text_config(model), "layer_types", None) or ()) - {
-        "full_attention",
-        "attention",
-    }
-    windows = other or any(getattr(module, "sliding_window", None) is not None for module in layers)
-    return kinds.pop() if len(kinds) == 1 and not windows and encoder_of(model) is None else None
+    return kinds.pop() if len(kinds) == 1 else None
 
 
-def common_rules(models: Sequence[nn.Module]) -> BatchRules:
+@dataclass(frozen=True)
+class Requirements:
+    """What one model requires of a batch.
+
+    Args:
+        name: of the model's class, for messages.
+        takes_labels: whether it computes a loss; a model without one takes any labels.
+        rules: that its batches follow.
+    """
+
+    name: str
+    takes_labels: bool
+    rules: BatchRules
+
+
+def requirements_of(reading: ModelReading) -> Requirements:
+    """Returns what a model requires of a batch."""
+    takes_labels = read_loss(reading) is not None
+    return Requirements(type(reading.model).__name__, takes_labels, batch_rules(reading))
+
+
+def common_rules(models: Sequence[Requirements]) -> BatchRules:
     """Returns the rules that a batch for all of some models follows.
 
     Args:
-        models: prepared together, so that any of them may be given a batch.
+        models: what each model requires; prepared together, so that any of them may get a batch.
 
     Raises:
-        ConfigError: two models ask for different batches.
+        ConfigError: two models require different batches.
     """
-    found = [
-        (type(transformers_model(model)).__name__, _takes_labels(model), rules_of(model))
-        for model in models
-    ]
-    if not found:
+    if not models:
         return PLAIN_RULES
-    # A model without a loss takes any labels.
-    found.sort(key=lambda entry: not entry[1])
-    first_name, _, first = found[0]
-    for name, takes_labels, rules in found[1:]:
-        same = rules if takes_labels else replace(rules, labels=first.labels)
-        if _comparable(same) != _comparable(first):
+    # Those without a loss take the labels of the others.
+    first, *others = sorted(models, key=lambda model: not model.takes_labels)
+    for model in others:
+        labels = model.rules.labels if model.takes_labels else first.rules.labels
+        same = replace(model.rules, labels=labels)
+        if _comparable(same) != _comparable(first.rules):
             raise ConfigError(
-                f"{first_name} and {name} were prepared by one accelerator, but ask for different "
-                "batches: "
-                f"{_comparable(first)} and {_comparable(same)} (labels, positions by the mask, "
-                "positions' start, "
-                f"decoder, images or sound). Prepare them with an accelerator each."
+                f"{first.name} and {model.name} were prepared by one accelerator, but ask for "
+                "different batches: "
+                f"{_comparable(first.rules)} and {_comparable(same)} (labels, positions by the "
+                "mask, positions' start, decoder, images or audio). Prepare them with an "
+                "accelerator each."
             )
-    patterns = {rules.is_causal for _, _, rules in found}
-    return first if len(patterns) == 1 else replace(first, is_causal=None)
+    patterns = {model.rules.is_causal for model in models}
+    return first.rules if len(patterns) == 1 else replace(first.rules, is_causal=None)
 
 
 def _comparable(rules: BatchRules) -> tuple[Any, ...]:
@@ -98,30 +114,45 @@ def _comparable(rules: BatchRules) -> tuple[Any, ...]:
     )
 
 
-def _takes_labels(model: nn.Module) -> bool:
-    return read_loss(transformers_model(model)) is not None
-
-
 def _decoder_inputs(model: Any) -> Callable[[Tensor], Tensor]:
-    """Returns what makes a decoder's tokens of labels, as the model's own forward would."""
+    """Returns what computes a decoder's tokens from labels, as the model's own forward would; a
+    loader that holds it does not keep the model alive.
+    """
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        prepare: Callable[[Tensor], Tensor] = model.prepare_decoder_input_ids_from_labels
-        return prepare
+        return _MethodOfModel(weakref.WeakMethod(model.prepare_decoder_input_ids_from_labels))
     shift = _private_api.global_of(type(model).forward, "shift_tokens_right")
     names = list(inspect.signature(shift).parameters) if shift is not None else []
     if not set(names[1:]) <= {"pad_token_id", "decoder_start_token_id"} or shift is None:
         return _refuse_labels_alone
 
+    config = model.config
+
     def decoder_inputs(labels: Tensor) -> Tensor:
-        shifted: Tensor = shift(labels, *(getattr(model.config, name) for name in names[1:]))
+        shifted: Tensor = shift(labels, *(getattr(config, name) for name in names[1:]))
         return shifted
 
     return decoder_inputs
 
 
+@dataclass(frozen=True)
+class _MethodOfModel:
+    """Calls a model's method as long as the model lives."""
+
+    method: weakref.WeakMethod[Callable[[Tensor], Tensor]]
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        bound = self.method()
+        if bound is None:
+            raise BatchError(
+                "the batch has labels and no decoder_input_ids, and the model that computes one "
+                "from the other was deleted. Keep the model, or put decoder_input_ids into the "
+                "batch."
+            )
+        return bound(labels)
+
+
 def _refuse_labels_alone(labels: Tensor) -> Tensor:
     raise BatchError(
-        "the batch has labels and no decoder_input_ids, and the model does not say how it makes "
-        "one of the other. "
-        "Put decoder_input_ids into the batch."
+        "the batch has labels and no decoder_input_ids, and the model does not say how it computes "
+        "one from the other. Put decoder_input_ids into the batch."
     )

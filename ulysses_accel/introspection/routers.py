@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ulysses_accel import _private_api
 from ulysses_accel.introspection.findings import Finding
-from ulysses_accel.introspection.source import calls_of, forward_of, text_of
+from ulysses_accel.introspection.source import calls_of, text_of
+from ulysses_accel.introspection.structure import ModelReading, is_model, once_per_reading
 
 FLAG = "output_router_logits"
 _FUNCTION = "load_balancing_loss_func"
@@ -28,7 +29,7 @@ _REMEDY = f"Set {FLAG}=False."
 
 @dataclass(frozen=True)
 class RouterLossUse:
-    """Where a model keeps what its router loss is made with, each as a path of attribute names.
+    """Where a model keeps what its router loss is computed with, each as a path of attribute names.
 
     Args:
         num_experts: how many experts E a router chooses from.
@@ -41,14 +42,12 @@ class RouterLossUse:
     coefficient: tuple[str, ...]
 
 
-def read_router_loss(model: Any) -> RouterLossUse | Finding | None:
-    """Returns how a transformers model makes its router loss; None where it has none, a finding
+@once_per_reading
+def read_router_loss(reading: ModelReading) -> RouterLossUse | Finding | None:
+    """Returns how a transformers model computes its router loss; None where it has none, a finding
     where it is another.
-
-    Args:
-        model: a transformers model.
     """
-    forward = forward_of(model)
+    model, forward = reading.model, reading.forward
     calls = [] if forward is None else calls_of(forward, _FUNCTION)
     if forward is None or not calls:
         return None
@@ -99,7 +98,7 @@ def _coefficient(forward: ast.FunctionDef) -> ast.expr | None:
 
 
 def _path(node: ast.expr) -> tuple[str, ...] | None:
-    """Returns the names behind `self` in an expression such as `self.config.num_experts`, None for
+    """Returns the names after `self` in an expression such as `self.config.num_experts`, None for
     any other.
     """
     names = ast.unparse(node).split(".")
@@ -117,12 +116,12 @@ def computes_load_balance(function: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     layers = tuple(torch.randn(6, 5, generator=generator) for _ in range(2))
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
-    for given in (None, mask):
+    for attention_mask in (None, mask):
         try:
-            theirs = function(layers, 5, 2, given)
+            theirs = function(layers, 5, 2, attention_mask)
         except (TypeError, ValueError, RuntimeError):
             return False
-        weights = None if given is None else given.reshape(-1)
+        weights = None if attention_mask is None else attention_mask.reshape(-1)
         counted = torch.stack([router_statistics(logits, 2, weights) for logits in layers]).sum(0)
         if not torch.allclose(
             torch.as_tensor(theirs, dtype=torch.float64), load_balance(counted), rtol=1e-4
@@ -211,8 +210,8 @@ def _recorded(
     module: nn.Module, name: str, recorders: list[Any]
 ) -> Iterator[tuple[nn.Module, int]]:
     for child_name, child in module.named_children():
-        own = _recorders(child) if _private_api.is_transformers_model(child) else recorders
-        yield from _recorded(child, f"{name}.{child_name}", own)
+        inner = _recorders(child) if is_model(child) else recorders
+        yield from _recorded(child, f"{name}.{child_name}", inner)
     for recorder in recorders:
         target: Any = getattr(recorder, "target_class", recorder)
         layer = getattr(recorder, "layer_name", None)

@@ -1,5 +1,5 @@
-"""Finds what a model computes of whole samples: poolers that read the first token, and the heads
-behind its layers.
+"""What a model computes of whole samples: poolers that read the first token, and the heads after
+its layers.
 
 Read from the structure and the source of the forward. A head whose loss is one of tokens is none of
 these.
@@ -10,20 +10,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from torch import nn
 
-from ulysses_accel import _private_api
 from ulysses_accel.introspection.source import (
     assignments,
     attention_calls,
     calls_of,
     forward_of,
     is_name,
-    parameters,
 )
-from ulysses_accel.introspection.structure import attending, encoder_of, sharded_parts
+from ulysses_accel.introspection.structure import ModelReading, attends, is_model, once_per_reading
 
 Reads = Literal["nothing", "first", "logits", "all"]
 ANSWERS = ("start_positions", "end_positions")
@@ -36,7 +35,7 @@ class FirstToken:
 
     Args:
         module: itself.
-        is_cut: whether it is given that token alone `[B, D]`, rather than the sequence that it
+        is_cut: whether it is passed that token alone `[B, D]`, rather than the sequence that it
             takes it from.
     """
 
@@ -46,13 +45,13 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class SampleHead:
-    """What stands behind the layers of a model whose loss is one of whole samples.
+    """What follows the layers of a model whose loss is one of samples.
 
     Args:
         base: the model's part that holds all of its layers.
         reads: what the head reads of the last hidden states: `nothing` (the pooled output only),
-            the `first` token, `logits` that a linear layer makes of each token, or `all` of them.
-        linears: the layers that make those logits, where nothing else is read.
+            the `first` token, `logits` that a linear layer computes of each token, or `all`.
+        linears: the layers that compute those logits, where nothing else is read.
         answers: whether it is to find the tokens where an answer starts and ends.
     """
 
@@ -62,45 +61,46 @@ class SampleHead:
     answers: bool
 
 
-def first_token_modules(model: Any) -> list[FirstToken]:
+@once_per_reading
+def first_token_modules(reading: ModelReading) -> tuple[FirstToken, ...]:
     """Returns the modules of a transformers model that read each row's first token, and nothing
     else of it.
     """
-    found: list[FirstToken] = []
-    for _, module in sharded_parts(model):
+    readers: list[FirstToken] = []
+    for module in reading.sharded.values():
         if _reads_first(module):
-            found.append(FirstToken(module, is_cut=False))
-        forward = forward_of(module) if _private_api.is_transformers_model(module) else None
-        calls = (
-            [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
-            if forward is not None
-            else []
-        )
-        cut = [
-            child_called(module, call) for call in calls if call.args and _is_first(call.args[0])
-        ]
-        found += [FirstToken(child, is_cut=True) for child in cut if child is not None]
-    return found
+            readers.append(FirstToken(module, is_cut=False))
+        forward = forward_of(module) if is_model(module) else None
+        for call in _calls(forward):
+            child = child_called(module, call) if call.args and _is_first(call.args[0]) else None
+            if child is not None:
+                readers.append(FirstToken(child, is_cut=True))
+    return tuple(readers)
 
 
-def read_sample_head(model: Any) -> SampleHead | None:
+@cache
+def _calls(forward: ast.FunctionDef | None) -> tuple[ast.Call, ...]:
+    if forward is None:
+        return ()
+    return tuple(node for node in ast.walk(forward) if isinstance(node, ast.Call))
+
+
+@once_per_reading
+def read_sample_head(reading: ModelReading) -> SampleHead | None:
     """Returns the head of a transformers model whose loss is one of whole samples; None where there
-    is none known.
-
-    Args:
-        model: a transformers model; of an encoder-decoder no head is known.
+    is none known, as of an encoder-decoder.
     """
-    forward = forward_of(model)
-    if forward is None or not _may_be_of_samples(model, forward):
+    model, forward = reading.model, reading.forward
+    if forward is None or not _may_be_of_samples(reading, forward):
         return None
     base, output = _base_and_output(model, forward)
-    if base is None or output is None or encoder_of(model) is not None:
+    if base is None or output is None or reading.encoder is not None:
         return None
     uses = list(_uses(forward, model, output))
-    # The pooled output is right where it is made of a first token that can be given.
-    if "other" in uses or ("pooled" in uses and not first_token_modules(base)):
+    # The pooled output is right where it is made of a first token that can be passed.
+    if "other" in uses or ("pooled" in uses and not first_token_modules(ModelReading(base))):
         return None
-    reads, answers = _summary([use for use in uses if use != "pooled"]), _finds_answers(model)
+    reads, answers = _summary([use for use in uses if use != "pooled"]), _finds_answers(reading)
     # A loss of the pooled output alone can't be one of tokens.
     if not answers and reads != "nothing" and not _classifies(model, forward):
         return None
@@ -108,16 +108,17 @@ def read_sample_head(model: Any) -> SampleHead | None:
     return SampleHead(base, reads, tuple(linears.values()), answers)
 
 
-def _finds_answers(model: nn.Module) -> bool:
-    return set(ANSWERS) <= set(parameters(model))
+def _finds_answers(reading: ModelReading) -> bool:
+    return set(ANSWERS) <= set(reading.parameters)
 
 
-def _may_be_of_samples(model: nn.Module, forward: ast.FunctionDef) -> bool:
+def _may_be_of_samples(reading: ModelReading, forward: ast.FunctionDef) -> bool:
     """Whether it is worth looking further."""
-    if _finds_answers(model):
+    if _finds_answers(reading):
         return True
-    uses_loss_function = bool(calls_of(forward, "self.loss_function"))
-    return "labels" in parameters(model) and (not uses_loss_function or _classifies(model, forward))
+    if "labels" not in reading.parameters:
+        return False
+    return not calls_of(forward, "self.loss_function") or _classifies(reading.model, forward)
 
 
 def _classifies(model: Any, forward: ast.FunctionDef) -> bool:
@@ -133,11 +134,7 @@ def _base_and_output(
     """Returns the child that holds all layers, and the variable that its output goes to; None where
     not clear.
     """
-    bases = [
-        (name, child)
-        for name, child in model.named_children()
-        if any(True for _ in attending(child))
-    ]
+    bases = [(name, child) for name, child in model.named_children() if attends(child)]
     if len(bases) != 1:
         return None, None
     name, base = bases[0]
@@ -149,14 +146,14 @@ def _base_and_output(
 
 
 def _gives_tokens(forward: ast.FunctionDef, call: ast.Call) -> bool:
-    """Whether a call hands on the tokens as they came, which are not choices or parts of them."""
-    given = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "input_ids")]
+    """Whether a call passes on the tokens as they came, which are not choices or parts of them."""
+    passed = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "input_ids")]
     targets = [
         node
         for node in ast.walk(forward)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     ]
-    return any(is_name(value, "input_ids") for value in given) and not any(
+    return any(is_name(value, "input_ids") for value in passed) and not any(
         is_name(node, "input_ids") for node in targets
     )
 
@@ -204,21 +201,23 @@ def _use_of_output(part: ast.AST, parent: ast.AST) -> Iterator[str]:
     )
     if name in ("1", ":2", "pooler_output"):
         yield "pooled"
-    # What else there is may only be handed on to the caller.
+    # What else there is may only be passed on to the caller.
     elif name not in ("0", "last_hidden_state") and not isinstance(parent, ast.keyword | ast.BinOp):
         yield "other"
 
 
 def _use(node: ast.AST, parent: ast.AST, model: nn.Module) -> Iterator[str | nn.Module]:
-    """Yields how one use of the hidden states reads them; nothing where they are only handed on."""
+    """Yields how one use of the hidden states reads them; nothing where they are only passed on."""
     called = child_called(model, parent) if isinstance(parent, ast.Call) else None
     if _is_first(parent):
         yield "first"
     elif called is None or not isinstance(parent, ast.Call) or parent.args[0] is not node:
         yield "all"
     elif not isinstance(called, nn.Dropout | nn.Identity):
-        is_linear = hasattr(called, "in_features") and hasattr(called, "out_features")
-        yield called if is_linear else "first" if _reads_first(called) else "all"
+        if hasattr(called, "in_features") and hasattr(called, "out_features"):
+            yield called
+        else:
+            yield "first" if _reads_first(called) else "all"
 
 
 def _summary(uses: list[str | nn.Module]) -> Reads:
@@ -282,7 +281,12 @@ def _is_first(node: ast.AST) -> bool:
 def _reads_first(module: nn.Module) -> bool:
     """Whether a module reads nothing but the first token of the sequence that it is given."""
     forward = forward_of(module) if not attention_calls(module) else None
-    if forward is None or len(forward.args.args) < 2:
+    return forward is not None and _uses_only_first(forward)
+
+
+@cache
+def _uses_only_first(forward: ast.FunctionDef) -> bool:
+    if len(forward.args.args) < 2:
         return False
     name = forward.args.args[1].arg
     parents = {

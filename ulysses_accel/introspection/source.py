@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
@@ -18,14 +18,15 @@ def syntax_of(function: Callable[..., Any]) -> ast.FunctionDef | None:
     is torch's own.
     """
     forward = inspect.unwrap(function)
-    if forward.__module__.startswith("torch."):
+    # Code made by `exec` may be of no module.
+    if str(forward.__module__).startswith("torch."):
         return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return None
-    found = tree.body[0]
-    return found if isinstance(found, ast.FunctionDef) else None
+    definition = tree.body[0]
+    return definition if isinstance(definition, ast.FunctionDef) else None
 
 
 def forward_of(module: nn.Module) -> ast.FunctionDef | None:
@@ -58,7 +59,7 @@ def calls_of(tree: ast.AST, function: str) -> list[ast.Call]:
 
 
 def keyword(call: ast.Call, name: str | None) -> ast.expr | None:
-    """Returns what a call is given by a keyword, None where it isn't; `name=None` stands for
+    """Returns what a call is passed by a keyword, None where it isn't; `name=None` stands for
     `**keywords`.
     """
     return next((word.value for word in call.keywords if word.arg == name), None)
@@ -75,7 +76,7 @@ def mentions(node: ast.AST, name: str) -> bool:
 
 
 def text_of(node: ast.AST, limit: int = 80) -> str:
-    """Returns an expression in one line, cut at `limit` characters."""
+    """Returns an expression in one line of at most `limit` characters."""
     return " ".join(ast.unparse(node).split())[:limit]
 
 
@@ -83,11 +84,17 @@ def assignments(tree: ast.AST, module: nn.Module) -> Iterator[tuple[str, ast.exp
     """Yields what names are assigned, except where this module's attributes say that it does not
     happen.
     """
-    for node in live_nodes(tree, module):
+    return _assigned(live_nodes(tree, module))
+
+
+def _assigned(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
+    for node in nodes:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = getattr(node, "value", None)
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and value is not None:
-            yield from ((target.id, value) for target in targets if isinstance(target, ast.Name))
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, value
 
 
 def live_nodes(tree: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
@@ -124,19 +131,21 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
     if isinstance(test, ast.BoolOp):
         decisive = isinstance(test.op, ast.Or)
         parts = [_truth(part, module) for part in test.values]
-        return decisive if decisive in parts else None if None in parts else not decisive
-    if isinstance(test, ast.Compare) and ast.unparse(test).endswith((" is None", " is not None")):
-        known, value = _own_value(test.left, module)
-        return (value is None) is isinstance(test.ops[0], ast.Is) if known else None
-    known, value = _own_value(test, module)
-    return bool(value) if known and isinstance(value, bool | int | str | None) else None
+        if decisive in parts:
+            return decisive
+        return None if None in parts else not decisive
+    if isinstance(test, ast.Compare) and _text(test).endswith((" is None", " is not None")):
+        is_known, value = _attribute(test.left, module)
+        return (value is None) is isinstance(test.ops[0], ast.Is) if is_known else None
+    is_known, value = _attribute(test, module)
+    return bool(value) if is_known and isinstance(value, bool | int | str | None) else None
 
 
-def _own_value(node: ast.expr, module: nn.Module) -> tuple[bool, Any]:
+def _attribute(node: ast.expr, module: nn.Module) -> tuple[bool, Any]:
     """Returns whether an expression is `self.name` or `self.config.name`, and its value; absent
     names are None.
     """
-    text = ast.unparse(node)
+    text = _text(node)
     if text == "self.training":
         return False, None
     for prefix, owner in (("self.config.", getattr(module, "config", None)), ("self.", module)):
@@ -146,22 +155,67 @@ def _own_value(node: ast.expr, module: nn.Module) -> tuple[bool, Any]:
     return False, None
 
 
+class LiveForward:
+    """A forward without the branches that a module's attributes rule out; the same object for all
+    modules that rule out the same ones.
+
+    Args:
+        tree: of the forward.
+        module: one that has these attributes.
+    """
+
+    def __init__(self, tree: ast.FunctionDef, module: nn.Module) -> None:
+        self.tree = tree
+        self.nodes: tuple[ast.AST, ...] = tuple(live_nodes(tree, module))
+        self.assigned: tuple[tuple[str, ast.expr], ...] = tuple(_assigned(self.nodes))
+
+    @cached_property
+    def attention_calls(self) -> tuple[ast.Call, ...]:
+        """Calls of transformers' attention functions."""
+        if "ALL_ATTENTION_FUNCTIONS" not in _text(self.tree):
+            return ()
+        calls: list[ast.Call] = []
+        for name, value in self.assigned:
+            if "ALL_ATTENTION_FUNCTIONS" in _text(value):
+                calls += calls_of(self.tree, name)
+        return tuple(dict.fromkeys(calls))
+
+    @cached_property
+    def subscripts(self) -> frozenset[str]:
+        """The texts of what it takes of tensors by indices or slices."""
+        return frozenset(_text(node) for node in self.nodes if isinstance(node, ast.Subscript))
+
+
+# By the forward and the truth of its conditions: as many as there are classes in a model, or few
+# more.
+_LIVE: dict[tuple[ast.FunctionDef, tuple[bool | None, ...]], LiveForward] = {}
+
+
+def live_forward(module: nn.Module) -> LiveForward | None:
+    """Returns what of a module's forward can run, None where its source can't be had."""
+    tree = forward_of(module)
+    if tree is None:
+        return None
+    key = tree, tuple(_truth(test, module) for test in _conditions(tree))
+    if key not in _LIVE:
+        _LIVE[key] = LiveForward(tree, module)
+    return _LIVE[key]
+
+
 @cache
-def _names_interface(forward: ast.FunctionDef) -> bool:
-    """Whether it is worth looking at each module of a class; most route no attention."""
-    return "ALL_ATTENTION_FUNCTIONS" in ast.unparse(forward)
+def _conditions(tree: ast.FunctionDef) -> tuple[ast.expr, ...]:
+    return tuple(node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp))
 
 
-def attention_calls(module: nn.Module) -> list[ast.Call]:
+@cache
+def _text(node: ast.AST) -> str:
+    """Returns the text of a node of a class's forward, which are all kept."""
+    return ast.unparse(node)
+
+
+def attention_calls(module: nn.Module) -> tuple[ast.Call, ...]:
     """Returns the calls of transformers' attention functions in a module's forward; none where it
     routes none.
     """
-    forward = forward_of(module)
-    if forward is None or not _names_interface(forward):
-        return []
-    interfaces = {
-        name
-        for name, value in assignments(forward, module)
-        if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(value)
-    }
-    return [call for interface in interfaces for call in calls_of(forward, interface)]
+    forward = live_forward(module)
+    return () if forward is None else forward.attention_calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
@@ -10,9 +11,9 @@ from torch import nn
 from ulysses_accel.attention import SequenceAttention, install
 from ulysses_accel.config.memory import MemoryConfig
 from ulysses_accel.installation import Installation
-from ulysses_accel.memory.checkpoint.layers import CheckpointOptions, checkpoint_layers
-from ulysses_accel.memory.tiled_loss.model import tile_loss
-from ulysses_accel.memory.tiling.mlp import tile_mlps
+from ulysses_accel.memory.checkpoint.layers import CheckpointOptions, checkpoint_layers, find_layers
+from ulysses_accel.memory.tiled_loss.model import check_tiled_loss, tile_loss
+from ulysses_accel.memory.tiling.mlp import tile_mlps, tileable_mlps
 from ulysses_accel.memory.tiling.norm import tile_norms
 
 
@@ -93,6 +94,23 @@ def _install(model: nn.Module, config: MemoryConfig, installed: InstalledMemory)
         installed.add(loss)
     if config.checkpoint:
         installed.add(checkpoint_layers(model, checkpoint_options(config)))
+
+
+def check_memory(model: nn.Module, config: MemoryConfig) -> list[Callable[[], object]]:
+    """Returns the checks that `apply_memory` makes of a model; each raises what it would raise.
+
+    Args:
+        model: a transformers model, or a module that holds one; nothing of it is changed.
+        config: what would be installed.
+    """
+    checks: list[Callable[[], object]] = []
+    if config.tiled_mlp:
+        checks.append(lambda: tileable_mlps(model))
+    if config.tiled_loss:
+        checks.append(lambda: check_tiled_loss(model, use_liger=bool(config.use_liger_loss)))
+    if config.checkpoint:
+        checks.append(lambda: find_layers(model))
+    return checks
 
 
 def checkpoint_options(config: MemoryConfig) -> CheckpointOptions:

@@ -52,7 +52,7 @@ class TensorParallel(AcceleratorFeature):
         """Returns whether several ranks share the weights of each layer."""
         return config.tp_size > 1
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module, checked: None) -> None:
         """Shards a model's weights."""
         self.weights.shard(model)
 

@@ -61,7 +61,7 @@ class WeightSharding:
                 divide.
         """
         inner, tp_size = transformers_model(model), self.config.tp_size
-        _check_parameters(inner, tp_size)
+        check_parameters(inner, tp_size)
         plan = check_cut(inner, self.config)
         for module in plan.counting:
             _count_local_heads(module, tp_size)
@@ -242,7 +242,16 @@ def _count_local_heads(attention: Any, tp_size: int) -> None:
     attention.num_key_value_heads //= tp_size
 
 
-def _check_parameters(model: nn.Module, tp_size: int) -> None:
+def check_parameters(model: nn.Module, tp_size: int) -> None:
+    """Refuses parameters that are not plain ones with values, which can't be sharded.
+
+    Args:
+        model: a transformers model.
+        tp_size: ranks that share its weights.
+
+    Raises:
+        ConfigError: naming the first such parameter.
+    """
     for name, parameter in model.named_parameters():
         if (
             type(parameter) is not nn.Parameter

@@ -36,7 +36,7 @@ from ulysses_accel.compat.xtuner import (
     reduce_sequence_parallel_loss,
     split_for_sequence_parallel,
 )
-from ulysses_accel.introspection.supports import find
+from ulysses_accel.introspection.profile import profile_of
 
 IGNORE, LENGTH = -100, 13
 # Whole rows, the second of them padded; and documents packed into rows, as XTuner's varlen data
@@ -179,7 +179,7 @@ def one_process(name: str, model: Any, kind: str, number: int) -> Tensor:
 def reference(name: str, num_batches: int) -> dict[str, Expected]:
     model, found = build(name), {}
     # Its source is read before the fork, once for all ranks.
-    find(model, 1)
+    profile_of(model, 1)
     for kind in KINDS:
         model.zero_grad()
         with InDouble():

@@ -9,7 +9,7 @@ that all batches are split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ from ulysses_accel.distributed.mesh import ring_and_ulysses_groups
 from ulysses_accel.errors import MeshError, UnsupportedModelError
 from ulysses_accel.forward.sharded import ShardedForward, shard_forward
 from ulysses_accel.installation import Installation
-from ulysses_accel.introspection.requirements import rules_of
+from ulysses_accel.introspection.profile import ModelProfile, profile_of
 from ulysses_accel.introspection.source import parameters
 from ulysses_accel.introspection.structure import text_config, transformers_model
-from ulysses_accel.introspection.supports import find
 from ulysses_accel.sequence.batch_rules import BatchRules
 from ulysses_accel.sequence.description import DESCRIPTION_KEY
 from ulysses_accel.sequence.loss import aggregate_loss, shared_scalar
@@ -66,9 +65,6 @@ class Dispatched:
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Describes a split batch; a full one, and one described already, stays unchanged."""
         self.pending.append(None)
-        return self._described(model, args, kwargs)
-
-    def _described(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [
             name for name, one in parameters(model).items() if one.kind is one.POSITIONAL_OR_KEYWORD
         ][1:]
@@ -163,14 +159,18 @@ def _dispatch(model: nn.Module, group: ProcessGroup) -> Dispatched:
     inner = transformers_model(model)
     custom = find_custom_attention(inner)
     ulysses_size = heads_size(inner, group.size())
-    _check(inner, custom, ulysses_size)
+    profile = profile_of(inner, ulysses_size)
+    _check(profile, custom)
     ring_size = group.size() // ulysses_size
     ring, ulysses = (
         (None, group) if ring_size == 1 else ring_and_ulysses_groups(ring_size, ulysses_size)
     )
-    done = Dispatched(group, ring_size, rules_of(inner), makes_loss=bool(custom))
+    done = Dispatched(group, ring_size, profile.requirements.rules, makes_loss=bool(custom))
+    if custom:
+        # The loss of such a model is computed here, from its logits.
+        profile = replace(profile, loss=None)
     try:
-        _install(done, model, SequenceAttention(ulysses, ring), group, custom)
+        _install(done, model, profile, SequenceAttention(ulysses, ring), group, custom)
     except UnsupportedModelError:
         done.close()
         raise
@@ -180,6 +180,7 @@ def _dispatch(model: nn.Module, group: ProcessGroup) -> Dispatched:
 def _install(
     done: Dispatched,
     model: nn.Module,
+    profile: ModelProfile,
     attention: SequenceAttention,
     group: ProcessGroup,
     custom: CustomAttention,
@@ -188,7 +189,7 @@ def _install(
     assert world is not None
     # Before the sharded forward, which takes a described batch.
     done.changes.hooks([model.register_forward_pre_hook(done.before, with_kwargs=True)])
-    done.forward = shard_forward(model, attention, group, world, computes_loss=not custom)
+    done.forward = shard_forward(model, profile, attention, group, world)
     done.changes.callback(done.forward.close)
     if custom:
         adapt(transformers_model(model), custom, done.forward.attention, done.changes)
@@ -208,11 +209,10 @@ def heads_size(model: Any, size: int) -> int:
     return max(number for number in range(1, size + 1) if size % number == 0 and number <= most)
 
 
-def _check(model: nn.Module, custom: CustomAttention, ulysses_size: int) -> None:
+def _check(profile: ModelProfile, custom: CustomAttention) -> None:
+    model = profile.model
     findings = [
-        finding
-        for finding in find(model, ulysses_size)
-        if not (custom and custom.covers(finding, model))
+        finding for finding in profile.findings if not (custom and custom.covers(finding, model))
     ]
     if findings:
         listed = "\n".join(f"- {finding}" for finding in findings)

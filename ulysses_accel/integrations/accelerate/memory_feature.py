@@ -58,7 +58,7 @@ class Memory(AcceleratorFeature):
         """Returns whether a setting that saves memory is on."""
         return config.memory_config is not None and config.memory_config.is_active
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module, checked: None) -> None:
         """Makes a model train in less memory."""
         shares_sequence = self.config.non_data_parallel_size > 1
         installed = apply_memory(model, self.config.memory_config, shares_sequence=shares_sequence)

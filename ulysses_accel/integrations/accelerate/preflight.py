@@ -1,19 +1,26 @@
-"""What a model would be refused for, without preparing it."""
+"""What a model would be refused for, without preparing it: every technique's own check, which
+`prepare` makes too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
+from ulysses_accel.distributed.consensus import agree, gather_ints
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
 from ulysses_accel.expert_parallel.dispatch import check_experts
-from ulysses_accel.introspection.findings import Finding
+from ulysses_accel.introspection.findings import Finding, FindingKind
+from ulysses_accel.introspection.profile import ModelProfile, profile_of
 from ulysses_accel.introspection.structure import transformers_model
-from ulysses_accel.introspection.supports import find, without_weights
-from ulysses_accel.tensor_parallel.parallelize import check_cut
+from ulysses_accel.memory.apply import check_memory
+from ulysses_accel.tensor_parallel.parallelize import check_cut, check_parameters
 
 
 def supports(model: Any, config: ParallelismConfig) -> list[Finding]:
@@ -23,26 +30,97 @@ def supports(model: Any, config: ParallelismConfig) -> list[Finding]:
     Args:
         model: a transformers model, a module that holds one, or a transformers config, whose model
             is built without weights.
-        config: the sizes.
+        config: the sizes, and what saves memory.
     """
-    if config.non_data_parallel_size * config.ep_size == 1:
+    shares = config.non_data_parallel_size * config.ep_size > 1
+    if not shares and config.memory_config is None:
         return []
     try:
-        inner = transformers_model(
-            model if isinstance(model, nn.Module) else without_weights(model)
-        )
+        module = model if isinstance(model, nn.Module) else without_weights(model)
+        inner = transformers_model(module)
     except UnsupportedModelError as error:
         return [Finding("attention", type(model).__name__, str(error), "")]
-    findings = find(inner, config.sp_size) if config.non_data_parallel_size > 1 else []
+    findings: list[Finding] = []
+    if config.non_data_parallel_size > 1:
+        findings += profile_of(module, config.sp_size).findings
     if config.tp_size > 1:
-        findings += _refusal("tp_size", lambda: check_cut(inner, config))
+        findings += _refusal("layers", "tp_size", lambda: check_cut(inner, config))
+        if isinstance(model, nn.Module):
+            tp_size = config.tp_size
+            findings += _refusal("layers", "tp_size", lambda: check_parameters(inner, tp_size))
     if config.ep_size > 1:
-        findings += _refusal("ep_size", lambda: check_experts(inner, config.ep_size))
+        findings += _refusal("layers", "ep_size", lambda: check_experts(module, config.ep_size))
+    memory = config.memory_config
+    if memory is not None:
+        for check in check_memory(module, memory):
+            findings += _refusal("memory", "memory_config", check)
     return findings
 
 
-def _refusal(where: str, check: Callable[[], object]) -> Iterator[Finding]:
+def _refusal(kind: FindingKind, where: str, check: Callable[[], object]) -> Iterator[Finding]:
     try:
         check()
     except (ConfigError, UnsupportedModelError) as error:
-        yield Finding("layers", where, str(error), "")
+        yield Finding(kind, where, str(error), "")
+
+
+def check_on_all_ranks(profile: ModelProfile, sources: str, group: ProcessGroup | None) -> None:
+    """Refuses a model with findings, on every rank if on any.
+
+    Args:
+        profile: of the model.
+        sources: the sizes and where they came from, for the message.
+        group: all ranks that prepare it.
+
+    Raises:
+        UnsupportedModelError: with every finding and its remedy.
+        RankDisagreementError: only other ranks have findings.
+    """
+    refusal = None
+    try:
+        profile.check(sources)
+    except UnsupportedModelError as error:
+        refusal = error
+    if profile.needs_agreement:
+        refused = gather_ints([int(refusal is not None)], group)
+        if not all(values == refused[0] for values in refused):
+            agree(refusal, group)
+    if refusal is not None:
+        raise refusal
+
+
+def without_weights(config: Any) -> nn.Module:
+    """Returns the model of a transformers config, of the class that it names or else its language
+    model's.
+
+    Args:
+        config: a transformers config.
+
+    Raises:
+        UnsupportedModelError: it names no language model.
+    """
+    import transformers
+
+    heads = (
+        "CAUSAL_LM",
+        "SEQ_TO_SEQ_CAUSAL_LM",
+        "MASKED_LM",
+        "IMAGE_TEXT_TO_TEXT",
+        "SPEECH_SEQ_2_SEQ",
+    )
+    classes: list[Any] = []
+    for name in getattr(config, "architectures", None) or []:
+        classes.append(getattr(transformers, name, None))
+    for head in heads:
+        mapping = getattr(transformers, f"MODEL_FOR_{head}_MAPPING")
+        if type(config) in mapping:
+            classes.append(mapping[type(config)])
+    known = [cls for cls in classes if cls is not None]
+    if not known:
+        raise UnsupportedModelError(
+            f"{type(config).__name__} names no language model that transformers has. Pass the "
+            "model itself."
+        )
+    with torch.device("meta"):
+        model: nn.Module = _private_api.model_from_config(known[0], config)
+    return model

@@ -27,15 +27,20 @@ from ulysses_accel.forward.sharded import ShardedForward, shard_forward
 from ulysses_accel.installation import AcceleratorFeature, FeatureSession, Override
 from ulysses_accel.integrations.accelerate.loaders import prepare_loader, register_loader_state
 from ulysses_accel.integrations.accelerate.metrics import gather_for_metrics
+from ulysses_accel.integrations.accelerate.preflight import check_on_all_ranks
 from ulysses_accel.integrations.accelerate.scheduler import (
     sequence_schedulers,
     stretch_dummy_scheduler,
 )
 from ulysses_accel.integrations.accelerate.stock_view import stock_sees
-from ulysses_accel.introspection.adapters import refuse_virtual_tokens
-from ulysses_accel.introspection.requirements import common_rules
-from ulysses_accel.introspection.supports import check_model
-from ulysses_accel.sequence.batch_rules import BatchRules, RulesSource
+from ulysses_accel.introspection.profile import ModelProfile, profile_of
+from ulysses_accel.introspection.requirements import (
+    Requirements,
+    common_rules,
+    requirements_of,
+)
+from ulysses_accel.introspection.structure import ModelReading, transformers_model
+from ulysses_accel.sequence.batch_rules import BatchRules, RulesSource, resolve_rules
 
 
 class SequenceParallel(AcceleratorFeature):
@@ -61,6 +66,7 @@ class SequenceParallel(AcceleratorFeature):
         super().__init__(config, accelerator, session)
         self.groups = sequence_groups(config.get_device_mesh())
         self.forwards: WeakKeyDictionary[nn.Module, ShardedForward] = WeakKeyDictionary()
+        self._requirements: WeakKeyDictionary[nn.Module, Requirements] = WeakKeyDictionary()
         self._has_loader_state = False
         # The models of the prepare call that is running, whose loaders make batches for them.
         self._together: tuple[nn.Module, ...] = ()
@@ -84,8 +90,8 @@ class SequenceParallel(AcceleratorFeature):
         # The accelerator's number, and there after a script has deleted the accelerator.
         return int(GradientState().num_steps)
 
-    def check_model(self, model: nn.Module) -> None:
-        """Refuses a model that is not exact on shards.
+    def check_model(self, model: nn.Module) -> ModelProfile:
+        """Returns the profile of a model that is exact on shards.
 
         Raises:
             UnsupportedModelError: with what is not exact.
@@ -95,10 +101,11 @@ class SequenceParallel(AcceleratorFeature):
             size = getattr(self.config, name)
             if size > 1:
                 sizes.append(f"{name}={size} (from {self.config.source_of(name)})")
-        refuse_virtual_tokens(model)
-        check_model(model, self.config.sp_size, ", ".join(sizes))
+        profile = profile_of(model, self.config.sp_size)
+        check_on_all_ranks(profile, ", ".join(sizes), self.groups.world_group)
+        return profile
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module, checked: ModelProfile) -> None:
         """Makes a model compute shards of a sequence."""
         ring, handler = self.config.cp_handler, self.config.sp_handler
         attention = SequenceAttention(
@@ -111,12 +118,14 @@ class SequenceParallel(AcceleratorFeature):
         )
         self.forwards[model] = shard_forward(
             model,
+            checked,
             attention,
             self.groups.group,
             self.groups.world_group,
             # Not the method itself: a Trainer overrides it later.
             lambda: self.micro_steps(),
         )
+        self._requirements[model] = checked.requirements
         self.installation.callback(_close_forward, self.forwards, weakref.ref(model))
 
     def before_engine(self, objects: tuple[Any, ...]) -> None:
@@ -161,7 +170,7 @@ class SequenceParallel(AcceleratorFeature):
 
     def rules_of(self, models: Sequence[nn.Module]) -> RulesSource:
         """Returns what tells a loader the rules of models, which it does not keep alive."""
-        return _RulesOf(weakref.ref(self), tuple(weakref.ref(model) for model in models))
+        return _RulesOf(self._requirements, tuple(weakref.ref(model) for model in models))
 
     def batch_rules(self, models: Sequence[nn.Module] = ()) -> BatchRules:
         """Returns what models require of a batch.
@@ -172,7 +181,7 @@ class SequenceParallel(AcceleratorFeature):
         Raises:
             ConfigError: two of them require different batches.
         """
-        return common_rules(models or list(self.forwards))
+        return resolve_rules(self.rules_of(models))
 
     def _skip_first_batches(self, stock: Override, dataloader: Any, num_batches: int = 0) -> Any:
         """Returns a loader that stays sharded."""
@@ -205,22 +214,26 @@ class _RulesOf:
     """Tells a loader what models require of a batch; they are freed although the loader lives.
 
     Args:
-        sequence: the feature, for a loader that was prepared without a model.
-        models: that it was prepared with.
+        prepared: what every prepared model requires that is alive.
+        models: that the loader was prepared with; none for all prepared ones.
     """
 
-    sequence: weakref.ref[SequenceParallel]
+    prepared: Mapping[nn.Module, Requirements]
     models: tuple[weakref.ref[nn.Module], ...]
 
     def __call__(self) -> BatchRules:
         """Returns the rules that a batch for all of them follows."""
-        sequence = self.sequence()
-        models = []
+        if not self.models:
+            return common_rules(tuple(self.prepared.values()))
+        requirements = []
         for reference in self.models:
             model = reference()
             if model is not None:
-                models.append(model)
-        if sequence is None:
-            # The accelerator was deleted, and with it what knows of models prepared elsewhere.
-            return common_rules(models)
-        return sequence.batch_rules(models)
+                requirements.append(self._requirements_of(model))
+        return common_rules(requirements)
+
+    def _requirements_of(self, model: nn.Module) -> Requirements:
+        for part in model.modules():
+            if part in self.prepared:
+                return self.prepared[part]
+        return requirements_of(ModelReading(transformers_model(model)))

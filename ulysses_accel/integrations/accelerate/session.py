@@ -102,10 +102,9 @@ class Session:
             return
         features = self.features[0 if first is None else self.features.index(first) :]
         new = [feature for feature in features if feature.is_new(model)]
-        for feature in new:
-            feature.check_model(model)
-        for feature in new:
-            feature.prepare_model(model)
+        checked = [feature.check_model(model) for feature in new]
+        for feature, result in zip(new, checked, strict=True):
+            feature.prepare_model(model, result)
             feature.models.add(model)
 
     @contextmanager

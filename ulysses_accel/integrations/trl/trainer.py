@@ -143,7 +143,7 @@ class TrlTrainer(AcceleratorFeature):
         with replaced(self.accelerator, gather=partial(gather_data_parallel, self.groups)):
             stock(inputs)
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module, checked: None) -> None:
         """Makes a model take full batches."""
         handler = self.config.sp_handler
         length = None if handler.sp_seq_length_is_variable else handler.sp_seq_length

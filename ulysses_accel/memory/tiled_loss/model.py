@@ -265,12 +265,7 @@ def tile_loss(
         UnsupportedModelError: the model has no plain linear output layer.
         ConfigError: its loss is tiled already, or Liger is requested and not installed.
     """
-    causal, head = _model_and_head(model)
-    if isinstance(head.__dict__.get("forward"), _HeadForward):
-        raise ConfigError(
-            f"the loss of {type(causal).__name__} is tiled already. Call close() of the first "
-            "installation."
-        )
+    causal, head = check_tiled_loss(model, use_liger=use_liger)
     options: dict[str, Any] = {
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
@@ -283,6 +278,28 @@ def tile_loss(
     )
     installed.install()
     return installed
+
+
+def check_tiled_loss(model: nn.Module, *, use_liger: bool = False) -> tuple[nn.Module, nn.Linear]:
+    """Returns the language model and its output layer, of a model whose loss can be tiled.
+
+    Args:
+        model: as for `tile_loss`; nothing of it is changed.
+        use_liger: as for `tile_loss`.
+
+    Raises:
+        UnsupportedModelError: the model has no plain linear output layer.
+        ConfigError: its loss is tiled already, or Liger is requested and not installed.
+    """
+    causal, head = _model_and_head(model)
+    if isinstance(head.__dict__.get("forward"), _HeadForward):
+        raise ConfigError(
+            f"the loss of {type(causal).__name__} is tiled already. Call close() of the first "
+            "installation."
+        )
+    if use_liger:
+        _liger_function()
+    return causal, head
 
 
 def tiles_loss(model: nn.Module) -> bool:

@@ -253,6 +253,19 @@ def tile_mlps(model: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
         ConfigError: `tile_bytes` is not positive.
         UnsupportedModelError: no block of the model can be tiled; the message says why for each.
     """
+    tileable, refused = tileable_mlps(model)
+    installed = InstalledTiles(refused)
+    for module in tileable.values():
+        _tile(installed, module, tile_bytes)
+    return installed
+
+
+def tileable_mlps(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Returns what `find_tileable` does, of a model that has a block to tile.
+
+    Raises:
+        UnsupportedModelError: there is none; the message says why for each.
+    """
     tileable, refused = find_tileable(model)
     if not tileable:
         reasons = [f"{name}: {reason}" for name, reason in refused.items()]
@@ -260,7 +273,4 @@ def tile_mlps(model: nn.Module, *, tile_bytes: int | None = None) -> InstalledTi
             f"{type(model).__name__} has no feed-forward block to tile. "
             f"{'; '.join(reasons) or 'no block looks like one'}"
         )
-    installed = InstalledTiles(refused)
-    for module in tileable.values():
-        _tile(installed, module, tile_bytes)
-    return installed
+    return tileable, refused
