@@ -41,7 +41,7 @@ class Installation:
     def __init__(self) -> None:
         self._stack = ExitStack()
 
-    def set(self, target: Any, name: str, value: Any) -> None:
+    def set(self, target: Any, name: str, value: Any, *, keeps_later: bool = False) -> None:
         """Sets an attribute of one instance; `close` restores the instance's own earlier one, or
         deletes it.
 
@@ -49,11 +49,14 @@ class Installation:
             target: any object with a `__dict__`.
             name: of the attribute.
             value: its new value; a function is called without `target`, as no descriptor binds it.
+            keeps_later: whether `close` leaves alone what others set after us, which may call
+                `value`; that must do nothing more by then.
         """
         before = vars(target).get(name, _ABSENT)
         # Not setattr: a module would register parameters and submodules.
         vars(target)[name] = value
-        self._stack.callback(_restore, weakref.ref(target), name, before)
+        ours = weakref.ref(value) if keeps_later else None
+        self._stack.callback(_restore, weakref.ref(target), name, before, ours)
 
     def override(self, target: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
         """Overrides methods of one instance by a subclass of its class, as torch's FSDP2 does to
@@ -97,9 +100,11 @@ class Installation:
         self._stack.close()
 
 
-def _restore(target: weakref.ref[Any], name: str, before: Any) -> None:
+def _restore(
+    target: weakref.ref[Any], name: str, before: Any, ours: weakref.ref[Any] | None
+) -> None:
     live = target()
-    if live is None:
+    if live is None or (ours is not None and vars(live).get(name) is not ours()):
         return
     vars(live).pop(name, None)
     if before is not _ABSENT:

@@ -14,6 +14,8 @@ PRIVATE_API = PACKAGE / "_private_api.py"
 ALLOWED = {
     # The only walk of frames.
     ("integrations/frames.py", "_getframe"),
+    # The end that the names of all of a torch module's tables of hooks have.
+    ("memory/tiling/probe.py", "_hooks"),
     # Operators whose bytes and products the tracker counts, public ones among them: names that it
     # compares what ran with. One that torch renames is counted as an ordinary operator.
     *(

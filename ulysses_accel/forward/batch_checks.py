@@ -154,10 +154,10 @@ def _check_cut(description: SequenceDescription, key: str, length: int, tensor: 
 
 def _refuse_merged(description: SequenceDescription | None, kwargs: dict[str, Any]) -> None:
     """Refuses images and sound beside sharded tokens."""
-    found = [name for name in MERGED_KEYS if kwargs.get(name) is not None]
-    if found and description is not None and description.num_shards > 1:
+    names = [name for name in MERGED_KEYS if kwargs.get(name) is not None]
+    if names and description is not None and description.num_shards > 1:
         raise BatchError(
-            f"the batch has {', '.join(found)} beside sharded tokens: the model would merge them "
+            f"the batch has {', '.join(names)} beside sharded tokens: the model would merge them "
             "into a shard's "
             "placeholders, which are not all of them, and where it merges is not known. Merge "
             "them before "
@@ -169,14 +169,14 @@ def _refuse_blocks(kwargs: dict[str, Any]) -> None:
     """Refuses what marks the tokens of images for a model that lets these see each other in both
     directions.
     """
-    found = [
+    names = [
         name for name in ("token_type_ids", "mm_token_type_ids") if kwargs.get(name) is not None
     ]
-    if found:
+    if names:
         raise UnsupportedModelError(
-            f"by the batch's {', '.join(found)} the model lets tokens of one image or prompt see "
+            f"by the batch's {', '.join(names)} the model lets tokens of one image or prompt see "
             "each other in both "
-            f"directions, which is not computed on a sharded sequence. Leave {', '.join(found)} "
+            f"directions, which is not computed on a sharded sequence. Leave {', '.join(names)} "
             "out, so that each "
             f"token sees those before it, or use sp_size=1 and cp_size=1."
         )

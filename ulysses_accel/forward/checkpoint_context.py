@@ -49,12 +49,19 @@ class CheckpointContext(ForwardFeature):
     """Goes around the checkpointing functions that a model's layers have when a forward begins."""
 
     def __init__(self, target: ModelToShard, changes: Installation) -> None:
-        changes.callback(_restore, weakref.ref(target.model))
+        # transformers 5 sets the function on modules with this attribute, whether checkpointing
+        # is enabled before or after.
+        self._layers = []
+        for module in target.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                self._layers.append(weakref.ref(module))
+        changes.callback(_restore, self._layers)
 
     def before(self, model: nn.Module, batch: RunningBatch, kwargs: dict[str, Any]) -> None:
         """Goes around those that are not ours; checkpointing may be enabled at any time."""
-        for module in model.modules():
-            stock = vars(module).get(_ATTRIBUTE)
+        for layer in self._layers:
+            module = layer()
+            stock = None if module is None else vars(module).get(_ATTRIBUTE)
             if stock is None or isinstance(stock, CheckpointInBatch):
                 continue
             # Our own checkpoint engine recomputes within the forward's context variables.
@@ -63,10 +70,10 @@ class CheckpointContext(ForwardFeature):
             setattr(module, _ATTRIBUTE, CheckpointInBatch(stock))
 
 
-def _restore(model: weakref.ref[nn.Module]) -> None:
+def _restore(layers: list[weakref.ref[nn.Module]]) -> None:
     """Gives a model's layers the checkpointing functions that transformers gave them."""
-    live = model()
-    for module in live.modules() if live is not None else ():
-        function = vars(module).get(_ATTRIBUTE)
+    for layer in layers:
+        module = layer()
+        function = None if module is None else vars(module).get(_ATTRIBUTE)
         if isinstance(function, CheckpointInBatch):
             setattr(module, _ATTRIBUTE, function.stock)

@@ -67,16 +67,9 @@ def override_forward(module: nn.Module, around: Around, changes: Installation) -
         ordinary = stock if earlier is None else earlier
         return around(self, ordinary, args, kwargs) if is_open else ordinary(*args, **kwargs)
 
-    def close(target: weakref.ref[nn.Module], ours: weakref.ref[WeakMethod]) -> None:
+    def close() -> None:
         nonlocal is_open
         is_open = False
-        live = target()
-        # Where somebody wrapped ours since, as accelerate does for mixed precision, theirs stays.
-        if live is None or vars(live).get("forward") is not ours():
-            return
-        del vars(live)["forward"]
-        if earlier is not None:
-            vars(live)["forward"] = earlier
 
     # A copy of the signature, and no `__wrapped__`: accelerate 1.15 follows that to get rid of its
     # own wrappers, and would drop ours too. Trainers read from the signature what a model takes.
@@ -84,6 +77,6 @@ def override_forward(module: nn.Module, around: Around, changes: Installation) -
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     unbound = signature.replace(parameters=[this, *signature.parameters.values()])
     forward.__signature__ = unbound  # type: ignore[attr-defined]
-    method = WeakMethod(forward, module)
-    vars(module)["forward"] = method
-    changes.callback(close, weakref.ref(module), weakref.ref(method))
+    # Where somebody wraps ours, as accelerate does for mixed precision, their wrapper stays.
+    changes.set(module, "forward", WeakMethod(forward, module), keeps_later=True)
+    changes.callback(close)

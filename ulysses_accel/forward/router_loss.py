@@ -238,7 +238,7 @@ class RouterLosses:
     ) -> None:
         self._model = weakref.ref(profile.model)
         self._use, self._group = profile.router_loss, group
-        self._hooks: Installation | None = None
+        self._router_hooks: Installation | None = None
         changes.callback(self._remove_hooks)
 
     def begin(self, kwargs: dict[str, Any]) -> RouterRecord | None:
@@ -268,16 +268,16 @@ class RouterLosses:
         )
 
     def _hook_routers(self, model: nn.Module) -> None:
-        if self._hooks is not None:
+        if self._router_hooks is not None:
             return
-        self._hooks = Installation()
+        self._router_hooks = Installation()
         for router, index in recorded_routers(model):
-            self._hooks.hooks([router.register_forward_hook(partial(_at_router, index))])
+            self._router_hooks.hooks([router.register_forward_hook(partial(_at_router, index))])
 
     def _remove_hooks(self) -> None:
-        if self._hooks is not None:
-            self._hooks.close()
-            self._hooks = None
+        if self._router_hooks is not None:
+            self._router_hooks.close()
+            self._router_hooks = None
 
 
 def _value(model: Any, path: tuple[str, ...]) -> Any:
