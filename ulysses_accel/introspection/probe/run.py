@@ -162,24 +162,43 @@ def _probe_model(model: Any, sharded: Mapping[str, nn.Module]) -> Probe:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores each module's mode, and what a forward may leave in buffers and attributes."""
-    changes = Installation()
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            # Modes, and lengths that were reached.
-            if isinstance(value, int | float):
-                changes.set(module, name, value)
-        for name, buffer in _private_api.module_buffers(module).items():
-            if buffer is not None:
-                changes.callback(_restore_buffer, module, name, buffer, buffer.clone())
+    """Restores all that a forward may leave in modules: modes, lengths that were reached, buffers,
+    and the hooks by which transformers 5.23 records outputs.
+    """
+    states = [_ModuleState(module) for module in model.modules()]
     try:
         yield
     finally:
-        changes.close()
+        for state in states:
+            state.restore()
 
 
-def _restore_buffer(module: nn.Module, name: str, buffer: Tensor, values: Tensor) -> None:
-    _private_api.module_buffers(module)[name] = buffer.copy_(values)
+class _ModuleState:
+    """A module's attributes, the entries of those that are tables, and its buffers' values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = dict(vars(module))
+        self._tables: dict[str, dict[Any, Any]] = {}
+        for name, value in self._attributes.items():
+            if isinstance(value, dict):
+                self._tables[name] = dict(value)
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        for buffer in _private_api.module_buffers(module).values():
+            if buffer is not None:
+                self._buffers.append((buffer, buffer.clone()))
+
+    def restore(self) -> None:
+        """Gives the module everything back, in place."""
+        attributes = vars(self._module)
+        attributes.clear()
+        attributes.update(self._attributes)
+        for name, entries in self._tables.items():
+            table = attributes[name]
+            table.clear()
+            table.update(entries)
+        for buffer, values in self._buffers:
+            buffer.copy_(values)
 
 
 @contextmanager
