@@ -14,12 +14,12 @@ from typing import Any, Literal
 from torch import nn
 
 from ulysses_accel.errors import UnsupportedModelError
-from ulysses_accel.introspection.adapters import check_adapters
 from ulysses_accel.introspection.findings import Finding
 from ulysses_accel.introspection.layers import (
     check_attention,
     check_masks,
     check_neighbours,
+    check_selections,
     check_statistics,
 )
 from ulysses_accel.introspection.loss import LossUse, read_loss
@@ -35,7 +35,12 @@ from ulysses_accel.introspection.positions import (
 from ulysses_accel.introspection.probe import Probe, probe
 from ulysses_accel.introspection.requirements import Requirements, requirements_of
 from ulysses_accel.introspection.routers import RouterLossUse, read_router_loss
-from ulysses_accel.introspection.routing import check_heads, check_layer_types, check_routing
+from ulysses_accel.introspection.routing import (
+    check_adapters,
+    check_heads,
+    check_layer_types,
+    check_routing,
+)
 from ulysses_accel.introspection.sample_heads import (
     FirstToken,
     SampleHead,
@@ -44,7 +49,6 @@ from ulysses_accel.introspection.sample_heads import (
 )
 from ulysses_accel.introspection.source import takes_keywords
 from ulysses_accel.introspection.structure import ModelReading, transformers_model
-from ulysses_accel.introspection.token_selection import check_selections
 
 _REMEDY = "Use a model without it, or sp_size=1 and cp_size=1."
 
