@@ -123,7 +123,7 @@ def check_attention(reading: ModelReading) -> Iterator[Finding]:
                 "attention",
                 name,
                 f"{name} ({type(module).__name__}) adds a bias by position to its scores "
-                f"(position_bias={biased[0]}), which is not dealt with the heads.",
+                f"(position_bias={biased[0]}), which is not distributed with the heads.",
             )
         if attends_by_itself(module) and not is_model(module):
             seen.add(type(module))
@@ -143,7 +143,7 @@ def check_attention(reading: ModelReading) -> Iterator[Finding]:
         yield Finding(
             "attention",
             "config",
-            "its positions are ALiBi biases, which are not dealt with the heads.",
+            "its positions are ALiBi biases, which are not distributed with the heads.",
         )
 
 

@@ -114,7 +114,7 @@ def pool_sequence(
     """
     if how not in ("first", "last", "mean", "max") or of not in ("row", "document"):
         raise ConfigError(
-            f"pool_sequence was asked for the {how!r} of each {of!r}. Use 'first', 'last', 'mean' "
+            f"pool_sequence was to return the {how!r} of each {of!r}. Use 'first', 'last', 'mean' "
             "or 'max', of a "
             f"'row' or a 'document'."
         )

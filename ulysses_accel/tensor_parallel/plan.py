@@ -165,13 +165,11 @@ def _check_heads(model: Any, tp_size: int, source: str) -> None:
 
 def _check_complete(model: nn.Module, plan: Plan, tp_size: int, source: str) -> None:
     """Refuses a model with a parameter that no style covers."""
-    covered = {
-        id(parameter)
-        for unit in plan.units
-        for name, style in unit.plan.items()
-        if not isinstance(style, styles.GatherTokens)
-        for parameter in unit.module.get_submodule(name).parameters()
-    }
+    covered: set[int] = set()
+    for unit in plan.units:
+        for name, style in unit.plan.items():
+            if not isinstance(style, styles.GatherTokens):
+                covered.update(map(id, unit.module.get_submodule(name).parameters()))
     left = [name for name, parameter in model.named_parameters() if id(parameter) not in covered]
     if left:
         raise _refusal(

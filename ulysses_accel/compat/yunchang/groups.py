@@ -150,8 +150,10 @@ def basic_extract_local(
         ShapeError: the sequence can't be partitioned over the ranks.
     """
     ring, ulysses = PROCESS_GROUP.RING_PG, PROCESS_GROUP.ULYSSES_PG
-    rd = rd if rd is not None else (ring.size() if ring is not None else 1)
-    ud = ud if ud is not None else (ulysses.size() if ulysses is not None else world_size // rd)
+    if rd is None:
+        rd = 1 if ring is None else ring.size()
+    if ud is None:
+        ud = world_size // rd if ulysses is None else ulysses.size()
     return _extract(value, rank, world_size, rd, ud, dim, "contiguous")
 
 
