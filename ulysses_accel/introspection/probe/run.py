@@ -162,11 +162,15 @@ def _probe_model(model: Any, sharded: Mapping[str, nn.Module]) -> Probe:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores all that a forward may leave in modules: modes, lengths that were reached, buffers,
-    and the hooks by which transformers 5.23 records outputs.
+    """Suspends a model's hooks, which may count its calls, and restores all that a forward may
+    leave in modules: modes, lengths that were reached, buffers, and the hooks by which
+    transformers 5.23 records outputs.
     """
     states = [_ModuleState(module) for module in model.modules()]
     try:
+        for module in model.modules():
+            for kind in _private_api.MODULE_HOOKS:
+                getattr(module, kind).clear()
         yield
     finally:
         for state in states:
