@@ -116,7 +116,11 @@ def _overridden(subclass: type, name: str, stock: Callable[..., Any]) -> Callabl
     # `gather_for_metrics` takes use_gather_object.
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[_OVERRIDES][subclass][name](*args, **kwargs)
+        overrides = vars(self).get(_OVERRIDES, {})
+        if subclass not in overrides:
+            # Another instance of the class: scripts write `type(accelerator)(...)`.
+            return stock(self, *args, **kwargs)
+        return overrides[subclass][name](*args, **kwargs)
 
     return method
 

@@ -8,6 +8,7 @@ function, which sums in float32, is compared with it to 1e-6.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.forward.router_loss import RouterLosses
 from ulysses_accel.installation import Installation
+from ulysses_accel.introspection.profile import profile_of
 from ulysses_accel.introspection.routers import computes_load_balance
 from ulysses_accel.memory.apply import apply_memory
 
@@ -393,8 +395,10 @@ def test_other_router_losses_are_refused() -> None:
     ]
     assert ["load_balancing_loss_func(" in finding.fact for finding in found] == [True]
     assert "output_router_logits=False" in found[0].remedy
-    model = nn.Linear(1, 1)
-    routers = RouterLosses(model, found[0], None, Installation())  # type: ignore[arg-type]
+    # Doge attends with a mask of its own, so it has no profile to be run with: a model with the
+    # same finding stands for it.
+    profile = replace(profile_of(build_experts("Mixtral")), router_loss=found[0])
+    routers = RouterLosses(profile, None, Installation())  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match="is not transformers' load balancing loss"):
         routers.begin({"output_router_logits": True})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -244,7 +245,7 @@ def uninstall_restores() -> dict[str, bool]:
     sample = CASES["padded left"](0)
     expected = model(**sample.plain).logits.detach()
     accelerator = Engine("ddp").accelerator(2)
-    stock_prepare: Callable[..., Any] = type(accelerator).prepare
+    stock_prepare: Callable[..., Any] = Accelerator.prepare
     prepared = accelerator.prepare(model)
     batch = next(iter(accelerator.prepare(loader([CASES["packed"](1)]))))
     prepared(**batch).loss.backward()
