@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -127,7 +128,7 @@ class Rows(nn.Module):
 
 def _without_engine(folder: str) -> dict[str, Any]:
     accelerator = Setup("Gemma", {"tp": 2}).accelerator()
-    stock_state = type(accelerator).get_state_dict
+    stock_state = Accelerator.get_state_dict
     plain = build("", config=FAMILIES["Gemma"]())
     expected = {name: value.clone() for name, value in plain.state_dict().items()}
     quantized = build("llama").requires_grad_(False)

@@ -11,6 +11,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 # Libraries whose layers and wrappers of forwards act on each token by itself.
@@ -131,8 +132,9 @@ def foreign_modules(
     architecture = {cls.__module__ for cls in classes}
     foreign = {}
     for name, module in modules.items():
-        file = str(type(module).__module__)
-        if type(module) in classes or file in architecture:
+        cls = architecture_class(module)
+        file = str(cls.__module__)
+        if cls in classes or file in architecture:
             # A twin may lack one of its architecture's kinds of layers.
             continue
         if not _is_known_file(file) or (classes and file.startswith("transformers.models.")):
@@ -146,6 +148,16 @@ def _is_known_file(file: str) -> bool:
     if file.startswith("torch.nn.modules."):
         return file.rpartition(".")[2] not in _MIXING_FILES
     return library == "transformers" or library in _TOKEN_WISE
+
+
+def architecture_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that a module was built of: torch 2.13's FSDP2 gives modules a subclass of
+    their own.
+    """
+    cls = type(module)
+    while issubclass(cls, FSDPModule):
+        cls = next(base for base in cls.__mro__[1:] if base is not FSDPModule)
+    return cls
 
 
 def is_materialized(model: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from ulysses_accel import _private_api
 from ulysses_accel.installation import Installation
 from ulysses_accel.introspection.probe.forwards import (
     ReplacedForward,
+    architecture_class,
     foreign_modules,
     is_materialized,
     replaced_forwards,
@@ -129,7 +130,7 @@ def _probe_twin(
     classes: frozenset[type[nn.Module]] = frozenset()
     try:
         with _quiet():
-            twin = build_twin(type(model), model.config)
+            twin = build_twin(architecture_class(model), model.config)
             modules = dict(twin.named_modules())
             classes = frozenset(type(module) for module in modules.values())
             for one in replaced:
@@ -145,7 +146,9 @@ def _probe_twin(
 
 def _first_alike(one: ReplacedForward, modules: Mapping[str, nn.Module]) -> str:
     """Returns the name of the twin's first module of the class that a replaced forward is for."""
-    return next(name for name, module in modules.items() if type(module) is type(one.module))
+    return next(
+        name for name, module in modules.items() if type(module) is architecture_class(one.module)
+    )
 
 
 def _probe_model(model: Any, sharded: Mapping[str, nn.Module]) -> Probe:
