@@ -79,40 +79,45 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-def accelerator_job(name: str) -> dict[str, Any]:
-    """Returns what is not as it was after a training and `close`."""
+def accelerator_job(name: str, attaches: bool) -> dict[str, list[str]]:
+    """Returns what is not as it was before `prepare`, after a training and `close`."""
     AcceleratorState._reset_state(True)
-    acc = Accelerator(cpu=True, parallelism_config=ParallelismConfig(**JOBS[name]))
-    during = snapshot(acc)
+    config = ParallelismConfig(**JOBS[name]) if attaches else None
+    acc = Accelerator(cpu=True, parallelism_config=config)
     model = build_experts("Mixtral") if name == "ep" else build("llama", torch.float32)
-    modules, state = snapshots(model), snapshot(acc.state)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    inner = snapshot(optimizer)
+    before = snapshot(acc), snapshot(acc.state), snapshots(model), snapshot(optimizer)
     prepared, stepping, batches = acc.prepare(model, optimizer, batches_of(2))
-    assert len(train(acc, prepared, stepping, batches)) == 2
-    acc.sequence_parallel.close()
-    acc.free_memory()
+    assert len(train(acc, prepared, stepping, batches)) in (1, 2)
+    if attaches:
+        acc.sequence_parallel.close()
     optimizer.zero_grad()
+    acc.free_memory()
     return {
-        "accelerator": changed(during, snapshot(acc)),
-        "state": changed(state, snapshot(acc.state)),
-        "model": changed_modules(modules, snapshots(model)),
-        "optimizer": changed(inner, snapshot(optimizer)),
+        "attributes": sorted(vars(acc)),
+        "accelerator": sorted(set(changed(before[0], snapshot(acc))) - OURS - {"__class__"}),
+        "class": [type(acc).__qualname__, str(type(acc) is Accelerator)],
+        "state": changed(before[1], snapshot(acc.state)),
+        "model": changed_modules(before[2], snapshots(model)),
+        "optimizer": changed(before[3], snapshot(optimizer)),
     }
 
 
 def accelerator_jobs() -> dict[str, Any]:
-    return {name: accelerator_job(name) for name in JOBS}
+    return {name: [accelerator_job(name, attaches) for attaches in (True, False)] for name in JOBS}
 
 
-def test_accelerator_and_model_are_as_before() -> None:
+def test_accelerator_and_model_are_as_accelerate_leaves_them() -> None:
     for found in run_ranks(accelerator_jobs, 2, init=False):
-        for name, changes in found.items():
-            assert set(changes["accelerator"]) <= OURS | {"__class__", "step"}, name
-            assert changes["state"] == [], name
-            # Each rank has all experts again, in new parameters.
-            assert all("experts._parameters" in change for change in changes["model"]), changes
-            assert changes["optimizer"] == []
+        assert len(found) == len(JOBS)
+        for name, (ours, stock) in found.items():
+            if name == "ep":
+                # Each rank has all experts again, in new parameters.
+                assert [change for change in ours["model"] if "experts" in change]
+                ours["model"] = [change for change in ours["model"] if "experts" not in change]
+            # transformers installs hooks of its own in a forward that it computes alone.
+            assert set(ours.pop("model")) <= set(stock.pop("model")), name
+            assert ours == stock, name
 
 
 def trainer_job(kind: str, folder: str) -> list[str]:
