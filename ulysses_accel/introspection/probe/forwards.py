@@ -87,10 +87,12 @@ def replaced_forwards(modules: Mapping[str, nn.Module]) -> list[ReplacedForward]
 
 def _is_known(forward: Any, module: nn.Module) -> bool:
     """Whether a forward is the class's, possibly inside of wrappers that known libraries made."""
-    return all(
-        function is inner_function(type(module).forward) or _library(function) in _TOKEN_WISE
-        for function in _chain(forward)
-    )
+    for function in _chain(forward):
+        if function is inner_function(type(module).forward):
+            return True
+        if _library(function) not in _TOKEN_WISE:
+            return False
+    return True
 
 
 def inner_function(forward: Any) -> Any:
