@@ -16,7 +16,8 @@ from tests.helpers.engine_jobs import error_of
 from tests.helpers.models import build
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainer_jobs import ONE, Mode, Recorder, pad, samples
-from ulysses_accel import ParallelismConfig, attach_trainer
+from ulysses_accel import ParallelismConfig, SequenceParallelTrainerMixin, attach_trainer
+from ulysses_accel.integrations import attach as attach_point
 
 DATA = samples(6, (16, 13), seed=1)
 
@@ -144,6 +145,43 @@ def test_only_the_instance_is_changed_and_that_is_undone(tmp_path: Path, support
     support.refused(
         "trainer", "Seq2SeqTrainer, predict_with_generate", "sp", "a rank has a part of the prompt"
     )
+
+
+class Mixed(SequenceParallelTrainerMixin, Recorder):
+    """A Trainer that names itself."""
+
+
+def named(folder: str) -> dict[str, Any]:
+    """Returns the losses of Trainers that no frame leads to, and what they are attached by."""
+    attach_point.calling_trainer = lambda _: None
+    arguments = Mode(sp=2).arguments(folder, 2)
+    lost = Recorder(build("llama"), arguments, pad, DATA)
+    found: dict[str, Any] = {"lost": hasattr(lost, "sequence_parallel")}
+    found["by hand"] = attach_trainer(lost) is lost.sequence_parallel
+    found["losses"] = {}
+    for name, trainer in (
+        ("attach_trainer", lost),
+        ("mixin", Mixed(build("llama"), Mode(sp=2).arguments(folder, 2), pad, DATA)),
+    ):
+        trainer.train()
+        found["losses"][name] = trainer.losses
+    return found
+
+
+def losses_alone(folder: str) -> list[float]:
+    trainer = Recorder(build("llama"), ONE.arguments(folder, 2), pad, DATA)
+    trainer.train()
+    return trainer.losses
+
+
+def test_a_trainer_can_be_named(tmp_path: Path) -> None:
+    (expected,) = run_ranks(losses_alone, 1, str(tmp_path), init=False)
+    for found in run_ranks(named, 2, str(tmp_path), init=False):
+        assert not found["lost"]
+        assert found["by hand"]
+        assert len(expected) > 0
+        for losses in found["losses"].values():
+            assert losses == pytest.approx(expected, rel=1e-12)
 
 
 def test_one_process_is_left_alone() -> None:
