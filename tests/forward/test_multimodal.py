@@ -25,9 +25,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.support import Support
 from tests.helpers.vision_models import IMAGE, MERGERS, build, make_batch
 from ulysses_accel import supports
-from ulysses_accel.introspection.multimodal import merging_of
 from ulysses_accel.introspection.requirements import rules_of
-from ulysses_accel.introspection.structure import ModelReading
+from ulysses_accel.introspection.structure import ModelReading, merging_of
 from ulysses_accel.sequence.gather import shard_sequence
 
 QWEN = "qwen3_vl"

@@ -23,7 +23,6 @@ from ulysses_accel.introspection.layers import (
     check_statistics,
 )
 from ulysses_accel.introspection.loss import LossUse, read_loss
-from ulysses_accel.introspection.multimodal import Merging, merging_of
 from ulysses_accel.introspection.positions import (
     OwnCount,
     PositionSource,
@@ -48,7 +47,12 @@ from ulysses_accel.introspection.sample_heads import (
     read_sample_head,
 )
 from ulysses_accel.introspection.source import takes_keywords
-from ulysses_accel.introspection.structure import ModelReading, transformers_model
+from ulysses_accel.introspection.structure import (
+    Merging,
+    ModelReading,
+    merging_of,
+    transformers_model,
+)
 
 _REMEDY = "Use a model without it, or sp_size=1 and cp_size=1."
 

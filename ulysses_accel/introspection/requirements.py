@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ulysses_accel import _private_api
 from ulysses_accel.errors import BatchError, ConfigError
 from ulysses_accel.introspection.loss import LossUse, read_loss
-from ulysses_accel.introspection.multimodal import merging_of
 from ulysses_accel.introspection.positions import counts_mask, padding_start
 from ulysses_accel.introspection.source import attention_calls
-from ulysses_accel.introspection.structure import ModelReading, transformers_model
+from ulysses_accel.introspection.structure import ModelReading, merging_of, transformers_model
 from ulysses_accel.sequence.batch_rules import PLAIN_RULES, BatchRules
 
 

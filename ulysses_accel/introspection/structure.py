@@ -1,5 +1,5 @@
 """The parts of a transformers model that sequence parallelism tells apart: its encoder, what
-attends in it, and what sees sharded tokens.
+attends in it, what sees sharded tokens, and where images or audio are merged into them.
 
 `ModelReading` holds them, found in one pass; everything else that is asked about a model is a
 function of it.
@@ -11,12 +11,14 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ulysses_accel import _private_api
+from ulysses_accel.dataloader.keys import MERGED_KEYS
 from ulysses_accel.errors import UnsupportedModelError
 from ulysses_accel.introspection.source import attention_calls, forward_of, parameters
 
@@ -233,3 +235,46 @@ def _weighs_tokens(cls: Any) -> bool:
     weighs = "softmax" in source or "scaled_dot_product_attention(" in source
     has_product = any(product in source for product in products)
     return weighs and has_product and "ALL_ATTENTION_FUNCTIONS" not in source
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Where a model merges images or audio into its tokens.
+
+    Args:
+        decoder: what is passed the merged embeddings.
+        towers: what attends to images or audio, outermost modules only.
+        has_blocks: whether it lets the tokens of one image, or of a prompt, see each other in both
+            directions where the batch says of each token which it is.
+    """
+
+    decoder: nn.Module
+    towers: tuple[nn.Module, ...]
+    has_blocks: bool
+
+
+def merging_of(reading: ModelReading) -> Merging | None:
+    """Returns where a transformers model merges images or audio; None where it doesn't, or not in a
+    known way.
+    """
+    decoder = reading.text_decoder
+    if reading.encoder is not None or decoder is None:
+        return None
+    takes_features = set(reading.parameters) & set(MERGED_KEYS)
+    if not takes_features or "inputs_embeds" not in parameters(decoder):
+        return None
+    sources = [source_of(type(module)) for module in reading.around_decoder]
+    if not any("masked_scatter(" in source for source in sources):
+        return None
+    has_blocks = any("block_sequence_ids" in source for source in sources)
+    return Merging(decoder, tuple(_towers(reading.model, decoder)), has_blocks)
+
+
+def _towers(module: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if child is decoder:
+            continue
+        if holds(child, decoder):
+            yield from _towers(child, decoder)
+        elif attends(child):
+            yield child
