@@ -46,8 +46,8 @@ def prepare_loader(
         data_loader: a torch DataLoader over a map or iterable dataset.
         config: fixed sequence length, if any, and the ring's layout.
         groups: this rank's place in the mesh.
-        device_placement: whether batches go to the accelerator's device; its own setting when None.
-        rules: what the prepared models ask of a batch, or what tells it once they are prepared.
+        device_placement: whether batches go to the accelerator's device; None takes its setting.
+        rules: what the prepared models require of a batch, or what tells it once they are prepared.
     """
     if _private_api.is_prepared(data_loader):
         if not any(known is data_loader for known in _private_api.prepared_loaders(accelerator)):
@@ -84,8 +84,8 @@ def data_parallel_loader(
         accelerator: the attached accelerator.
         data_loader: a torch DataLoader.
         groups: this rank's place in the mesh.
-        put_on_device: whether it moves batches; an adapter around it cuts the shard on the host and
-            moves only that.
+        put_on_device: whether it moves batches; an adapter around it shards them on the host and
+            moves only the shard.
     """
     _share_generator(accelerator, data_loader, groups)
     _seed_workers_alike(data_loader, groups)
@@ -97,7 +97,7 @@ def data_parallel_loader(
         split_batches=accelerator.split_batches,
         put_on_device=put_on_device,
         rng_types=list(accelerator.rng_types or []),
-        # One rank that reads for all would have to send whole batches, as pickles.
+        # One rank that reads for all would have to send full batches, as pickles.
         dispatch_batches=False,
         even_batches=accelerator.even_batches,
         use_seedable_sampler=accelerator.use_seedable_sampler,
@@ -107,19 +107,21 @@ def data_parallel_loader(
     )
     sampler = getattr(data_loader, "sampler", None)
     if isinstance(getattr(sampler, "set_epoch", None), _EpochSeed):
-        # Stock code looks for it under this name when it rebuilds a loader to skip batches.
+        # accelerate 1.15 reads it under this name when it rebuilds a loader to skip batches.
         loader.set_sampler(sampler)
     generator = getattr(sampler, "generator", None)
     if loader.synchronized_generator is None and isinstance(generator, torch.Generator):
-        # With one data parallel rank stock code leaves the order to each process.
+        # With one data parallel rank accelerate 1.15 leaves the order to each process.
         loader.synchronized_generator = generator
         loader.rng_types = [RNGType.GENERATOR]
     return loader
 
 
 def _seed_workers_alike(data_loader: Any, groups: SequenceGroups) -> None:
-    """Gives a Trainer's workers one seed for each data parallel rank: it seeds them by rank, and
-    they would draw other random numbers for the batches that ranks of a sequence group share.
+    """Gives a Trainer's workers one seed for each data parallel rank.
+
+    transformers 5.23 seeds them by rank: they would draw different random numbers for the batches
+    that the ranks of a sequence group share.
     """
     function = getattr(data_loader, "worker_init_fn", None)
     if isinstance(function, partial) and "rank" in function.keywords:
@@ -142,8 +144,8 @@ def _share_generator(accelerator: Any, data_loader: Any, groups: SequenceGroups)
     if isinstance(sampler, RandomSampler):
         seed.random_()
     else:
-        given = accelerator.dataloader_config.data_seed
-        seed.fill_((torch.initial_seed() if given is None else given) % 2**62)
+        data_seed = accelerator.dataloader_config.data_seed
+        seed.fill_((torch.initial_seed() if data_seed is None else data_seed) % 2**62)
     seed = seed.to(accelerator.device)
     dist.broadcast(seed, src=0)
     sampler.generator = torch.Generator()

@@ -21,11 +21,11 @@ from ulysses_accel.installation import replaced
 def gather_for_metrics(
     accelerator: Any, stock: Callable[..., Any], groups: SequenceGroups, value: Any
 ) -> Any:
-    """Returns what stock code gathers, and cuts at the end of a loader, with each sample once.
+    """Returns what accelerate gathers, and truncates at the end of a loader, with each sample once.
 
     Args:
         accelerator: whose method is called.
-        stock: its own `gather_for_metrics`.
+        stock: accelerate's `gather_for_metrics`.
         groups: this rank's place in the mesh.
         value: tensors of the same shapes on all ranks, in nested tuples, lists and dicts.
 
@@ -36,9 +36,8 @@ def gather_for_metrics(
         recursively_apply(lambda tensor: tensor, value, error_on_other_type=True)
     except TypeError as error:
         raise ConfigError(
-            f"gather_for_metrics was given something other than tensors ({error}), which would be "
-            "sent as pickles, "
-            "once for each rank that shares a sequence. Gather tensors; "
+            f"gather_for_metrics got something other than tensors ({error}), which would be sent "
+            "as pickles, once for each rank that shares a sequence. Gather tensors; "
             "accelerate.utils.gather_object takes objects."
         ) from None
     with replaced(accelerator, gather=partial(gather_data_parallel, groups)):
