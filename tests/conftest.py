@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers.support import Claim, Support, difference, render
@@ -92,6 +92,8 @@ def _no_leaks() -> Iterator[None]:
     # accelerate keeps its state in the process, which forked ranks of later tests would inherit.
     if AcceleratorState._shared_state or PartialState._shared_state:
         AcceleratorState._reset_state(True)
+    if GradientState._shared_state:
+        GradientState._reset_state()
     after = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
     before.pop("PYTEST_CURRENT_TEST", None)
     leaked = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
