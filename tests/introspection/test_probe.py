@@ -27,8 +27,12 @@ from ulysses_accel.introspection.probe import Probe, probe
 from ulysses_accel.introspection.profile import profile_of
 from ulysses_accel.introspection.structure import ModelReading
 
-TWO = ParallelismConfig(sp_size=2)
 PLACES = ("", "model", "model.layers.1", "model.layers.0.mlp")
+
+
+def two() -> ParallelismConfig:
+    """A config of its own for each call: one that lives on is taken for a later accelerator's."""
+    return ParallelismConfig(sp_size=2)
 
 
 def llama(device: str = "cpu", **changes: Any) -> Any:
@@ -85,10 +89,10 @@ def by_method(module: Any, change: Callable[[Any], Any]) -> None:
 def test_a_forward_set_on_an_instance(name: str, patch: Callable[..., None]) -> None:
     model = llama()
     patch(model.get_submodule(name), plain)
-    assert supports(model, TWO) == []
+    assert supports(model, two()) == []
     model = llama()
     patch(model.get_submodule(name), mixed)
-    (finding,) = supports(model, TWO)
+    (finding,) = supports(model, two())
     assert finding.where == (name or "forward")
     assert "lets tokens see each other outside of attention" in finding.fact
 
@@ -98,10 +102,10 @@ def test_without_weights_only_what_a_twin_can_have_is_run(name: str) -> None:
     for change, count in ((plain, 0), (mixed, 1)):
         model = llama("meta")
         by_method(model.get_submodule(name), change)
-        assert len(supports(model, TWO)) == count
+        assert len(supports(model, two())) == count
     model = llama("meta")
     by_closure(model.get_submodule(name), plain)
-    (finding,) = supports(model, TWO)
+    (finding,) = supports(model, two())
     assert finding.where == (name or "forward")
     assert "is not its architecture's" in finding.fact
     assert "this rank does not hold all of its parameters" in finding.fact
@@ -127,12 +131,12 @@ def executed(body: str, base: type[nn.Module], arguments: str = "x") -> Any:
 def test_a_class_without_source(body: str, count: int) -> None:
     model = llama()
     model.model.layers[1].mlp = executed(body, LlamaMLP)(model.config)
-    findings = supports(model, TWO)
+    findings = supports(model, two())
     assert [finding.where for finding in findings] == ["model.layers.1.mlp"] * count
     with torch.device("meta"):
         model = llama("meta")
         model.model.layers[1].mlp = executed(body, LlamaMLP)(model.config)
-    (finding,) = supports(model, TWO)
+    (finding,) = supports(model, two())
     assert "is not its architecture's" in finding.fact
 
 
@@ -144,7 +148,7 @@ def test_a_model_without_source(change: str, count: int) -> None:
     )
     arguments = "input_ids=None, position_ids=None, labels=None, **kwargs"
     model = executed(body, hf.LlamaForCausalLM, arguments)(hf.LlamaConfig(**GROUPED))
-    assert [finding.where for finding in supports(model, TWO)] == ["forward"] * count
+    assert [finding.where for finding in supports(model, two())] == ["forward"] * count
 
 
 class Wrapped(nn.Module):
@@ -162,7 +166,7 @@ class Wrapped(nn.Module):
 def test_modules_that_were_put_into_a_model() -> None:
     model = llama()
     model.model.layers[0].mlp = Wrapped(32)
-    (finding,) = supports(model, TWO)
+    (finding,) = supports(model, two())
     assert finding.where == "model.layers.0.mlp.inner"
     model = llama()
     model.model.layers[0].mlp = nn.GRU(32, 32, batch_first=True)
@@ -170,11 +174,11 @@ def test_modules_that_were_put_into_a_model() -> None:
     assert not result_of(model).ran
     model = llama()
     model.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 32), nn.GELU())
-    assert supports(model, TWO) == []
+    assert supports(model, two()) == []
     model = llama()
     mamba = hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
     model.model.layers[0].mlp = hf.MambaModel(mamba).layers[0].mixer
-    (finding,) = supports(model, TWO)
+    (finding,) = supports(model, two())
     assert finding.where == "model.layers.0.mlp"
 
 
@@ -191,20 +195,20 @@ class Neighbours(hf.LlamaForCausalLM):  # type: ignore[misc]
 
 
 def test_a_class_of_the_user() -> None:
-    (finding,) = supports(Neighbours(hf.LlamaConfig(**GROUPED)), TWO)
+    (finding,) = supports(Neighbours(hf.LlamaConfig(**GROUPED)), two())
     assert finding.where == "forward"
 
 
 def test_a_class_whose_forward_is_replaced_after_it_was_probed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert supports(llama(), TWO) == []
+    assert supports(llama(), two()) == []
     stock = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: mixed(stock(self, x)))
-    (finding,) = supports(llama(), TWO)
+    (finding,) = supports(llama(), two())
     assert finding.where == "model.layers.0.mlp"
     monkeypatch.undo()
-    assert supports(llama(), TWO) == []
+    assert supports(llama(), two()) == []
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -269,7 +273,7 @@ def test_a_failing_forward_leaves_nothing_behind() -> None:
     model = llama()
     by_closure(model.model.layers[1], fail)
     before = state_of(model)
-    (finding,) = supports(model, TWO)
+    (finding,) = supports(model, two())
     assert "ValueError: not now" in finding.fact
     assert state_of(model) == before
 

@@ -165,7 +165,7 @@ def test_other_shapes_and_refusals() -> None:
             "of shape (6, 16, 3) was given for 4 tokens in dim 1 (16 tokens over 4 ranks)" in tokens
         )
         assert "is of 2 ranks that share a sequence, the group given has 4" in ranks
-        assert "asked for the 'median' of each 'row'" in pooling
+        assert "to return the 'median' of each 'row'" in pooling
 
 
 def penalised(result: Tensor, hidden: Tensor) -> Tensor:
