@@ -221,6 +221,16 @@ class AcceleratorFeature:
         """Returns whether a config requests the technique."""
         return False
 
+    @classmethod
+    def model_checks(cls, model: Any, config: Any) -> list[Callable[[], object]]:
+        """Returns what `prepare` checks of a model, for `supports`; each raises what it would.
+
+        Args:
+            model: that is not prepared, possibly without weights; nothing of it is changed.
+            config: that requests the technique.
+        """
+        return []
+
     @property
     def accelerator(self) -> Any:
         """The accelerator, while it lives."""

@@ -26,6 +26,7 @@ from ulysses_accel.distributed.mesh import build_expert_mesh
 from ulysses_accel.errors import ConfigError
 from ulysses_accel.expert_parallel.dispatch import (
     DistributedExperts,
+    check_experts,
     distribute_experts,
     full_tensor,
 )
@@ -72,6 +73,13 @@ class ExpertParallel(AcceleratorFeature):
         """Returns whether a model, and every part of it, was not prepared yet."""
         parts = set(model.modules())
         return super().is_new(model) and not any(known in parts for known in self.models)
+
+    @classmethod
+    def model_checks(
+        cls, model: nn.Module, config: ParallelismConfig
+    ) -> list[Callable[[], object]]:
+        """Returns the check of a model's experts."""
+        return [lambda: check_experts(model, config.ep_size)]
 
     def prepare_model(self, model: nn.Module, checked: None) -> None:
         """Leaves this rank its part of a model's experts."""

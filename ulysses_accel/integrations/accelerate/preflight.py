@@ -15,7 +15,6 @@ from ulysses_accel import _private_api
 from ulysses_accel.config.parallelism import ParallelismConfig
 from ulysses_accel.distributed.consensus import agree, gather_ints
 from ulysses_accel.errors import ConfigError, UnsupportedModelError
-from ulysses_accel.expert_parallel.dispatch import check_experts
 from ulysses_accel.introspection.findings import Finding, FindingKind
 from ulysses_accel.introspection.profile import ModelProfile, profile_of
 from ulysses_accel.introspection.structure import transformers_model
@@ -48,13 +47,22 @@ def supports(model: Any, config: ParallelismConfig) -> list[Finding]:
         if isinstance(model, nn.Module):
             tp_size = config.tp_size
             findings += _refusal("layers", "tp_size", lambda: check_parameters(inner, tp_size))
-    if config.ep_size > 1:
-        findings += _refusal("layers", "ep_size", lambda: check_experts(module, config.ep_size))
+    findings += _feature_findings(module, config)
     memory = config.memory_config
     if memory is not None:
         for check in check_memory(module, memory):
             findings += _refusal("memory", "memory_config", check)
     return findings
+
+
+def _feature_findings(model: nn.Module, config: ParallelismConfig) -> Iterator[Finding]:
+    # Here, because features import this file.
+    from ulysses_accel.integrations.attach import FEATURES
+
+    for feature in FEATURES:
+        if feature.is_requested(config):
+            for check in feature.model_checks(model, config):
+                yield from _refusal("layers", feature.settings[0], check)
 
 
 def _refusal(kind: FindingKind, where: str, check: Callable[[], object]) -> Iterator[Finding]:
