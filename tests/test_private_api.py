@@ -477,13 +477,6 @@ def test_mark_prepared() -> None:
     assert accelerator.prepare_scheduler(scheduler) is scheduler
 
 
-def test_save_state_pre_hooks() -> None:
-    accelerator = Accelerator(cpu=True)
-    assert _private_api.save_state_pre_hooks(accelerator) == []
-    accelerator.register_save_state_pre_hook(print)
-    assert _private_api.save_state_pre_hooks(accelerator) == [print]
-
-
 @pytest.mark.parametrize("kind", [DataLoaderShard, DataLoaderDispatcher])
 def test_attributes_of_accelerates_loaders(kind: Any) -> None:
     Accelerator(cpu=True)

@@ -489,13 +489,6 @@ def mark_prepared(value: Any) -> None:
     value._is_accelerate_prepared = True
 
 
-def save_state_pre_hooks(accelerator: Any) -> list[Any]:
-    """Returns the functions that `save_state` calls first
-    (`Accelerator._save_model_state_pre_hook`). Instead: the handle that registering one returns.
-    """
-    return list(accelerator._save_model_state_pre_hook.values())
-
-
 # Settings of accelerate's loaders that a loader for the rest of an epoch is rebuilt with. Instead:
 # `accelerate.skip_first_batches`, around our loader.
 SHARD_LOADER_ATTRIBUTES = ("_drop_last", "_non_blocking")
